@@ -1,0 +1,45 @@
+# Every target does the set-up it needs; a fresh machine needs Python 3.11-3.13, pip and make only.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# What we start ourselves does not phone home (README, "Privacy").
+export RAY_USAGE_STATS_ENABLED ?= 0
+export MLFLOW_DISABLE_TELEMETRY ?= true
+# FAISS build to install: cpu or gpu.
+FAISS ?= cpu
+
+.PHONY: setup quickstart test check lint format types lock clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml
+	@command -v uv >/dev/null 2>&1 || $(PYTHON) -m uv --version >/dev/null 2>&1 || $(PYTHON) -m pip install --quiet uv
+	@UV="$$(command -v uv || echo '$(PYTHON) -m uv')"; set -e; \
+	  [ -d .venv ] || $$UV venv --quiet --python $(PYTHON) .venv; \
+	  $$UV pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock; \
+	  $$UV pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $(STAMP)
+
+quickstart: setup
+	$(BIN)/tessera run configs/quickstart.yaml
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+
+format: setup
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+check: lint format types test
+
+lock:
+	uv pip compile --universal --generate-hashes --no-annotate --no-header --no-emit-index-url \
+	  --python-version 3.11 --extra $(FAISS) --group dev pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf .venv .tessera build *.egg-info

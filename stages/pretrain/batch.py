@@ -1,0 +1,51 @@
+"""What a method's `compute_terms` gets: the views of B images, stacked, with the geometry that made them.
+
+Shape legend: V views of one kind, B images of this rank, S side of a view in pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """One rank's share of a step. Rank r of W holds rows [r*B, (r+1)*B) of the global batch, in order."""
+
+    image_ids: Tensor  # (B,) int64
+    source: Tensor  # (B,) int64: which of the mixed image sources the image came from, 0 if there is only one
+    views: dict[str, Tensor]  # name -> (V, B, 3, S, S) float, normalised
+    affines: dict[str, Tensor]  # name -> (V, B, 2, 3) float32: view pixels -> stored-image pixels
+    labels: dict[str, Tensor] = field(default_factory=dict)  # name -> (V, B, S, S) int64, -1 outside
+    extras: dict[str, Tensor] = field(default_factory=dict)  # whatever the method's drawer stacked, (B, ...)
+    neighbor_ids: Tensor | None = None  # (B,) int64: the image behind views of="neighbor"; -1 where none
+    skipped: dict[str, int] = field(default_factory=dict)  # reason -> images replaced while this batch was made
+    seed: int = 0  # of this step, equal on all ranks: for random choices inside compute_terms
+    offset: int = 0  # index of this rank's first row in the global batch
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
+        def move(value: Tensor) -> Tensor:
+            return value.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            image_ids=move(self.image_ids),
+            source=move(self.source),
+            views={name: move(view) for name, view in self.views.items()},
+            affines={name: move(affine) for name, affine in self.affines.items()},
+            labels={name: move(label) for name, label in self.labels.items()},
+            extras={name: move(extra) for name, extra in self.extras.items()},
+            neighbor_ids=None if self.neighbor_ids is None else move(self.neighbor_ids),
+        )
+
+    def generator(self, image_id: int | None = None) -> torch.Generator:
+        """A CPU generator for this step (or this step and image): the same on every rank and world size."""
+        generator = torch.Generator()
+        generator.manual_seed(self.seed if image_id is None else (self.seed * 1_000_003 + image_id) % (2**63 - 1))
+        return generator

@@ -1,0 +1,97 @@
+"""What a method asks of the data: which views, cut how, coloured how, from which tables.
+
+A plan is plain data; `draw.py` turns it into draws (numbers), the renderers turn draws into pixels.
+Coordinates are continuous: pixel i covers [i, i+1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Photometric:
+    """Colour operations of one view; every probability is of applying the operation at all.
+
+    Order: jitter (brightness, contrast, saturation, hue in random order), grey, blur, solarise, normalise.
+    """
+
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    jitter_p: float = 0.0
+    gray_p: float = 0.0
+    blur_p: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the view
+    solarize_p: float = 0.0
+    solarize_threshold: float = 0.5  # of the [0, 1] range
+    blur_else_solarize_p: float | None = None  # FLSL: with this p [blur_p], else [p 0.1 blur, p solarize_p]
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """`count` random resized crops of one kind."""
+
+    name: str  # key in Batch.views: "global", "local", "teacher", "neighbor", ...
+    size: int  # side of the square view in pixels
+    count: int = 1
+    scale: tuple[float, float] = (0.25, 1.0)  # area of the crop as a fraction of its parent's
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop
+    flip_p: float = 0.0  # horizontal
+    photometric: Photometric | tuple[Photometric, ...] = Photometric()  # one for all, or one a view (DINO's globals)
+    parent: str | None = None  # crop from that view's rectangle instead of the whole image (FLSL's nested crops)
+    of: Literal["image", "neighbor"] = "image"  # "neighbor": of an image drawn from the k-NN row
+    whole: bool = False  # the whole image squeezed to size x size (D3SSL's first view); scale and ratio unused
+    min_overlap: float = 0.0  # with every earlier view called `overlap_with`, as a fraction of the image's area
+    overlap_with: str | None = None
+    labels: bool = False  # also cut the superpixel map (nearest; -1 outside)
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+
+
+@dataclass
+class ImageRow:
+    """One image as the drawer sees it; pixels are decoded only when asked for."""
+
+    image_id: int
+    width: int  # of the stored image, upright
+    height: int
+    pixels: Callable[[], NDArray[np.uint8]]  # (height, width, 3) RGB
+    boxes: NDArray[np.float32] | None = None  # (n, 4) x0 y0 x1 y1 in stored-image pixels, best first
+    superpixels: NDArray[np.int32] | None = None  # (height, width) labels 0..n-1
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One view as plain numbers, before any pixel is touched."""
+
+    view: str  # the ViewSpec's name
+    affine: NDArray[np.float64]  # (2, 3): stored-image point = affine @ [x_view, y_view, 1]
+    size: int
+    colour: Mapping[str, Any] = field(default_factory=dict)  # photometric parameters, drawn (see draw.py)
+    labels: bool = False
+    of: Literal["image", "neighbor"] = "image"
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+
+
+@dataclass
+class Drawn:
+    """All draws of one image, and what the drawer wants stacked into Batch.extras ((K, 4) boxes, masks, ...)."""
+
+    draws: list[Draw]
+    extras: dict[str, NDArray[Any]] = field(default_factory=dict)
+    skipped: str | None = None  # why this image cannot be used ("no mutual region"); counted, replaced by another
+
+
+DrawFn = Callable[[np.random.Generator, ImageRow], Drawn]
+
+
+@dataclass(frozen=True)
+class ViewPlan:
+    """What a method wants. `drawer` replaces the standard multi-crop drawing (ViCE, D3SSL); it must be picklable."""
+
+    views: tuple[ViewSpec, ...]
+    tables: tuple[Literal["boxes", "superpixels", "neighbors"], ...] = ()
+    drawer: DrawFn | None = None
