@@ -1,0 +1,332 @@
+"""The tables that stages exchange: their schemas, and random access to their rows.
+
+Parquet in the store is the truth. `Table` reads it through a node-local, memory-mapped Arrow copy that is made once
+per node from verified parts and shared by every process of that node; the copy is a cache and may be deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.errors import StoreError
+
+if TYPE_CHECKING:
+    from pipeline.store import Artifact, FileEntry
+
+BOX = pa.list_(pa.float32(), 4)  # x0, y0, x1, y1 in pixels of the stored image (upright), continuous: width = x1 - x0
+OBJECT = pa.struct(
+    [
+        ("box", BOX),
+        ("category", pa.string()),
+        ("category_id", pa.int32()),  # index into the classes of the artifact's notes
+        ("crowd", pa.bool_()),
+        ("mask", pa.binary()),  # PNG or COCO RLE json; null where the source has boxes only
+    ]
+)
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "images": pa.schema(
+        [
+            ("image_id", pa.int64()),  # 0..n-1 in the order of the keys
+            ("key", pa.string()),  # path relative to the source
+            ("image", pa.binary()),  # encoded bytes as found
+            ("width", pa.int32()),  # upright, after EXIF
+            ("height", pa.int32()),
+            ("sha256", pa.string()),
+            ("split", pa.string()),
+            ("label", pa.string()),
+            ("label_id", pa.int32()),
+            ("mask", pa.binary()),  # PNG of class indices
+            ("objects", pa.list_(OBJECT)),
+            ("sequence", pa.string()),
+            ("frame", pa.int32()),
+        ]
+    ),
+    "boxes": pa.schema([("image_id", pa.int64()), ("boxes", pa.list_(BOX))]),  # best first
+    "superpixels": pa.schema([("image_id", pa.int64()), ("labels", pa.binary()), ("count", pa.int32())]),  # pack_labels
+    "embeddings": pa.schema([("image_id", pa.int64()), ("embedding", pa.list_(pa.float32()))]),  # L2-normalised
+    "neighbors": pa.schema(
+        [
+            ("image_id", pa.int64()),
+            ("neighbors", pa.list_(pa.int64())),  # image_ids, nearest first, never itself
+            ("similarities", pa.list_(pa.float32())),
+        ]
+    ),
+}
+
+_COPY_ROWS = 64  # rows a record batch of the mapped copy: bounds the memory that making it needs
+_LABELS_MAGIC = b"TSP1"
+
+
+# ---------------------------------------------------------------------------------------------- streaming, one part
+def open_shard(artifact: Artifact, entry: FileEntry, columns: Sequence[str] | None = None) -> pa.Table:
+    """One whole Parquet part, verified against the manifest. Raises ArtifactDamaged."""
+    return pq.read_table(artifact.local(entry.name), columns=None if columns is None else list(columns))
+
+
+def iter_batches(
+    artifact: Artifact,
+    entry: FileEntry,
+    columns: Sequence[str] | None = None,
+    batch_rows: int = 64,
+    rows: tuple[int, int] | None = None,
+) -> Iterator[pa.RecordBatch]:
+    """Streams one verified Parquet part; `rows=(start, stop)` keeps only that range of its rows.
+
+    Memory stays at a few batches whatever the size of the part. Raises ArtifactDamaged.
+    """
+    start, stop = rows or (0, 2**62)
+    with pq.ParquetFile(artifact.local(entry.name), pre_buffer=False) as file:
+        groups, first, at = [], 0, 0
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group).num_rows
+            if at + size <= start:
+                first = at + size
+            elif at < stop:
+                groups.append(group)
+            at += size
+        at = first
+        for batch in file.iter_batches(batch_rows, row_groups=groups, columns=columns and list(columns)):
+            low, high = max(start - at, 0), min(stop - at, batch.num_rows)
+            if low < high:
+                yield batch.slice(low, high - low)
+            at += batch.num_rows
+            if at >= stop:
+                return
+
+
+# ---------------------------------------------------------------------------------------------------- random access
+class Table:
+    """Random access by `image_id` to the rows of an artifact.
+
+    `Table.open(artifact, ["image", "width"])` makes the node-local copy if no process of this node has made it yet
+    (one does, the others wait), then maps it. Pickles as (artifact, columns), so a worker of another node makes its
+    own node's copy. Rows are read in O(1) where ids are 0..n-1, in O(log n) otherwise.
+    """
+
+    def __init__(self, folder: Path, artifact: Artifact, columns: tuple[str, ...] | None) -> None:
+        self._artifact, self._columns = artifact, columns
+        self.ids: NDArray[np.int64] = np.load(folder / "ids.npy", mmap_mode="r")
+        self._dense = len(self.ids) > 0 and self.ids[0] == 0 and self.ids[-1] == len(self.ids) - 1
+        self._map = pa.memory_map(str(folder / "table.arrow"))
+        self._reader = pa.ipc.open_file(self._map)
+        self._batches: list[pa.RecordBatch | None] = [None] * self._reader.num_record_batches
+        self._starts: NDArray[np.int64] = np.load(folder / "starts.npy")
+        self.schema: pa.Schema = self._reader.schema
+        self._getters = [(field.name, _getter(field.type)) for field in self.schema]
+
+    @classmethod
+    def open(cls, artifact: Artifact, columns: Sequence[str] | None = None) -> Table:
+        """Columns default to all of them; `image_id` is always there. Raises ArtifactDamaged, StoreError."""
+        names = None if columns is None else tuple(sorted({*columns} - {"image_id"}))
+        return cls(_mapped_copy(artifact, names), artifact, names)
+
+    def __reduce__(self) -> tuple[Callable[..., Table], tuple[Any, ...]]:
+        return Table.open, (self._artifact, self._columns)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __contains__(self, image_id: int) -> bool:
+        return self._find(image_id) is not None
+
+    def row(self, image_id: int) -> dict[str, Any]:
+        """One row: lists of numbers come as numpy arrays ((n, 4) for boxes), the rest as plain Python values.
+
+        Raises KeyError when the table has no such image.
+        """
+        batch, i = self._place(image_id)
+        return {name: get(batch.column(c), i) for c, (name, get) in enumerate(self._getters)}
+
+    def take(self, image_ids: Sequence[int] | NDArray[np.int64]) -> pa.Table:
+        """The rows of these images, in the order asked for. Raises KeyError."""
+        rows = []
+        for image_id in image_ids:
+            batch, i = self._place(int(image_id))
+            rows.append(batch.slice(i, 1))
+        return pa.Table.from_batches(rows, schema=self.schema).combine_chunks()
+
+    def column(self, name: str) -> NDArray[Any] | pa.ChunkedArray:
+        """One whole column, in the order of `ids`: numpy for numbers ((n, d) for lists of one length), else Arrow."""
+        chunks = pa.chunked_array(
+            [self._batch(b).column(name) for b in range(len(self._batches))], self.schema.field(name).type
+        )
+        kind = chunks.type
+        if pa.types.is_primitive(kind) and chunks.null_count == 0:
+            return chunks.to_numpy()
+        if _is_list(kind) and pa.types.is_primitive(kind.value_type) and len(chunks):
+            parts = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks.chunks]
+            flat = np.concatenate(parts)
+            lengths = {n for chunk in chunks.chunks for n in chunk.value_lengths().unique().to_pylist()}
+            if len(lengths) == 1 and None not in lengths:
+                return flat.reshape(len(chunks), lengths.pop())
+        return chunks
+
+    def _find(self, image_id: int) -> int | None:
+        if self._dense:
+            return image_id if 0 <= image_id < len(self.ids) else None
+        row = int(np.searchsorted(self.ids, image_id))
+        return row if row < len(self.ids) and self.ids[row] == image_id else None
+
+    def _place(self, image_id: int) -> tuple[pa.RecordBatch, int]:
+        row = self._find(image_id)
+        if row is None:
+            raise KeyError(f"image_id {image_id} is not in {self._artifact.kind}/{self._artifact.fingerprint}")
+        b = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._batch(b), row - int(self._starts[b])
+
+    def _batch(self, index: int) -> pa.RecordBatch:
+        batch = self._batches[index]
+        if batch is None:
+            batch = self._batches[index] = self._reader.get_batch(index)
+        return batch
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _getter(kind: pa.DataType) -> Callable[[pa.Array, int], Any]:
+    """How a cell of this type becomes a value: arrays for lists of numbers, without a Python object per number."""
+    if _is_list(kind) and pa.types.is_primitive(kind.value_type):
+        return lambda column, i: None if (cell := column[i].values) is None else cell.to_numpy()
+    if _is_list(kind) and pa.types.is_fixed_size_list(kind.value_type):
+        width, dtype = kind.value_type.list_size, kind.value_type.value_type.to_pandas_dtype()
+
+        def fixed(column: pa.Array, i: int) -> Any:
+            cell = column[i].values
+            if cell is None:
+                return None
+            return cell.flatten().to_numpy().reshape(-1, width) if len(cell) else np.empty((0, width), dtype)
+
+        return fixed
+    return lambda column, i: column[i].as_py()
+
+
+# ------------------------------------------------------------------------------------------------- the mapped copy
+def cache_folder() -> Path:
+    """Where this node keeps its copies: TESSERA_CACHE, else ~/.cache/tessera."""
+    return Path(os.environ.get("TESSERA_CACHE") or Path.home() / ".cache" / "tessera")
+
+
+def _mapped_copy(artifact: Artifact, columns: tuple[str, ...] | None) -> Path:
+    """The folder of the node's copy, made if it is missing or not whole.
+
+    Its name covers the content of the parts and the columns: a recomputed artifact never meets an old copy.
+    """
+    entries = list(artifact.shards())
+    content = json.dumps([[(entry.name, entry.sha256) for entry in entries], columns]).encode()
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    folder = cache_folder() / "tables" / f"{artifact.kind}-{artifact.fingerprint[:24]}-{digest}"
+    if _whole(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.with_suffix(".lock")):
+        if _whole(folder):
+            return folder
+        _sweep(folder)
+        building = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+        building.mkdir()
+        try:
+            _build(building, artifact, entries, columns)
+            os.replace(building, folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def _build(folder: Path, artifact: Artifact, entries: list[FileEntry], columns: tuple[str, ...] | None) -> None:
+    names = None if columns is None else ["image_id", *columns]
+    schema: pa.Schema | None = SCHEMAS.get(artifact.kind)
+    if entries:
+        schema = pq.read_schema(artifact.local(entries[0].name))
+    if schema is None:
+        raise StoreError(f"{artifact.kind}/{artifact.fingerprint} has no table: nothing to open (a metrics artifact?)")
+    schema = schema.remove_metadata()
+    if names is not None:
+        if missing := [name for name in names if name not in schema.names]:
+            raise StoreError(
+                f"{artifact.kind}/{artifact.fingerprint} has no column {', '.join(missing)}: "
+                f"it has {', '.join(schema.names)} (ask for one of these, or make the artifact again)"
+            )
+        schema = pa.schema([schema.field(name) for name in names])
+    ids, starts, rows = [], [], 0
+    with pa.OSFile(str(folder / "table.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for entry in entries:
+            for batch in iter_batches(artifact, entry, schema.names, _COPY_ROWS):
+                writer.write_batch(batch.select(schema.names).cast(schema))
+                ids.append(batch.column("image_id").to_numpy())
+                starts.append(rows)
+                rows += batch.num_rows
+    all_ids = np.concatenate(ids) if ids else np.empty(0, np.int64)
+    if (np.diff(all_ids) <= 0).any():
+        raise StoreError(f"{artifact.kind}/{artifact.fingerprint}: image_id must rise from row to row, and does not")
+    np.save(folder / "ids.npy", all_ids)
+    np.save(folder / "starts.npy", np.array(starts, np.int64))
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    (folder / "whole.json").write_text(json.dumps(sizes))
+
+
+def _whole(folder: Path) -> bool:
+    """All files there at the sizes they were written with: what a full disk or a stray deletion would change."""
+    try:
+        sizes = json.loads((folder / "whole.json").read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _sweep(folder: Path) -> None:
+    """Removes a broken copy and what killed builders left of it; the caller holds the lock."""
+    for left in [folder, *folder.parent.glob(f"{folder.name}.*.tmp")]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process of this node at a time; the kernel lets go when the holder dies."""
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# --------------------------------------------------------------------------------------------------- superpixel maps
+def pack_labels(labels: NDArray[np.uint16]) -> bytes:
+    """A superpixel map (H, W), labels 0..65535, losslessly small.
+
+    Within a row a label mostly repeats its left neighbour and a row mostly repeats the one above: what remains of both
+    predictions is almost all zero, and deflate does the rest.
+    """
+    labels = np.ascontiguousarray(labels)
+    if labels.ndim != 2 or labels.dtype != np.uint16:
+        raise ValueError(f"a superpixel map is (H, W) uint16, not {labels.shape} {labels.dtype}")
+    height, width = labels.shape
+    return _LABELS_MAGIC + np.array([height, width], "<u4").tobytes() + zlib.compress(_residual(labels), 6)
+
+
+def _residual(labels: NDArray[np.uint16]) -> bytes:
+    return labels.astype("<u2", copy=False).tobytes()
+
+
+def unpack_labels(data: bytes) -> NDArray[np.uint16]:
+    """The map that `pack_labels` packed: (H, W) uint16. Raises ValueError for other bytes."""
+    if data[:4] != _LABELS_MAGIC:
+        raise ValueError("not a packed superpixel map: it must come from pack_labels")
+    height, width = (int(side) for side in np.frombuffer(data, "<u4", 2, offset=4))
+    return np.frombuffer(zlib.decompress(data[12:]), "<u2").reshape(height, width).astype(np.uint16)
