@@ -1,0 +1,119 @@
+"""Weights from somebody else's file into a timm model: unwrap, strip prefixes, fit the position table, and say
+what did not match."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import SourceError
+
+# Where training scripts put the network inside their checkpoint, best first: the teacher is what is evaluated.
+_WRAPPERS = ("teacher", "state_dict", "model", "student", "encoder")
+_PREFIXES = ("module.", "teacher.", "backbone.", "model.", "encoder.", "student.")
+
+
+def load_checkpoint(model: nn.Module, address: str, *, say: Callable[[str], None]) -> None:
+    """Load what matches by name and shape; tell `say` what did not.
+
+    Raises: SourceError if the file is missing, is not a file of weights, or if nothing in it matches.
+    """
+    weights = _fit(strip_prefixes(read_weights(address)), model)
+    own = model.state_dict()
+    matching = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
+    if not any(value.ndim for value in matching.values()):
+        raise SourceError(
+            f"checkpoint {address}: none of its {len(weights)} tensors fits {type(model).__name__} "
+            f"(it has {_some(weights)}; the model expects {_some(own)}): name the timm model it was trained with"
+        )
+    model.load_state_dict(matching, strict=False)
+    shapes = [
+        f"{key} {tuple(weights[key].shape)} for {tuple(own[key].shape)}"
+        for key in weights
+        if key in own and key not in matching
+    ]
+    unused = [key for key in weights if key not in own]
+    missing = [key for key in own if key not in weights]
+    say(f"checkpoint {address}: {len(matching)} of {len(own)} tensors loaded")
+    for what, keys in (
+        ("of another shape", shapes),
+        ("not in the model", unused),
+        ("not in the file, left random", missing),
+    ):
+        if keys:
+            say(f"checkpoint {address}: {len(keys)} {what}: {_some(keys, 12)}")
+
+
+def read_weights(address: str) -> dict[str, Tensor]:
+    """The flat name -> tensor mapping of a .safetensors or a torch file (weights only, nothing is executed)."""
+    if "://" in address:
+        raise SourceError(f"checkpoint {address}: weights are read from local files; copy it beside the config first")
+    path = Path(address)
+    if not path.is_file():
+        raise SourceError(f"checkpoint {address}: there is no such file; correct backbone.checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # every way a file can be broken ends in the same sentence
+        raise SourceError(
+            f"checkpoint {address}: not a readable file of weights ({type(error).__name__}: {_first_line(error)}); "
+            "save its state dict with safetensors or torch.save"
+        ) from error
+    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
+        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    found = (
+        {key: value for key, value in content.items() if isinstance(value, Tensor)}
+        if isinstance(content, Mapping)
+        else {}
+    )
+    if not found:
+        raise SourceError(f"checkpoint {address}: holds no named tensors; save the network's state dict")
+    return found
+
+
+def strip_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keys without what wrappers put before them. Where student and teacher are both there, the teacher's win."""
+    ordered: dict[str, Tensor] = {}
+    for key, value in sorted(weights.items(), key=lambda item: "teacher." in item[0]):
+        while prefix := next((prefix for prefix in _PREFIXES if key.startswith(prefix)), None):
+            key = key[len(prefix) :]
+        ordered[key] = value
+    return ordered
+
+
+def _fit(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """The position table for the model's grid and prefix tokens."""
+    table = getattr(model, "pos_embed", None)
+    found = weights.get("pos_embed")
+    if not isinstance(table, Tensor) or found is None or found.ndim != 3 or found.shape == table.shape:
+        return weights
+    from timm.layers import resample_abs_pos_embed
+
+    wanted = 0 if getattr(model, "no_embed_class", False) else int(getattr(model, "num_prefix_tokens", 0))
+    cells = found.shape[1]
+    prefix = next((n for n in (wanted, 1, 0) if round((cells - n) ** 0.5) ** 2 == cells - n), None)
+    if prefix is None or prefix < wanted:
+        return weights
+    side = round((cells - prefix) ** 0.5)
+    grid = tuple(model.patch_embed.grid_size)
+    resized = resample_abs_pos_embed(found[:, prefix - wanted :], grid, (side, side), num_prefix_tokens=wanted)
+    return {**weights, "pos_embed": resized}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def _some(keys: Any, limit: int = 4) -> str:
+    names = list(keys)
+    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
