@@ -1,0 +1,106 @@
+"""Puts one rank's training run together from a config and its input artifacts. No Ray: the Ray Train worker, the
+driver's own process and the benchmarks all call this."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from pipeline.errors import SourceError
+from pipeline.store import Artifact
+from stages.models.encoder import Encoder
+from stages.pretrain.data import ImageSource, TrainData
+from stages.pretrain.loop import Run
+from stages.pretrain.stage import PretrainConfig
+from stages.tables import Table
+
+
+def assemble(
+    config: PretrainConfig,
+    inputs: Mapping[str, Artifact],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    loader_workers: int = 0,
+) -> Run:
+    """The method, its data and its schedule lengths, for `rank` of `world_size`.
+
+    Args:
+        inputs: finished artifacts by dotted input path ("images", "init", "method.neighbors", ...).
+
+    Raises: SourceError when the chosen split has no image, ValueError when the ranks do not divide the batch.
+    """
+    device = torch.device(device)
+    share = config.batch_size // config.accumulate
+    if share % world_size:
+        raise ValueError(
+            f"batch_size / accumulate is {share}, which {world_size} workers do not divide: change resources.workers"
+        )
+    sources = image_sources(config, inputs)
+    images = sum(len(source.ids) for source in sources)
+    total_steps, steps_per_epoch = config.total_steps(images), config.steps_per_epoch(images)
+
+    # Student, heads and queues start the same on every rank and in every world size.
+    torch.manual_seed(config.seed)
+    encoder = Encoder.load(inputs["init"]) if config.init else Encoder.build(_backbone(config))
+    method = config.method.build(
+        encoder, total_steps=total_steps, steps_per_epoch=steps_per_epoch, global_batch=config.batch_size
+    )
+    renderer = config.renderer if config.renderer != "auto" else ("gpu" if device.type == "cuda" else "cpu")
+    data = TrainData(
+        sources,
+        method.view_plan(),
+        global_batch=share,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        workers=loader_workers,
+        renderer=renderer,
+        mean=encoder.mean,
+        std=encoder.std,
+    )
+    return Run(method, data, config, config.method.weights, total_steps, steps_per_epoch, device)
+
+
+def image_sources(config: PretrainConfig, inputs: Mapping[str, Artifact]) -> list[ImageSource]:
+    """The image sets to mix, each with the method's tables that were made from it."""
+    tables = {path: artifact for path, artifact in inputs.items() if path.startswith("method.")}
+    sources = []
+    for path, mix in config.image_sources():
+        artifact = inputs[path]
+        mine = {a.kind: Table.open(a) for a in tables.values() if made_from(a, artifact)}
+        sources.append(
+            ImageSource(
+                images=Table.open(artifact),
+                ids=_split_ids(artifact, config.split, path),
+                weight=mix.weight,
+                role=mix.role,
+                boxes=mine.get("boxes"),
+                superpixels=mine.get("superpixels"),
+                neighbors=mine.get("neighbors"),
+            )
+        )
+    return sources
+
+
+def made_from(table: Artifact, images: Artifact) -> bool:
+    """Whether a table (boxes, superpixels, neighbours) describes this image set, by its manifest."""
+    origin = table.manifest.inputs.get("images") or table.manifest.notes.get("images")
+    return origin == f"{images.kind}/{images.fingerprint}"
+
+
+def _split_ids(artifact: Artifact, split: str | None, path: str) -> list[int]:
+    table = Table.open(artifact, columns=["image_id", "split"])
+    splits = [str(value) for value in table.column("split")]
+    wanted = split or ("train" if "train" in splits else None)
+    ids = [int(i) for i, name in zip(table.ids, splits, strict=True) if wanted is None or name == wanted]
+    if not ids:
+        raise SourceError(f"{path}: no image of split {wanted!r}; there are {', '.join(sorted(set(splits)))}")
+    return ids
+
+
+def _backbone(config: PretrainConfig):  # type: ignore[no-untyped-def]
+    assert config.backbone is not None  # the config's validator saw to it
+    return config.backbone
