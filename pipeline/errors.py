@@ -42,7 +42,8 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}: " if self.file and self.line else f"{self.file}: " if self.file else ""
-        return f"{place}{self.path}: {self.rule}" + (f" ({self.remedy})" if self.remedy else "")
+        path = f"{self.path}: " if self.path else ""  # a file that is no YAML at all has no path yet
+        return f"{place}{path}{self.rule}" + (f" ({self.remedy})" if self.remedy else "")
 
 
 class ConfigError(UsageError):

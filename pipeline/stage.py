@@ -11,9 +11,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+from typing_extensions import TypeAliasType
 
 if TYPE_CHECKING:
     from pipeline.store import Artifact, ArtifactWriter
@@ -25,10 +28,16 @@ class InputKind:
 
     kinds: tuple[str, ...]
 
+    def __get_pydantic_json_schema__(self, core: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {**handler(core), "description": f"the name of a stage of kind {' or '.join(self.kinds)}"}
+
 
 @dataclass(frozen=True)
 class SourceMark:
     """Marks a config field as a path or address whose content belongs to the fingerprint."""
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {**handler(core), "description": "a path or an s3://, gs://, az:// address; its content counts"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,15 @@ NoFingerprint = NoFingerprintMark()  # use: `log_every: Annotated[int, NoFingerp
 class Settings(BaseModel):
     """Base of everything inside a config: unknown keys are errors, values do not change once validated."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        arbitrary_types_allowed=False,
+        ser_json_inf_nan="constants",  # or infinity would dump, and fingerprint, as null
+    )
+    # Entry-point group of the classes that may stand in for this one, chosen by the key `name`; None: only itself.
+    variant_group: ClassVar[str | None] = None
 
 
 class Resources(Settings):
@@ -75,6 +92,7 @@ class StageConfig(Settings):
 
 
 C = TypeVar("C", bound=StageConfig)
+M = TypeVar("M")
 
 
 @dataclass
@@ -83,10 +101,10 @@ class Context:
 
     name: str  # the stage's name in the pipeline
     fingerprint: str
-    inputs: Mapping[str, Artifact]  # dotted field path -> finished artifact, e.g. {"images": ..., "method.neighbors": ...}
+    inputs: Mapping[str, Artifact]  # dotted field path -> finished artifact: {"images": ..., "method.neighbors": ...}
     output: ArtifactWriter  # where the artifact grows; `output.progress` survives a kill, `output.scratch` does not
     resources: Resources
-    log_metrics: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None  # goes to MLflow, by the driver
+    log_metrics: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None  # to MLflow, by the driver
     progress: Callable[[float, float, str], None] = lambda done, total, unit: None  # drives the progress bar
     say: Callable[[str], None] = print  # one line for the user
 
@@ -138,54 +156,79 @@ class Edge:
 
 def edges(config: BaseModel) -> list[Edge]:
     """All `Input` fields of a validated config, nested ones and lists of them included, in field order."""
-    return [Edge(path, mark.kinds, value) for path, mark, value in _marked(config, InputKind) if value is not None]
+    found = []
+    for path, marks, value in _marked(config, InputKind):
+        if isinstance(value, str):
+            found.append(Edge(path, tuple(dict.fromkeys(kind for mark in marks for kind in mark.kinds)), value))
+    return found
 
 
 def sources(config: BaseModel) -> dict[str, str]:
     """All `Source` fields that are set: dotted path -> path or address."""
-    return {path: value for path, _, value in _marked(config, SourceMark) if value is not None}
+    return {path: value for path, _, value in _marked(config, SourceMark) if isinstance(value, str)}
 
 
 def unfingerprinted(config: BaseModel) -> list[str]:
-    """Dotted paths of the fields that never change the artifact."""
+    """Dotted paths of the fields that never change the artifact; a path stands for everything below it."""
     return [path for path, _, _ in _marked(config, NoFingerprintMark)]
 
 
-def _marked(model: BaseModel, mark_type: type, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def field_name(name: str, info: FieldInfo) -> str:
+    """What YAML calls a field: its alias, where a Python keyword (`from`) forced another name on it."""
+    return info.alias or name
+
+
+def arms(annotation: Any, marks: tuple[Any, ...] = ()) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The plain types an annotation allows, each with the marks on it: `Annotated`, unions and aliases opened."""
+    if isinstance(annotation, TypeAliasType):
+        return arms(annotation.__value__, marks)
+    if get_origin(annotation) is Annotated:
+        return arms(annotation.__origin__, (*marks, *annotation.__metadata__))
+    if get_origin(annotation) in (Union, UnionType):
+        return [arm for part in get_args(annotation) for arm in arms(part, marks)]
+    return [(annotation, marks)]
+
+
+def _marked(model: BaseModel, mark: type[M], prefix: str = "") -> Iterator[tuple[str, list[M], Any]]:
     for name, info in type(model).model_fields.items():
-        value = getattr(model, name)
-        path = f"{prefix}{info.alias or name}"
-        marks = [m for m in _annotation_marks(info.annotation, info.metadata) if isinstance(m, mark_type)]
-        if marks and not isinstance(value, BaseModel | list | dict):
-            yield path, marks[0], value
-            continue
-        if marks and mark_type is NoFingerprintMark:
-            yield path, marks[0], value
-            continue
-        yield from _nested(value, marks, mark_type, path)
+        path = f"{prefix}{field_name(name, info)}"
+        yield from _walk(info.annotation, tuple(info.metadata), getattr(model, name), mark, path)
 
 
-def _nested(value: Any, marks: list[Any], mark_type: type, path: str) -> Iterator[tuple[str, Any, Any]]:
+def _walk(
+    annotation: Any, inherited: tuple[Any, ...], value: Any, mark: type[M], path: str
+) -> Iterator[tuple[str, list[M], Any]]:
+    """Follow value and annotation together, so that a mark reaches what it was put on and nothing beside it."""
+    allowed = arms(annotation, inherited)
+    if mark is NoFingerprintMark and (marks := _of(mark, allowed)):
+        yield path, marks, value
+        return
     if isinstance(value, BaseModel):
-        yield from _marked(value, mark_type, f"{path}.")
-    elif isinstance(value, list | tuple):
+        yield from _marked(value, mark, f"{path}.")
+    elif isinstance(value, list | tuple | set | frozenset):
+        items, outer = _inside(allowed, mapping=False)
         for i, item in enumerate(value):
-            if marks and isinstance(item, str):
-                yield f"{path}.{i}", marks[0], item
-            else:
-                yield from _nested(item, marks, mark_type, f"{path}.{i}")
+            yield from _walk(items, outer, item, mark, f"{path}.{i}")
     elif isinstance(value, dict):
+        items, outer = _inside(allowed, mapping=True)
         for key, item in value.items():
-            if marks and isinstance(item, str):
-                yield f"{path}.{key}", marks[0], item
-            else:
-                yield from _nested(item, marks, mark_type, f"{path}.{key}")
+            yield from _walk(items, outer, item, mark, f"{path}.{key}")
+    elif marks := _of(mark, [arm for arm in allowed if not get_args(arm[0]) or get_origin(arm[0]) is Literal]):
+        yield path, marks, value
 
 
-def _annotation_marks(annotation: Any, metadata: list[Any]) -> list[Any]:
-    """Marks on the field itself and inside its Optional, union or list arms (`Input["boxes"] | None`)."""
-    found = list(metadata)
-    found += getattr(annotation, "__metadata__", ())
-    for arm in getattr(annotation, "__args__", ()):
-        found += _annotation_marks(arm, [])
-    return found
+def _of(mark: type[M], allowed: list[tuple[Any, tuple[Any, ...]]]) -> list[M]:
+    return list(dict.fromkeys(found for _, marks in allowed for found in marks if isinstance(found, mark)))
+
+
+def _inside(allowed: list[tuple[Any, tuple[Any, ...]]], *, mapping: bool) -> tuple[Any, tuple[Any, ...]]:
+    """The annotation of a container's items, and the marks that were put on the container as a whole."""
+    parts: list[Any] = []
+    outer: list[Any] = []
+    for annotation, marks in allowed:
+        origin, arguments = get_origin(annotation), get_args(annotation)
+        if not isinstance(origin, type) or issubclass(origin, Mapping) is not mapping:
+            continue
+        parts += arguments[-1:] if mapping else [part for part in arguments if part is not Ellipsis]
+        outer += marks
+    return (Union[tuple(parts)] if parts else Any), tuple(outer)  # noqa: UP007 - built at run time
