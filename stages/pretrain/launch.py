@@ -48,7 +48,7 @@ def pretrain(config: PretrainConfig, context: Context) -> Outcome:
 def _write(config: PretrainConfig, context: Context, method: Any, progress: Progress) -> Outcome:
     encoder = method.encoder()
     with tempfile.TemporaryDirectory() as folder:
-        encoder.save(Path(folder), method=config.method.model_dump(mode="json"))
+        encoder.save(Path(folder), method=config.method.name)
         for file in sorted(Path(folder).iterdir()):
             context.output.put_file(file.name, file)
     context.output.put_file("curves.json", json.dumps(progress.curves).encode())
@@ -175,8 +175,8 @@ def _train_on_ray(config: PretrainConfig, context: Context, rows: Rows) -> Path:
     cpus = config.resources.cpus or max(1, int(cpus_there // workers))
     if cpus * workers > cpus_there:
         raise ClusterError(
-            f"stages.{context.name}: {workers} workers with {cpus:g} CPUs each need {cpus * workers:g}, the cluster has "
-            f"{cpus_there:g}: lower resources.workers or resources.cpus"
+            f"stages.{context.name}: {workers} workers with {cpus:g} CPUs each need {cpus * workers:g}, "
+            f"the cluster has {cpus_there:g}: lower resources.workers or resources.cpus"
         )
     relay = ray.remote(num_cpus=0)(Relay).remote()
     trainer = TorchTrainer(
