@@ -50,7 +50,7 @@ class Encoder(nn.Module):
     (2, 192, 6, 6).
     """
 
-    def __init__(self, model: nn.Module, backbone: Backbone, timm_kwargs: dict[str, Any]) -> None:
+    def __init__(self, model: Any, backbone: Backbone, timm_kwargs: dict[str, Any]) -> None:
         super().__init__()
         self.model: Any = model  # timm's classes carry no types
         self.backbone = backbone
@@ -167,7 +167,7 @@ class Encoder(nn.Module):
             tokens = model.pos_drop(tokens)
         return model.norm_pre(model.patch_drop(tokens)), (h, w)
 
-    def _filter_residual(self, tokens: Tensor, block: nn.Module, h: int, w: int) -> Tensor:
+    def _filter_residual(self, tokens: Tensor, block: Any, h: int, w: int) -> Tensor:
         """`pre_last`: the filter sees the last block's LN1 input, its result joins the residual stream (1.5)."""
         prefix = self.model.num_prefix_tokens
         fused = self.filter(_to_map(block.norm1(tokens)[:, prefix:], h, w))
