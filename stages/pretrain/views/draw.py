@@ -1,0 +1,201 @@
+"""Draws of the standard multi-crop: where every view lies and how it is coloured, as plain numbers.
+
+No pixel is touched here. The generator comes from (seed, epoch, source, image id), so that an image gets the same
+views in whatever process, rank or order it is read.
+
+`Draw.colour` may hold: "brightness", "contrast", "saturation" (factors), "hue" (turn, in [-0.5, 0.5]), "order" (the
+jitter's operations in order, as names), "gray" (True), "blur" (sigma in view pixels), "solarize" (threshold in [0, 1]).
+An operation that is not applied is not in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.pretrain.views.geometry import crop_affine, rectangle
+from stages.pretrain.views.plan import Draw, Drawn, ImageRow, Photometric, ViewPlan, ViewSpec
+
+OVERLAP_TRIES = 100  # crops drawn for `min_overlap` before the one that overlaps most is taken
+MAX_REDUCTION = 8  # the coarsest scale at which a JPEG can be decoded
+
+Rect = tuple[float, float, float, float]  # x0, y0, x1, y1
+
+
+def generator(seed: int, epoch: int, source: int, image_id: int, again: int = 0) -> np.random.Generator:
+    """The generator of one image in one epoch. `again` tells apart the passes of a small set within an epoch."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, source, image_id, again])))
+
+
+def draw(plan: ViewPlan, rng: np.random.Generator, row: ImageRow, neighbor: ImageRow | None = None) -> Drawn:
+    """All draws of one image: the plan's own drawer for its views where it has one, the standard one otherwise.
+
+    Views `of="neighbor"` are drawn the standard way from `neighbor`; without a neighbour there are none.
+    """
+    own = tuple(spec for spec in plan.views if spec.of == "image")
+    drawn = plan.drawer(rng, row) if plan.drawer else Drawn(draw_views(own, rng, row.width, row.height))
+    others = tuple(spec for spec in plan.views if spec.of == "neighbor")
+    if neighbor is None or not others or drawn.skipped:
+        return drawn
+    return Drawn([*drawn.draws, *draw_views(others, rng, neighbor.width, neighbor.height)], drawn.extras)
+
+
+def draw_views(specs: Sequence[ViewSpec], rng: np.random.Generator, width: int, height: int) -> list[Draw]:
+    """Random resized crops in the order of `specs`, in whole pixels of the image.
+
+    A spec with a parent must come after it; its i-th crop lies in the parent's i-th (modulo their count), and its
+    scale and ratio are those of a crop of the parent's square view, as in a crop of a crop (methods.md 3.3).
+    Where `min_overlap` asks for more than OVERLAP_TRIES crops can give, the crop that overlaps most is taken.
+    """
+    rects: dict[str, list[Rect]] = {}
+    draws = []
+    sizes = {spec.name: spec.size for spec in specs}
+    for spec in specs:
+        mine = rects.setdefault(spec.name, [])
+        for i in range(spec.count):
+            others = rects.get(spec.overlap_with, []) if spec.overlap_with else []
+            parent = rects[spec.parent][i % len(rects[spec.parent])] if spec.parent else None
+            parent_size = sizes[spec.parent] if spec.parent else 0
+            rect = _overlapping(spec, rng, width, height, parent, parent_size, others)
+            mine.append(rect)
+            flip = bool(rng.random() < spec.flip_p)
+            colour = draw_colour(_photometric(spec, i), rng)
+            affine = crop_affine(np.asarray(rect, np.float64), spec.size, flip)
+            draws.append(Draw(spec.name, affine, spec.size, colour, spec.labels, spec.of, spec.interpolation))
+    return draws
+
+
+def reduction(draws: Sequence[Draw]) -> int:
+    """The coarsest scale (1, 2, 4 or 8) at which an image may be decoded so that no view loses resolution."""
+    finest = float(MAX_REDUCTION)
+    for item in draws:
+        finest = min(finest, abs(float(item.affine[0, 0])), abs(float(item.affine[1, 1])))
+    return _power_of_two(finest)
+
+
+# ----------------------------------------------------------------------------------------------------------- crops
+def random_crop(
+    rng: np.random.Generator, width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], size: int
+) -> Rect:
+    """A random resized crop in whole pixels (torchvision's rule: ten tries, then the largest central crop).
+
+    A crop at least twice as fine as its view starts and ends at multiples of that power of two, less than a view
+    pixel away: so it falls on whole pixels of an image decoded at a reduced scale too.
+    """
+    w, h = _sides(rng, width, height, scale, ratio)
+    w, h = max(1, min(width, round(w))), max(1, min(height, round(h)))
+    x, y = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+    step = _power_of_two(min(w, h) / size)
+    return x // step * step, y // step * step, (x // step + w // step) * step, (y // step + h // step) * step
+
+
+def nested_crop(
+    rng: np.random.Generator, parent: Rect, scale: tuple[float, float], ratio: tuple[float, float], size: int, own: int
+) -> Rect:
+    """A crop of the view (`size` x `size`) that shows `parent`, in whole image pixels and never outside `parent`."""
+    w, h = _sides(rng, size, size, scale, ratio)
+    x, y = rng.uniform(0, size - w), rng.uniform(0, size - h)
+    fx, fy = (parent[2] - parent[0]) / size, (parent[3] - parent[1]) / size
+    step = _power_of_two(min(w * fx, h * fy) / own)
+    x0, x1 = _inward(parent[0] + x * fx, parent[0] + (x + w) * fx, step)
+    y0, y1 = _inward(parent[1] + y * fy, parent[1] + (y + h) * fy, step)
+    return x0, y0, x1, y1
+
+
+def _inward(low: float, high: float, step: int) -> tuple[float, float]:
+    """The multiples of `step` inside [low, high]; where there is no room for one, the numbers as they are."""
+    a, b = math.ceil(low / step - 1e-9) * step, math.floor(high / step + 1e-9) * step
+    return (a, b) if b > a else (low, high)
+
+
+def _sides(
+    rng: np.random.Generator, width: float, height: float, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[float, float]:
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(low, high))
+        w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        if w <= width + 1e-6 and h <= height + 1e-6:
+            return min(w, width), min(h, height)
+    return min(width, height * ratio[1]), min(height, width / ratio[0])
+
+
+def _overlapping(
+    spec: ViewSpec,
+    rng: np.random.Generator,
+    width: int,
+    height: int,
+    parent: Rect | None,
+    parent_size: int,
+    others: Sequence[Rect],
+) -> Rect:
+    if spec.whole:
+        return 0, 0, width, height
+    best, most = (0.0, 0.0, 0.0, 0.0), -1.0
+    for _ in range(OVERLAP_TRIES):
+        if parent is not None:
+            rect = nested_crop(rng, parent, spec.scale, spec.ratio, parent_size, spec.size)
+        else:
+            rect = random_crop(rng, width, height, spec.scale, spec.ratio, spec.size)
+        if not others or spec.min_overlap <= 0:
+            return rect
+        least = min(_common(rect, other) for other in others)
+        if least > spec.min_overlap * width * height:
+            return rect
+        if least > most:
+            best, most = rect, least
+    return best
+
+
+def _common(a: Rect, b: Rect) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _power_of_two(scale: float) -> int:
+    """The largest of 1, 2, 4, 8 that is not above `scale`, 1 for smaller ones."""
+    return max(1, min(MAX_REDUCTION, 1 << (max(1, int(scale + 1e-9)).bit_length() - 1)))
+
+
+def shown(item: Draw) -> NDArray[np.float64]:
+    """The rectangle (4,) of the image that a draw shows."""
+    return rectangle(item.affine, item.size)
+
+
+# ---------------------------------------------------------------------------------------------------------- colour
+def draw_colour(photometric: Photometric, rng: np.random.Generator) -> dict[str, Any]:
+    """Draws the photometric parameters of one view; see the top of this file for the keys."""
+    p, colour = photometric, dict[str, Any]()
+    if any(p.jitter) and rng.random() < p.jitter_p:
+        names = ("brightness", "contrast", "saturation", "hue")
+        for name, strength in zip(names, p.jitter, strict=True):
+            if strength and name == "hue":
+                colour[name] = float(rng.uniform(-strength, strength))
+            elif strength:
+                colour[name] = float(rng.uniform(max(0.0, 1 - strength), 1 + strength))
+        colour["order"] = tuple(names[i] for i in rng.permutation(4) if names[i] in colour)
+    if rng.random() < p.gray_p:
+        colour["gray"] = True
+    blur_p, solarize_p = p.blur_p, p.solarize_p
+    if p.blur_else_solarize_p is not None:
+        if rng.random() < p.blur_else_solarize_p:
+            solarize_p = 0.0
+        else:
+            blur_p = 0.1  # methods.md 3.3
+    if rng.random() < blur_p:
+        colour["blur"] = float(rng.uniform(*p.blur_sigma))
+    if rng.random() < solarize_p:
+        colour["solarize"] = p.solarize_threshold
+    return colour
+
+
+def _photometric(spec: ViewSpec, index: int) -> Photometric:
+    if isinstance(spec.photometric, Photometric):
+        return spec.photometric
+    if len(spec.photometric) != spec.count:
+        raise ValueError(f"view {spec.name!r} has {spec.count} crops and {len(spec.photometric)} photometric settings")
+    return spec.photometric[index]

@@ -1,0 +1,179 @@
+"""Where a view lies in its image, and where two views of one image show the same thing. Pure functions.
+
+Every function takes numpy arrays (drawing, one image) or torch tensors (losses, whole batches) with any leading
+axes, and gives back the same kind. Coordinates are continuous: pixel i covers [i, i+1).
+
+Legend: an affine (..., 2, 3) maps view pixels to stored-image pixels; views are axis-aligned and may be mirrored
+left to right, so it reads [[sx, 0, tx], [0, sy, ty]] with sx < 0 in a mirrored view. Boxes (..., 4) are x0, y0, x1, y1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = TypeVar("Array", np.ndarray[Any, Any], Tensor)
+
+
+def _lib(array: Any) -> Any:
+    return torch if isinstance(array, Tensor) else np
+
+
+# ------------------------------------------------------------------------------------------------------ one affine
+def crop_affine(box: Array, size: int, flip: bool = False) -> Array:
+    """The affine (..., 2, 3) of a view of `size` x `size` pixels that shows `box` (..., 4) of the image.
+
+    `flip` mirrors left to right: the view's left edge is then the box's right edge.
+    """
+    lib = _lib(box)
+    x0, y0, x1, y1 = (box[..., i] for i in range(4))
+    sx, sy, zero = (x1 - x0) / size, (y1 - y0) / size, x0 * 0
+    row_x = lib.stack([-sx, zero, x1] if flip else [sx, zero, x0], -1)
+    return lib.stack([row_x, lib.stack([zero, sy, y0], -1)], -2)
+
+
+def apply(affine: Array, points: Array) -> Array:
+    """Points (..., n, 2) as x, y through an affine (..., 2, 3)."""
+    lib = _lib(affine)
+    return points @ lib.swapaxes(affine[..., :2], -1, -2) + affine[..., None, :, 2]
+
+
+def compose(outer: Array, inner: Array) -> Array:
+    """First `inner`, then `outer`: of a crop of a view and that view, the crop's affine into the image."""
+    lib = _lib(outer)
+    linear = outer[..., :2] @ inner[..., :2]
+    shift = outer[..., :2] @ inner[..., 2:] + outer[..., 2:]
+    return lib.concatenate([linear, shift], -1)
+
+
+def invert(affine: Array) -> Array:
+    """Image pixels -> view pixels."""
+    lib = _lib(affine)
+    linear = lib.linalg.inv(affine[..., :2])
+    return lib.concatenate([linear, -linear @ affine[..., 2:]], -1)
+
+
+def flipped(affine: Array) -> Array:
+    """(...,) bool: which views are mirrored left to right."""
+    return affine[..., 0, 0] < 0
+
+
+def rectangle(affine: Array, size: int) -> Array:
+    """The box (..., 4) of the image that a view of `size` pixels shows."""
+    lib = _lib(affine)
+    tx, ty = affine[..., 0, 2], affine[..., 1, 2]
+    ex, ey = tx + affine[..., 0, 0] * size, ty + affine[..., 1, 1] * size
+    return lib.stack([lib.minimum(tx, ex), lib.minimum(ty, ey), lib.maximum(tx, ex), lib.maximum(ty, ey)], -1)
+
+
+# ----------------------------------------------------------------------------------------------------------- boxes
+def intersect(a: Array, b: Array) -> tuple[Array, Array]:
+    """The common box of two, and whether it has an area (false for boxes that only touch)."""
+    lib = _lib(a)
+    low, high = lib.maximum(a[..., :2], b[..., :2]), lib.minimum(a[..., 2:], b[..., 2:])
+    return lib.concatenate([low, lib.maximum(low, high)], -1), (high > low).all(-1)
+
+
+def area(box: Array) -> Array:
+    """In square pixels; 0 for an empty box."""
+    sides = (box[..., 2:] - box[..., :2]).clip(0, None)
+    return sides[..., 0] * sides[..., 1]
+
+
+def to_image(box: Array, affine: Array) -> Array:
+    """Boxes of a view, in that view's pixels, as boxes of the image. `affine` broadcasts over the boxes."""
+    lib = _lib(box)
+    scale, shift = _diagonal(affine), affine[..., 2]
+    a, b = box[..., :2] * scale + shift, box[..., 2:] * scale + shift
+    return lib.concatenate([lib.minimum(a, b), lib.maximum(a, b)], -1)
+
+
+def to_view(box: Array, affine: Array) -> Array:
+    """Boxes of the image in a view's pixels, not clipped; mirrored where the view is."""
+    lib = _lib(box)
+    scale, shift = _diagonal(affine), affine[..., 2]
+    a, b = (box[..., :2] - shift) / scale, (box[..., 2:] - shift) / scale
+    return lib.concatenate([lib.minimum(a, b), lib.maximum(a, b)], -1)
+
+
+def clip_to_view(box: Array, affine: Array, size: int, min_side: float = 1.0) -> tuple[Array, Array]:
+    """Boxes of the image, cut at the view's edge, in the view's pixels.
+
+    Args:
+        box: (..., 4) in image pixels; affine (..., 2, 3) broadcasts: give it an axis (`affine[:, None]`) for K boxes.
+        min_side: a box that keeps less than this many view pixels on a side is not valid.
+
+    Returns: boxes (..., 4) with 0 <= x0 <= x1 <= size, and valid (...,) bool.
+    """
+    inside = to_view(box, affine).clip(0, size)
+    return inside, ((inside[..., 2:] - inside[..., :2]) >= min_side).all(-1)
+
+
+def _diagonal(affine: Array) -> Array:
+    return _lib(affine).stack([affine[..., 0, 0], affine[..., 1, 1]], -1)
+
+
+# --------------------------------------------------------------------------------------------- two views of an image
+def overlap(affine_a: Array, affine_b: Array, size_a: int, size_b: int) -> tuple[Array, Array, Array]:
+    """The rectangle that two views share, in the pixels of each (methods.md 0.7).
+
+    Args:
+        affine_a, affine_b: (..., 2, 3), broadcast against each other: (G, 1, B, 2, 3) with (1, V, B, 2, 3) gives the
+            tables gc[g, v] (first result) and all[v, g] (second result, transposed) of Leopart.
+
+    Returns: boxes (..., 4) in a's pixels, boxes (..., 4) in b's pixels, and whether there is an overlap (...,). The
+        boxes of a pair without one are empty (x0 == x1 or y0 == y1) and inside both views.
+
+    RoIAlign reads both boxes left to right: where exactly one of two views is mirrored, so are its regions
+    (`unmirror` puts them back).
+    """
+    common, valid = intersect(rectangle(affine_a, size_a), rectangle(affine_b, size_b))
+    # Clipping removes float dust: a box of 224.00002 pixels is outside its view.
+    return to_view(common, affine_a).clip(0, size_a), to_view(common, affine_b).clip(0, size_b), valid
+
+
+def feature_boxes(box: Array, stride: float) -> Array:
+    """Boxes in view pixels as boxes in feature-map units, what RoIAlign(aligned=True) takes (methods.md 0.6)."""
+    return box / stride
+
+
+def roi_rows(boxes_BK4: Tensor) -> Tensor:
+    """Boxes (B, 4) or (B, K, 4) as RoIAlign's rows (B*K, 5), the image's index first."""
+    boxes_BK4 = boxes_BK4[:, None] if boxes_BK4.dim() == 2 else boxes_BK4
+    images, count = boxes_BK4.shape[:2]
+    index = torch.arange(images, device=boxes_BK4.device, dtype=boxes_BK4.dtype).repeat_interleave(count)
+    return torch.cat([index[:, None], boxes_BK4.reshape(-1, 4)], 1)
+
+
+def unmirror(maps_BDhw: Tensor, mirrored_B: Tensor) -> Tensor:
+    """Turns the maps of mirrored views back, so that left is left in the image; differentiable.
+
+    Args:
+        maps_BDhw: (B, D, h, w) feature maps or RoIAlign's regions.
+        mirrored_B: (B,) bool, `flipped(affine)`.
+    """
+    return torch.where(mirrored_B[:, None, None, None], maps_BDhw.flip(-1), maps_BDhw)
+
+
+def correspondence(
+    affine_a: Tensor, affine_b: Tensor, size_a: int, size_b: int, steps: int | tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """For the centre of every cell of a grid over view a, the place in view b that shows the same image point.
+
+    Args:
+        affine_a, affine_b: (..., 2, 3). steps: cells of the grid (rows, columns), e.g. the feature map's height, width.
+
+    Returns: grid (..., rows, columns, 2) in [-1, 1] for `grid_sample(align_corners=False)` on any map of view b, and
+        (..., rows, columns) bool: whether the point lies inside view b.
+    """
+    rows, columns = (steps, steps) if isinstance(steps, int) else steps
+    y = (torch.arange(rows, device=affine_a.device, dtype=affine_a.dtype) + 0.5) * (size_a / rows)
+    x = (torch.arange(columns, device=affine_a.device, dtype=affine_a.dtype) + 0.5) * (size_a / columns)
+    yy, xx = torch.meshgrid(y, x, indexing="ij")
+    centers = torch.stack([xx, yy], -1).reshape(-1, 2)
+    points = apply(invert(affine_b), apply(affine_a, centers.expand(*affine_a.shape[:-2], -1, 2)))
+    grid = (points / size_b * 2 - 1).reshape(*points.shape[:-2], rows, columns, 2)
+    return grid, (grid.abs() <= 1).all(-1)

@@ -1,0 +1,135 @@
+"""Turns draws into pixels on a CPU: OpenCV on uint8, one image after the other.
+
+What is rendered (render_gpu.py computes the same, see tests/stages/pretrain/test_renderers.py): along each axis on its
+own, a crop that is finer than its view is averaged over each view pixel's exact area, a coarser one interpolated
+(bilinear or bicubic, edge repeated). What lies outside the image is black. Then the colour operations, in the draw's
+order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.pretrain.views.draw import shown
+from stages.pretrain.views.plan import Draw
+
+Pixels = NDArray[np.uint8]
+GRAY = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL and torchvision weigh red, green and blue
+_TAPS = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
+_EYE = np.eye(3, 4, dtype=np.float32)
+
+
+def render(image: Pixels, item: Draw, reduced: int = 1) -> Pixels:
+    """One view (size, size, 3) uint8 RGB.
+
+    Args:
+        image: (h, w, 3) RGB; the stored image, or that image decoded at 1/`reduced` of its size (sides rounded up).
+    """
+    return recolour(cut(image, item, reduced), item.colour)
+
+
+def cut(image: Pixels, item: Draw, reduced: int = 1) -> Pixels:
+    """The view's pixels before any colour operation: (size, size, 3) uint8."""
+    rect = shown(item) / reduced
+    whole = np.rint(rect)
+    height, width = image.shape[:2]
+    if np.abs(rect - whole).max() < 1e-6 and whole[:2].min() >= 0 and whole[2] <= width and whole[3] <= height:
+        x0, y0, x1, y1 = whole.astype(int)
+        view = _resize(image[y0:y1, x0:x1], item.size, item.interpolation)
+    else:
+        view = _cut_anywhere(image, rect, item)
+    return cv2.flip(view, 1) if item.affine[0, 0] < 0 else view
+
+
+def cut_labels(labels: NDArray[Any], item: Draw) -> NDArray[np.int32]:
+    """A label map (H, W) of the stored image cut as the view, nearest pixel: (size, size), -1 outside the image."""
+    x = np.floor(item.affine[0, 0] * (np.arange(item.size) + 0.5) + item.affine[0, 2]).astype(np.int64)
+    y = np.floor(item.affine[1, 1] * (np.arange(item.size) + 0.5) + item.affine[1, 2]).astype(np.int64)
+    height, width = labels.shape
+    found = labels[np.clip(y, 0, height - 1)[:, None], np.clip(x, 0, width - 1)].astype(np.int32)
+    found[(y < 0) | (y >= height)] = -1
+    found[:, (x < 0) | (x >= width)] = -1
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- pixels
+def _resize(crop: Pixels, size: int, interpolation: str) -> Pixels:
+    height, width = crop.shape[:2]
+    if height >= size and width >= size:
+        return cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA)
+    if height > size:  # finer along one axis, coarser along the other: average first, then interpolate
+        crop = cv2.resize(crop, (width, size), interpolation=cv2.INTER_AREA)
+    elif width > size:
+        crop = cv2.resize(crop, (size, height), interpolation=cv2.INTER_AREA)
+    return cv2.resize(crop, (size, size), interpolation=_TAPS[interpolation])
+
+
+def _cut_anywhere(image: Pixels, rect: NDArray[np.float64], item: Draw) -> Pixels:
+    """For crops between pixels or past the edge: resampled to the nearest whole grid that is as fine, then averaged."""
+    size = item.size
+    height, width = image.shape[:2]
+    spans = rect[2:] - rect[:2]
+    cells = np.maximum(np.ceil(spans - 1e-6), size).astype(int)  # columns, rows of that grid
+    scale = spans / cells
+    shift = rect[:2] + 0.5 * scale - 0.5  # OpenCV counts from pixel centres, we from pixel edges
+    matrix = np.array([[scale[0], 0, shift[0]], [0, scale[1], shift[1]]])
+    taps = cv2.INTER_LINEAR if (scale >= 1 - 1e-9).all() else _TAPS[item.interpolation]
+    view = cv2.warpAffine(
+        image, matrix, cells.tolist(), flags=taps | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE
+    )
+    x = rect[0] + (np.arange(cells[0]) + 0.5) * scale[0]
+    y = rect[1] + (np.arange(cells[1]) + 0.5) * scale[1]
+    view[(y < 0) | (y > height)] = 0
+    view[:, (x < 0) | (x > width)] = 0
+    return _resize(view, size, item.interpolation)
+
+
+# ---------------------------------------------------------------------------------------------------------- colour
+def recolour(view: Pixels, colour: Any) -> Pixels:
+    """Applies a draw's colour operations (keys: draw.py) to a view of its own, uint8 RGB."""
+    for name in colour.get("order", ()):
+        view = _JITTER[name](view, colour[name])
+    if colour.get("gray"):
+        view = cv2.cvtColor(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    if "blur" in colour:
+        side = blur_taps(colour["blur"])
+        view = cv2.GaussianBlur(view, (side, side), colour["blur"])
+    if "solarize" in colour:
+        values = np.arange(256)
+        view = cv2.LUT(view, np.where(values >= colour["solarize"] * 255, 255 - values, values).astype(np.uint8))
+    return view
+
+
+def blur_taps(sigma: float) -> int:
+    """Width of the blur's kernel in pixels: three sigmas to each side."""
+    return round(sigma * 6 + 1) | 1
+
+
+def _brightness(view: Pixels, factor: float) -> Pixels:
+    return cv2.transform(view, _EYE * np.float32(factor))
+
+
+def _contrast(view: Pixels, factor: float) -> Pixels:
+    mean = float(np.dot(cv2.mean(view)[:3], GRAY))
+    matrix = _EYE * np.float32(factor)
+    matrix[:, 3] = mean * (1 - factor)
+    return cv2.transform(view, matrix)
+
+
+def _saturation(view: Pixels, factor: float) -> Pixels:
+    matrix = _EYE * np.float32(factor)
+    matrix[:, :3] += np.asarray(GRAY, np.float32) * (1 - factor)
+    return cv2.transform(view, matrix)
+
+
+def _hue(view: Pixels, turn: float) -> Pixels:
+    hsv = cv2.cvtColor(view, cv2.COLOR_RGB2HSV_FULL)  # all of [0, 255] is one turn
+    hsv[..., 0] += np.uint8(round(turn * 256) % 256)
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+_JITTER = {"brightness": _brightness, "contrast": _contrast, "saturation": _saturation, "hue": _hue}
