@@ -21,6 +21,22 @@ from typing_extensions import TypeAliasType
 if TYPE_CHECKING:
     from pipeline.store import Artifact, ArtifactWriter
 
+__all__ = [
+    "Context",
+    "Edge",
+    "Input",
+    "NoFingerprint",
+    "Outcome",
+    "Resources",
+    "Settings",
+    "Source",
+    "Stage",
+    "StageConfig",
+    "edges",
+    "sources",
+    "unfingerprinted",
+]
+
 
 @dataclass(frozen=True)
 class InputKind:

@@ -91,7 +91,7 @@ def train(
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 terms = model(batch)
             total = weighted_sum(terms, run.weights)
-            (total / settings.accumulate).backward()
+            torch.autograd.backward(total / settings.accumulate)
             window.add(batch, terms, total)
         method.before_update(step)
         norm = clip_gradients(method.parameters(), settings.optimizer)

@@ -13,7 +13,8 @@ from stages.pretrain.settings.loop import OptimizerSettings
 
 def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """Two groups, decayed and not: tensors with one dimension and biases are not decayed unless `decay_all`."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
