@@ -1,0 +1,78 @@
+"""The picture of a training run: what the encoder sees (PCA colours of its patches) above the curves of every term."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.store import Artifact
+from stages import pictures
+from stages.images import ImageError, decode
+from stages.models.encoder import Encoder
+from stages.models.inference import Inference, squeeze
+from stages.pretrain.stage import PretrainConfig
+from stages.tables import Table
+
+SHOWN = 6  # images, the same ones for every encoder trained on the same set
+
+
+def curves_table(rows: Sequence[Mapping[str, float]]) -> bytes:
+    """The curves as Parquet, a column a name; rows are logged steps."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = pa.table({name: pa.array([row.get(name) for row in rows], pa.float64()) for name in names})
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def preview_png(
+    encoder: Encoder, rows: Sequence[Mapping[str, float]], config: PretrainConfig, inputs: Mapping[str, Artifact]
+) -> bytes:
+    """Photographs with the first three principal components of their patches as colours, then the curves."""
+    path, _ = config.image_sources()[-1]
+    panels = [pca_sheet(encoder, Table.open(inputs[path], columns=["image_id", "image"])), curves_png(config, rows)]
+    return _stack([panel for panel in panels if panel])
+
+
+def curves_png(config: PretrainConfig, rows: Sequence[Mapping[str, float]]) -> bytes:
+    shown = [name for name in rows[-1] if name not in ("step", "epoch", "lr", "weight_decay", "images_per_s")]
+    series = {name: [(row["step"], row[name]) for row in rows if name in row] for name in shown}
+    return pictures.curves(series, title=f"{config.method.name}: terms (unweighted) by step")
+
+
+def pca_sheet(encoder: Encoder, images: Table) -> bytes | None:
+    """A contact sheet: each photograph beside its patches' colours. None where no image can be decoded."""
+    chosen = images.ids[np.linspace(0, len(images) - 1, min(SHOWN, len(images))).round().astype(int)]
+    photos = []
+    for image_id in dict.fromkeys(chosen.tolist()):
+        try:
+            photos.append(decode(images.row(image_id)["image"]))
+        except ImageError:
+            continue  # named and counted where it was met first; a preview shows what there is
+    if not photos:
+        return None
+    # A grid of at least 14 cells a side, however small the views it was trained on.
+    side = max(14, round(encoder.image_size / encoder.stride)) * encoder.stride
+    squares = [squeeze(photo, side, side) for photo in photos]
+    features = Inference(encoder)(squares)
+    colours = pictures.pca_colours(features.map.float().cpu().numpy(), side=side)
+    cells = [cell for pair in zip(squares, colours, strict=True) for cell in pair]
+    return pictures.grid(cells, columns=4, title="patch features: first three principal components as colours")
+
+
+def _stack(panels: Sequence[bytes]) -> bytes:
+    from PIL import Image
+
+    images = [Image.open(io.BytesIO(panel)).convert("RGB") for panel in panels]
+    sheet = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), (255, 255, 255))
+    top = 0
+    for image in images:
+        sheet.paste(image, (0, top))
+        top += image.height
+    out = io.BytesIO()
+    sheet.save(out, format="PNG", optimize=True)
+    return out.getvalue()
