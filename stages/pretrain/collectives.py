@@ -1,0 +1,76 @@
+"""What ranks share: sums, means and gathers that do nothing when there is one process.
+
+Losses get these as arguments; nothing below a method knows that there are ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's rank, 0 without torch.distributed."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """Sum over ranks, without gradient; `value` is left as it was."""
+    return _reduced(value, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(value: Tensor) -> Tensor:
+    """Maximum over ranks, without gradient; `value` is left as it was."""
+    return _reduced(value, dist.ReduceOp.MAX)
+
+
+def all_reduce_mean(value: Tensor) -> Tensor:
+    """Mean over ranks, with gradient.
+
+    The backward pass is the mean of the ranks' gradients: with DDP, which averages parameter gradients over ranks,
+    a loss of the global mean then gets the gradient that one process with the whole batch would compute.
+    """
+    if world_size() == 1:
+        return value
+    mean: Tensor = _MeanOverRanks.apply(value)
+    return mean
+
+
+def gather(value: Tensor) -> Tensor:
+    """Rows of all ranks, (n_0 + n_1 + ..., ...), in rank order, without gradient. Ranks may hold different numbers."""
+    if world_size() == 1:
+        return value.detach()
+    counts = [torch.zeros(1, dtype=torch.long, device=value.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([len(value)], device=value.device))
+    most = int(torch.cat(counts).max())
+    padded = value.new_zeros(most, *value.shape[1:])
+    padded[: len(value)] = value.detach()
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+
+def _reduced(value: Tensor, operation: Any) -> Tensor:
+    if world_size() == 1:
+        return value.detach()
+    value = value.detach().clone()
+    dist.all_reduce(value, op=operation)
+    return value
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return all_reduce_sum(value) / world_size()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return all_reduce_sum(grads[0]) / world_size()

@@ -1,0 +1,172 @@
+"""CoTAP's ranking loss: exact value and gradient in O(n log n) time and O(n) memory (methods.md 1.4, Eq. 11 and 12).
+
+For every pair i of patches the loss needs sums over {j : q_j < q_i} of a function of p_i - p_j that is a polynomial
+on each side of two breakpoints. So three sums (1, p_j, p_j^2) over {j : q_j < q_i, p_j < x} are enough, for x = p_i
+and x = p_i - tau2: two-dimensional dominance sums, which `dominated_sums` answers digit by digit. The gradient needs
+the mirror image, {m : q_m > q_i}, with weights. Everything is sorts, cumulative sums and gathers of static shape:
+batched over image pairs, and nothing waits for the GPU.
+
+Shape legend: B image pairs, N patch pairs of one image pair, S summands, E right ends of queries, R radix.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RADIX_BITS = 2  # digits of a rank looked at per level; 2 was the fastest of 1, 2, 3 (tests/benchmarks/RESULTS.md)
+
+
+def cotap_ranking_loss(p_BN: Tensor, q_BN: Tensor, *, tau1: float = -0.2, tau2: float = 0.5) -> Tensor:
+    """L_sc of Eq. 12 for each image pair: (B,). Differentiable in p; q, psi and the gains are constants.
+
+        L = (1/n) sum_i gain_i g(psi_i A_i),  g(x) = x / (1 + x),  gain_i = max(q_i - tau1, 0),
+        A_i = sum_{j: q_j < q_i} h(p_i - p_j),  psi_i = 1 / #{j: q_j >= q_i, p_i <= p_j},
+        h(d) = 1 - 2 d / tau2 for d < 0,  max(1 - d / tau2, 0)^2 for d >= 0.
+
+    Args:
+        p_BN: student similarities of the N patch pairs of B image pairs, any float type; computed in float64 inside.
+        q_BN: teacher similarities of the same patch pairs.
+        tau1: similarity below which a pair carries no weight.
+        tau2: margin of the surrogate h, > 0.
+
+    Raises: ValueError if the shapes differ or are not (B, N), or tau2 is not positive.
+    Source: CoTAP, Eq. 11 (with the minus sign that makes h continuous) and Eq. 12.
+
+    Example:
+        >>> p = torch.tensor([[0.9, 0.1]])
+        >>> cotap_ranking_loss(p, torch.tensor([[0.8, 0.3]]), tau2=0.5)
+        tensor([0.])
+    """
+    if p_BN.ndim != 2 or p_BN.shape != q_BN.shape:
+        raise ValueError(f"p and q must both be (pairs, n), got {tuple(p_BN.shape)} and {tuple(q_BN.shape)}")
+    if tau2 <= 0:
+        raise ValueError(f"tau2 is the margin of the surrogate and must be positive, got {tau2}")
+    loss_B: Tensor = _Ranking.apply(p_BN, q_BN.detach(), tau1, tau2)
+    return loss_B
+
+
+class _Ranking(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, p_BN: Tensor, q_BN: Tensor, tau1: float, tau2: float) -> Tensor:
+        with torch.autocast(p_BN.device.type, enabled=False):
+            loss_B, grad_BN = _loss_and_gradient(p_BN, q_BN, tau1, tau2, ctx.needs_input_grad[0])
+        if grad_BN is not None:
+            ctx.save_for_backward(grad_BN)
+        return loss_B.to(torch.promote_types(p_BN.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad_BN,) = ctx.saved_tensors
+        return grad_BN * grads[0][:, None].to(grad_BN.dtype), None, None, None
+
+
+def _loss_and_gradient(
+    p_BN: Tensor, q_BN: Tensor, tau1: float, tau2: float, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    n = p_BN.shape[1]
+    # From here on everything is in the order of p, in units of the margin, around the mean (smaller squares).
+    sorted_p_BN, order_BN = p_BN.double().sort(dim=1)
+    y_BN = (sorted_p_BN - sorted_p_BN.mean(dim=1, keepdim=True)) / tau2
+    q_BN = q_BN.gather(1, order_BN)
+    sorted_q_BN = q_BN.sort(dim=1).values
+    smaller_q_BN = torch.searchsorted(sorted_q_BN, q_BN)  # #{j: q_j < q_i}
+    here_BN = torch.searchsorted(y_BN, y_BN)  # #{j: p_j < p_i}
+    below_BN = torch.searchsorted(y_BN, y_BN - 1, right=True)  # #{j: p_j <= p_i - tau2}: h is 0 for those
+
+    ones_BN = torch.ones_like(y_BN)
+    summands_BSN = torch.stack([ones_BN, y_BN, y_BN * y_BN], dim=1)
+    here_BSN, below_BSN = dominated_sums(smaller_q_BN, summands_BSN, torch.stack([here_BN, below_BN]))
+    # Split {q_j < q_i} at p_i: the linear branch has p_j >= p_i, the quadratic one p_i - tau2 < p_j < p_i.
+    all_y_BN = _sum_of_smaller(y_BN, q_BN, smaller_q_BN)
+    count_BN, linear_y_BN = smaller_q_BN - here_BSN[:, 0], all_y_BN - here_BSN[:, 1]
+    count2_BN, y2_BN, yy2_BN = (here_BSN - below_BSN).unbind(1)
+    u_BN = 1 - y_BN
+    linear_BN = (2 * u_BN - 1) * count_BN + 2 * linear_y_BN
+    quadratic_BN = u_BN * u_BN * count2_BN + 2 * u_BN * y2_BN + yy2_BN
+    negatives_BN = linear_BN + quadratic_BN  # A_i
+
+    # psi: of the n - #{p_j < p_i} elements with p_j >= p_i, those that are not among the smaller q.
+    psi_BN = 1 / ((n - here_BN) - count_BN).clamp(min=1)
+    gain_BN = (q_BN.double() - tau1).clamp(min=0)
+    x_BN = psi_BN * negatives_BN
+    loss_B = (gain_BN * x_BN / (1 + x_BN)).mean(dim=1)
+    if not with_gradient:
+        return loss_B, None
+
+    weight_BN = gain_BN * psi_BN / (1 + x_BN) ** 2
+    # h' is -2/tau2 on the linear branch and -2/tau2 (1 - d/tau2) on the quadratic one.
+    own_BN = weight_BN * (count_BN + u_BN * count2_BN + y2_BN)
+    # The mirror image: as some p_j of every m with q_m > q_i; d = p_m - p_i is negative for p_m < p_i.
+    larger_q_BN = n - torch.searchsorted(sorted_q_BN, q_BN, right=True)
+    above_BN = torch.searchsorted(y_BN, y_BN + 1)  # #{m: p_m < p_i + tau2}
+    weights_BSN = torch.stack([weight_BN, weight_BN * y_BN], dim=1)
+    here_BSN, above_BSN = dominated_sums(larger_q_BN, weights_BSN, torch.stack([here_BN, above_BN]))
+    w2_BN, wy2_BN = (above_BSN - here_BSN).unbind(1)
+    others_BN = here_BSN[:, 0] + (1 + y_BN) * w2_BN - wy2_BN
+    grad_BN = (others_BN - own_BN) * (2 / (tau2 * n))
+    return loss_B, torch.zeros_like(grad_BN).scatter_(1, order_BN, grad_BN).to(p_BN.dtype)
+
+
+def _sum_of_smaller(value_BN: Tensor, q_BN: Tensor, smaller_BN: Tensor) -> Tensor:
+    """Sum of value_j over {j : q_j < q_i}, given how many those are."""
+    order_BN = q_BN.argsort(dim=1)
+    running_BN = torch.nn.functional.pad(value_BN.gather(1, order_BN).cumsum(dim=1), (1, 0))
+    return running_BN.gather(1, smaller_BN)
+
+
+def dominated_sums(level_BN: Tensor, summands_BSN: Tensor, ends_EBN: Tensor) -> Tensor:
+    """For every i and end e: the sums over {j < e_i : level_j < level_i}. Shape (E, B, S, N).
+
+    A wavelet matrix: elements are split by the leading digit of their level, stably, then by the next one, ... A query
+    follows the digits of its own level; at each digit it collects the elements that share all earlier digits and have
+    a smaller one, by a look-up in cumulative sums, and its end moves along to where those before it went.
+
+    Args:
+        level_BN: integers in [0, N), in the order that `ends` refers to.
+        summands_BSN: what is summed, float64.
+        ends_EBN: integers in [0, N].
+    """
+    ends, (batch, terms, n) = len(ends_EBN), summands_BSN.shape
+    radix, device = 1 << RADIX_BITS, level_BN.device
+    digits = max(1, -(-max(1, (n - 1).bit_length()) // RADIX_BITS))
+    sums_EBSN = summands_BSN.new_zeros(ends, batch, terms, n)
+    # What lies before a block of equal leading digits is subtracted at the end, once for each level value.
+    before_BSV = summands_BSN.new_zeros(batch, terms, radix**digits)
+    starts_BK = level_BN.new_zeros(batch, 1)  # where each block starts, blocks in the order of their digits
+    all_digits = torch.arange(radix, device=device)[:, None]
+    row_B = torch.arange(batch, device=device)[:, None] * (radix * (n + 1))
+    element_BN, ends_EBN = level_BN, ends_EBN.clone()
+    less_BSRN = summands_BSN.new_zeros(batch, terms, radix, n + 1)
+    moved_BRN = level_BN.new_zeros(batch, radix, n + 1)
+    for shift in range(RADIX_BITS * (digits - 1), -1, -RADIX_BITS):
+        digit_BN = (element_BN >> shift) & (radix - 1)
+        for d in range(1, radix):
+            masked = summands_BSN * (digit_BN < d)[:, None]
+            torch.cumsum(masked, dim=2, out=less_BSRN[:, :, d, 1:])
+        query_BN = row_B + ((level_BN >> shift) & (radix - 1)) * (n + 1)
+        where_EBN = query_BN + ends_EBN
+        tables_SX = less_BSRN.transpose(0, 1).reshape(terms, -1)
+        sums_EBSN += tables_SX[:, where_EBN.flatten()].reshape(terms, ends, batch, n).permute(1, 2, 0, 3)
+        # The same look-up at the block starts.
+        block = starts_BK.shape[1]
+        begin_BRK = (row_B[:, :, None] + all_digits[None] * (n + 1)) + starts_BK[:, None]
+        begun = tables_SX[:, begin_BRK.flatten()].reshape(terms, batch, radix, block).permute(1, 0, 3, 2)
+        before_BSV.view(batch, terms, block, radix, -1).add_(begun[..., None])
+        if shift == 0:
+            break
+        same_BRN = digit_BN[:, None] == all_digits
+        torch.cumsum(same_BRN, dim=2, out=moved_BRN[:, :, 1:])
+        total_BR = moved_BRN[:, :, -1]
+        moved_BRN += (total_BR.cumsum(dim=1) - total_BR)[:, :, None]
+        target_BN = moved_BRN.flatten()[row_B + digit_BN * (n + 1) + torch.arange(n, device=device)]
+        ends_EBN = moved_BRN.flatten()[where_EBN]
+        starts_BK = moved_BRN.flatten()[begin_BRK].transpose(1, 2).flatten(1)
+        element_BN = torch.empty_like(element_BN).scatter_(1, target_BN, element_BN)
+        summands_BSN = torch.empty_like(summands_BSN).scatter_(
+            2, target_BN[:, None].expand(-1, terms, -1), summands_BSN
+        )
+        moved_BRN[:, :, 0] = 0
+    return sums_EBSN - before_BSV.gather(2, level_BN[:, None].expand(-1, terms, -1))

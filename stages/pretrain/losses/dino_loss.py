@@ -1,0 +1,46 @@
+"""DINO: student crops predict the teacher's distribution for the other global crops (methods.md 2.7).
+
+Shape legend: V student crops, G teacher (global) crops, the first G of the student's V; B images, K prototypes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def dino_loss(student_VBK: Tensor, targets_GBK: Tensor, *, temperature: float = 0.1) -> Tensor:
+    """Cross-entropy of every (teacher crop, student crop) pair with different index, averaged over pairs and images.
+
+    Args:
+        student_VBK: logits of all crops, the G global ones first.
+        targets_GBK: teacher distributions over K (`centred_softmax` or Sinkhorn assignments); used without gradient.
+        temperature: of the student's softmax.
+
+    Returns: (B,) one loss an image; take the mean, or a weighted one.
+    Raises: ValueError if there is no pair (one crop).
+    Source: DINO, Eq. 3; the same cross-entropy is CoTAP's image-level alignment.
+    """
+    crops, globals_ = len(student_VBK), len(targets_GBK)
+    pairs = globals_ * crops - globals_
+    if pairs < 1:
+        raise ValueError("one crop has no other crop to predict: ask for at least two views")
+    targets_GBK = targets_GBK.detach()
+    log_p_VBK = torch.log_softmax(student_VBK / temperature, dim=-1)
+    # Summed over pairs: every crop against the sum of the targets, less its own (one pass over V*B*K, not G*V).
+    total_BK = targets_GBK.sum(dim=0)
+    others_GBK = total_BK - targets_GBK
+    loss_B = -(others_GBK * log_p_VBK[:globals_]).sum(dim=(0, 2))
+    if crops > globals_:
+        loss_B = loss_B - (total_BK * log_p_VBK[globals_:].sum(dim=0)).sum(dim=-1)
+    return loss_B / pairs
+
+
+def centred_softmax(teacher_GBK: Tensor, center_K: Tensor, temperature: float) -> Tensor:
+    """DINO's teacher distribution softmax((t - c) / T), without gradient."""
+    return torch.softmax((teacher_GBK.detach() - center_K) / temperature, dim=-1)
+
+
+def moved_center(center_K: Tensor, teacher_mean_K: Tensor, momentum: float = 0.9) -> Tensor:
+    """The centre after a step: c <- m c + (1-m) mean of the teacher logits over crops, images and ranks."""
+    return center_K * momentum + teacher_mean_K * (1 - momentum)
