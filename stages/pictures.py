@@ -58,7 +58,8 @@ def grid(
     for row, row_height in zip(rows, heights, strict=True):
         for column, i in enumerate(row):
             x, image = _MARGIN + column * (cell + _GAP), fitted[i]
-            canvas.paste(_pil(image), (x + (cell - image.shape[1]) // 2, y + (row_height - image.shape[0]) // 2))
+            spare = row_height - image.shape[0]  # pictures stand on their captions
+            canvas.paste(_pil(image), (x + (cell - image.shape[1]) // 2, y + (spare if captions else spare // 2)))
             if captions:
                 _text(draw, (x, y + row_height + 4), captions[i], 13, cell, _QUIET)
         y += row_height + caption_height + _GAP
