@@ -1,0 +1,216 @@
+"""Ray for a run: starts a private local one, or joins the cluster of an address; the only file that calls `ray.init`.
+
+What a local Ray inherits is decided here, before Ray is imported: no re-creation of the driver's `uv run` environment
+(it would upload the working folder with its data to every worker), no usage statistics, no dashboard, a bounded object
+store, a short temporary folder (its Unix sockets may not pass 107 bytes), and a token that lives as long as the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import ClusterError
+
+GIB = 1 << 30
+OBJECT_STORE_LIMIT = 2 * GIB  # shards travel through it a few at a time; the rest of the memory belongs to the stages
+OBJECT_STORE_SHARE = 0.3
+LONGEST_TEMP_DIR = 60  # Ray adds about 45 bytes of session and socket names to it, and the limit is 107
+PROBE_SECONDS = 5.0
+KEEP_LOGS_SECONDS = 24 * 3600.0
+
+# Set unless the user has set them: Ray reads them when it is imported, and its workers inherit them.
+QUIET = {
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The Ray that this process is connected to. `session` is the folder of a local Ray, removed by `stop`."""
+
+    address: str  # "local", or host:port of the cluster that was joined
+    cpus: float
+    gpus: float
+    nodes: int
+    session: Path | None = None
+
+    def __str__(self) -> str:
+        where = "a local Ray" if self.address == "local" else f"the Ray cluster at {self.address} ({self.nodes} nodes)"
+        return f"{where} with {self.cpus:g} CPUs and {self.gpus:g} GPUs"
+
+
+def start(address: str | None = None) -> Cluster:
+    """Join the cluster at `address` (or `RAY_ADDRESS`), or start a local Ray that dies with this process.
+
+    Raises: ClusterError when the address does not answer or Ray does not come up.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    prepare_environment()
+    if address == "local":
+        options = _local_options()
+    else:
+        options = {"address": _reachable(address)}
+    import ray
+
+    try:
+        with _own_sigterm():
+            context = ray.init(namespace="tessera", log_to_driver=False, logging_level=logging.ERROR, **options)
+        resources, nodes = ray.cluster_resources(), len(ray.nodes())
+        session = Path(context.address_info["session_dir"]) if address == "local" else None
+    except Exception as error:
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+        raise ClusterError(_explain(address, error)) from error
+    for name in ("ray.data", "ray.train", "ray.tune"):  # their progress is our progress bars' job
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return Cluster(address, resources.get("CPU", 0.0), resources.get("GPU", 0.0), nodes, session)
+
+
+def stop(cluster: Cluster, *, keep_logs: bool = False) -> None:
+    """Leave the cluster; a local Ray ends, and its session folder goes unless its logs may explain a failure."""
+    import ray
+
+    ray.shutdown()
+    if cluster.session is not None and not keep_logs:
+        shutil.rmtree(cluster.session, ignore_errors=True)
+
+
+def prepare_environment() -> None:
+    """Set what Ray reads from the environment; call it before anything imports ray."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    # Ray never turns token auth on for an explicit address: a token that was handed to us says that it is wanted.
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def memory_limit() -> int:
+    """Bytes of memory this process may use: the machine's, or its control group's where that is less."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            return min(physical, int(Path(file).read_text()))
+    return physical
+
+
+def object_store_bytes() -> int:
+    """What a local Ray may keep in shared memory; the rest spills to disk."""
+    return int(min(OBJECT_STORE_LIMIT, OBJECT_STORE_SHARE * memory_limit()))
+
+
+def temp_dir() -> Path:
+    """A short folder of this user's own for Ray's sockets, logs and spilled objects; `RAY_TMPDIR` names another place.
+
+    Raises: ClusterError when the path is too long for a Unix socket.
+    """
+    base = Path(os.environ.get("RAY_TMPDIR") or ("/tmp" if sys.platform != "win32" else tempfile.gettempdir()))
+    folder = base.absolute() / f"tessera-{os.getuid()}"
+    if len(os.fsencode(folder)) > LONGEST_TEMP_DIR:
+        raise ClusterError(
+            f"Ray's temporary folder {folder} is too long for Unix sockets (set RAY_TMPDIR to a shorter one)"
+        )
+    return folder
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep what this process does on SIGTERM: Ray puts a handler of its own in its place."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler):
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _remove_remains(folder: Path) -> None:
+    """Sessions of runs that were killed: spilled objects go at once, their logs after a day."""
+    for session in folder.glob("session_*_*"):
+        pid = session.name.rpartition("_")[2]
+        if (
+            session.is_symlink()
+            or not pid.isdigit()
+            or Path(f"/proc/{pid}").exists()
+            or not Path("/proc/self").exists()
+        ):
+            continue
+        with contextlib.suppress(OSError):
+            old = time.time() - session.stat().st_mtime > KEEP_LOGS_SECONDS
+            for remains in [session] if old else session.glob("ray_spilled_objects*"):
+                shutil.rmtree(remains, ignore_errors=True)
+
+
+def _local_options() -> dict[str, object]:
+    folder = temp_dir()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ClusterError(
+            f"Ray's temporary folder {folder} cannot be made: {error} (set RAY_TMPDIR to a writable place)"
+        ) from error
+    _remove_remains(folder)
+    # Without this Ray would leave a token in the user's home, and fail where the home is read-only.
+    if "RAY_AUTH_MODE" not in os.environ and not (Path.home() / ".ray" / "auth_token").exists():
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    return {
+        "address": "local",
+        "include_dashboard": False,
+        "object_store_memory": object_store_bytes(),
+        "_temp_dir": str(folder),
+    }
+
+
+def _reachable(address: str) -> str:
+    """The address, after somebody answered there: Ray itself would wait for minutes."""
+    if address == "auto":
+        return address
+    if "://" in address:
+        raise ClusterError(
+            f"--address {address}: a run joins a cluster by the host:port of its head (Ray's default port is 6379), "
+            "from a machine of that cluster"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ClusterError(f"--address {address}: expected host:port, 'auto' or 'local'")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).close()
+    except OSError as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address}: {error} "
+            "(check --address and RAY_ADDRESS; without them a local Ray starts)"
+        ) from error
+    return address
+
+
+def _explain(address: str, error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}"
+    if address == "local":
+        return f"a local Ray does not start: {text} (`tessera doctor` says what is missing)"
+    if "auth" in text.lower() or "token" in text.lower():
+        return (
+            f"the Ray cluster at {address} refused us: {text} "
+            "(set RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN)"
+        )
+    return (
+        f"the Ray cluster at {address} cannot be joined: {text} (this machine must run one of its nodes: "
+        f"`ray start --address {address}`; where it uses tokens, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN)"
+    )

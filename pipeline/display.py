@@ -1,0 +1,141 @@
+"""What the terminal shows: bars while a run works, and the tables that commands end with.
+
+Progress and remarks go to standard error, results to standard output, so that a pipe carries results only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as Remaining
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+LINE_EVERY = 15.0  # seconds between two progress lines where there is no terminal to draw a bar on
+STATE_STYLES = {"cached": "green", "done": "green", "run": "yellow", "failed": "red", "ok": "green", "warn": "yellow"}
+STATE_STYLES |= {"fail": "red"}
+
+
+class RunDisplay:
+    """Bars and lines of a working run, on standard error. Use as a context manager."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._stage = ""
+        self._started = self._line_at = 0.0
+
+    def __enter__(self) -> RunDisplay:
+        if self._console.is_terminal:
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            unit = TextColumn("{task.fields[unit]}")
+            self._progress = Progress(
+                *columns, unit, TimeElapsedColumn(), Remaining(), console=self._console, transient=True
+            )
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def begin(self, stage: str, reasons: Sequence[str]) -> None:
+        """A stage starts to work."""
+        self._stage, self._started = stage, time.monotonic()
+        self._line_at = self._started
+        self.line(f"[bold]{escape(stage)}[/]: {escape(', '.join(reasons))}")
+        if self._progress is not None:
+            self._task = self._progress.add_task(escape(stage), total=None, unit="")
+
+    def progress(self, done: float, total: float, unit: str) -> None:
+        """How far the stage is; `total` 0 says that nobody knows."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=int(done), total=int(total) or None, unit=unit)
+        elif self._progress is None and time.monotonic() - self._line_at >= LINE_EVERY:
+            self._line_at = time.monotonic()
+            self.say(f"{done:g} of {total:g} {unit}, {duration(self._line_at - self._started)}")
+
+    def end(self, outcome: str, style: str = "green") -> None:
+        """The stage is through."""
+        if self._progress is not None and self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = None
+        self.line(f"[bold]{escape(self._stage)}[/]: [{style}]{escape(outcome)}[/]")
+
+    def say(self, text: str) -> None:
+        """A remark of the stage at work."""
+        self.line(f"  {escape(self._stage)}: {escape(text)}" if self._stage else escape(text))
+
+    def warn(self, text: str) -> None:
+        self.line(f"[yellow]warning:[/] {escape(text)}")
+
+    def line(self, markup: str) -> None:
+        self._console.print(markup, highlight=False, soft_wrap=True)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], console: Console) -> None:
+    """A table of plain strings; a cell that is a state is coloured. Long cells are folded, never cut."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(f"[{STATE_STYLES[cell]}]{cell}[/]" if cell in STATE_STYLES else escape(cell) for cell in row))
+    console.print(table)
+
+
+def print_plan(plan: dict[str, Any], console: Console) -> None:
+    """The plan's JSON as a table."""
+    rows = [
+        (stage["name"], stage["uses"], stage["state"], ", ".join(stage["reasons"]), stage["fingerprint"][:12])
+        for stage in plan["stages"]
+    ]
+    print_table(f"plan of {plan['pipeline']}", ("stage", "uses", "state", "why", "fingerprint"), rows, console)
+    waiting = sum(stage["state"] == "run" for stage in plan["stages"])
+    console.print(f"{waiting} to run, {len(rows) - waiting} cached" if waiting else "everything is cached")
+
+
+def print_results(result: dict[str, Any], console: Console) -> None:
+    """The run's JSON as tables: the metrics, then where every artifact is."""
+    metrics = [
+        (stage["name"], name, number(value))
+        for stage in result["stages"]
+        for name, value in (stage.get("metrics") or {}).items()
+    ]
+    if metrics:
+        print_table("results", ("stage", "metric", "value"), metrics, console)
+    rows = [
+        (stage["name"], stage["state"], duration(stage["seconds"]) if stage["seconds"] else "", stage["artifact"] or "")
+        for stage in result["stages"]
+    ]
+    print_table(f"artifacts of {result['pipeline']}", ("stage", "state", "time", "artifact"), rows, console)
+
+
+def duration(seconds: float) -> str:
+    """3.2 s, 4 min 05 s, 2 h 07 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def size(count: float) -> str:
+    """512 B, 3.4 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def number(value: float) -> str:
+    return f"{value:.4f}" if isinstance(value, float) and not value.is_integer() else f"{value:g}"

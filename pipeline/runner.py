@@ -1,0 +1,294 @@
+"""Executes a plan: stage after stage, each from finished artifacts to one committed artifact.
+
+Ray, MLflow and everything heavy start with the first stage that really has to run: a pipeline that is all cached costs
+its plan and nothing more. What was committed stays committed, however the run ends.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import ArtifactDamaged, ArtifactMissing, StageFailed, TesseraError
+from pipeline.provenance import git_commit, package_versions
+from pipeline.stage import Context, Outcome
+from pipeline.tracking import FAILED, FINISHED, KILLED, StageTracker, Tracker, masked
+
+if TYPE_CHECKING:
+    from pipeline.cluster import Cluster
+    from pipeline.config import Pipeline, PipelineStage
+    from pipeline.display import RunDisplay
+    from pipeline.lease import Holder
+    from pipeline.plan import Plan, PlannedStage
+    from pipeline.store import Artifact, ArtifactStore
+
+
+@dataclass
+class StageResult:
+    """How one stage of a run ended."""
+
+    planned: PlannedStage
+    state: str  # "cached", "done", "failed"; "run" where the run stopped before it
+    seconds: float = 0.0
+    artifact: Artifact | None = None
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        planned = self.planned
+        row: dict[str, Any] = {
+            "name": planned.name,
+            "uses": planned.uses,
+            "kind": planned.kind,
+            "fingerprint": planned.fingerprint,
+            "state": self.state,
+            "reasons": list(planned.reasons),
+            "inputs": dict(planned.inputs),
+            "seconds": round(self.seconds, 3),
+            "artifact": self.artifact.address if self.artifact else None,
+        }
+        if planned.kind == "metrics" and self.artifact is not None:
+            row["metrics"] = dict(self.artifact.manifest.metrics)
+        if self.error is not None:
+            row["error"] = self.error
+        return row
+
+
+@dataclass
+class RunResult:
+    """How a run ended, stage by stage in execution order."""
+
+    pipeline: str
+    stages: list[StageResult] = field(default_factory=list)
+    tracking: str | None = None  # the address, when the run was tracked
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """What `tessera run --json` prints."""
+        return {
+            "pipeline": self.pipeline,
+            "stages": [stage.to_json() for stage in self.stages],
+            "seconds": round(self.seconds, 3),
+            "tracking": self.tracking,
+        }
+
+
+class RunFailed(StageFailed):
+    """A stage stopped the run; `result` says what was reached, the cause hangs on `__cause__`."""
+
+    def __init__(self, stage: str, reason: str, result: RunResult) -> None:
+        self.stage, self.result = stage, result
+        super().__init__(f"stage '{stage}' failed: {reason}")
+
+
+def run(
+    pipeline: Pipeline, plan: Plan, store: ArtifactStore, display: RunDisplay, *, address: str | None = None
+) -> RunResult:
+    """Execute what the plan says must run. `address` names a Ray cluster; without one a local Ray serves.
+
+    Raises: RunFailed, and what the caller's own interrupt raises; every artifact committed so far stays.
+    """
+    started = time.monotonic()
+    working = _Run(pipeline, store, display, address)
+    working.result.stages = [StageResult(planned, planned.state, artifact=planned.artifact) for planned in plan.stages]
+    status = FAILED
+    try:
+        for result in working.result.stages:
+            if result.state == "run":
+                working.execute(result)
+        status = FINISHED
+    except BaseException as error:
+        status = FAILED if isinstance(error, Exception) else KILLED
+        raise
+    finally:
+        working.result.seconds = time.monotonic() - started
+        working.close(status)
+    return working.result
+
+
+class _Run:
+    """What the stages of one run share: the Ray they use, the MLflow run they belong to, the artifacts so far."""
+
+    def __init__(self, pipeline: Pipeline, store: ArtifactStore, display: RunDisplay, address: str | None) -> None:
+        self.pipeline, self.store, self.display, self.address = pipeline, store, display, address
+        self.result = RunResult(pipeline.name)
+        self.began = _now()
+        self.tracker = Tracker(pipeline.tracking, pipeline.name, display.warn)
+        self.cluster: Cluster | None = None
+
+    def execute(self, result: StageResult) -> None:
+        """Adopt or compute one stage; its lease makes a second run of the same pipeline wait for the first."""
+        planned = result.planned
+        started = time.monotonic()
+        self.display.begin(planned.name, planned.reasons)
+        try:
+            with self.store.lease(planned.kind, planned.fingerprint, waiting=self._waiting):
+                result.artifact = self._adopt(planned)
+                result.state = "cached" if result.artifact else "failed"
+                if result.artifact is None:
+                    result.artifact = self._compute(planned)
+                    result.state = "done"
+        except Exception as error:
+            result.state, result.error = "failed", explain(error)
+            raise RunFailed(planned.name, result.error, self.result) from error
+        finally:
+            result.seconds = time.monotonic() - started
+            self.display.end(*_ending(result))
+
+    def close(self, status: str) -> None:
+        metrics = {
+            f"{stage.planned.name}.{key}": value
+            for stage in self.result.stages
+            if stage.artifact is not None and stage.planned.kind == "metrics"
+            for key, value in stage.artifact.manifest.metrics.items()
+        }
+        self.tracker.finish(status, metrics)
+        if self.tracker.run_id is not None:
+            self.result.tracking = masked(self.tracker.uri or "")
+        if self.cluster is not None:
+            from pipeline import cluster
+
+            cluster.stop(self.cluster, keep_logs=status == FAILED)
+
+    def _waiting(self, holder: Holder) -> None:
+        self.display.say(f"waiting for {holder}, which computes it already")
+
+    def _adopt(self, planned: PlannedStage) -> Artifact | None:
+        """The artifact another run has made since the plan; what is damaged, or forced anew, makes way."""
+        try:
+            artifact = self.store.find(planned.kind, planned.fingerprint)
+        except ArtifactDamaged:
+            self.store.discard(planned.kind, planned.fingerprint)
+            return None
+        if artifact is None:
+            return None
+        forced = "forced" in planned.reasons and artifact.manifest.created < self.began
+        if forced or self.store.check(artifact):
+            self.store.discard(planned.kind, planned.fingerprint)
+            return None
+        return artifact
+
+    def _compute(self, planned: PlannedStage) -> Artifact:
+        entry = self.pipeline.stages[planned.name]
+        inputs = self._inputs(planned)
+        if entry.stage.uses_ray and self.cluster is None:
+            from pipeline import cluster
+
+            self.cluster = cluster.start(self.address)
+            self.display.say(f"on {self.cluster}")
+        settings = entry.stage.config.model_dump(mode="json", by_alias=True)
+        tracked = self._track(planned, settings, inputs)
+        status = FAILED
+        try:
+            artifact = self._write(planned, entry, inputs, settings, tracked)
+            tracked.log_output(planned.name, artifact)
+            status = FINISHED
+        except KeyboardInterrupt:
+            status = KILLED
+            raise
+        finally:
+            tracked.finish(status)
+        return artifact
+
+    def _write(
+        self,
+        planned: PlannedStage,
+        entry: PipelineStage,
+        inputs: Mapping[str, Artifact],
+        settings: dict[str, Any],
+        tracked: StageTracker,
+    ) -> Artifact:
+        started, output = time.monotonic(), self.store.begin(planned.kind, planned.fingerprint)
+        outcome: Outcome = entry.stage.run(
+            Context(
+                name=planned.name,
+                fingerprint=planned.fingerprint,
+                inputs=inputs,
+                output=output,
+                resources=entry.stage.config.resources,
+                log_metrics=tracked.log_metrics,
+                progress=self.display.progress,
+                say=self.display.say,
+            )
+        )
+        return output.commit(
+            {
+                "stage": planned.name,
+                "uses": planned.uses,
+                "version": entry.stage.version,
+                "config": settings,
+                "inputs": {path: f"{artifact.kind}/{artifact.fingerprint}" for path, artifact in inputs.items()},
+                "counts": outcome.counts,
+                "metrics": outcome.metrics,
+                "problems": outcome.problems,
+                "notes": outcome.notes,
+                "preview": outcome.preview,
+                "packages": package_versions(entry.stage.packages),
+                "git": git_commit(),
+                "created": _now(),
+                "seconds": time.monotonic() - started,
+                "tracking": {"uri": masked(self.tracker.uri or ""), "run": tracked.run_id} if tracked.run_id else {},
+            }
+        )
+
+    def _inputs(self, planned: PlannedStage) -> dict[str, Artifact]:
+        artifacts = {stage.planned.name: stage.artifact for stage in self.result.stages}
+        inputs: dict[str, Artifact] = {}
+        for path, name in planned.inputs.items():
+            artifact = artifacts.get(name)
+            if artifact is None:
+                raise ArtifactMissing(f"input {path}: stage '{name}' has no artifact yet (run it too)")
+            inputs[path] = artifact
+        return inputs
+
+    def _track(
+        self, planned: PlannedStage, settings: Mapping[str, Any], inputs: Mapping[str, Artifact]
+    ) -> StageTracker:
+        common = {"tessera.pipeline": self.pipeline.name, "tessera.store": self.store.address}
+        self.tracker.start(self.pipeline.name, {**common, "tessera.file": str(self.pipeline.file)})
+        tags = {
+            **common,
+            "tessera.stage": planned.name,
+            "tessera.uses": planned.uses,
+            "tessera.kind": planned.kind,
+            "tessera.fingerprint": planned.fingerprint,
+            "tessera.reasons": ", ".join(planned.reasons),
+        }
+        tracked = self.tracker.stage(planned.name, tags, settings)
+        tracked.log_inputs(inputs, {path: (s["address"], s["digest"]) for path, s in planned.sources.items()})
+        return tracked
+
+
+def explain(error: BaseException) -> str:
+    """The sentence of the error that a stage raised on purpose, wherever Ray has wrapped it; else the last of a bug.
+
+    Ray puts an exception of a worker into its own, with a page of traceback in the message.
+    """
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        cause = getattr(current, "cause", None)  # RayTaskError's own field
+        if isinstance(current, TesseraError) and not isinstance(cause, BaseException):
+            return str(current)
+        current = cause if isinstance(cause, BaseException) else current.__cause__
+    return "".join(traceback.format_exception_only(error)).strip()
+
+
+def _ending(result: StageResult) -> tuple[str, str]:
+    """The line that closes a stage, and its colour."""
+    from pipeline.display import duration
+
+    if result.state == "done" and result.artifact is not None:
+        counts = ", ".join(f"{count} {name}" for name, count in result.artifact.manifest.counts.items())
+        return f"done in {duration(result.seconds)}" + (f" ({counts})" if counts else ""), "green"
+    if result.state == "cached":
+        return "made by another run meanwhile", "green"
+    return ("failed" if result.error else "stopped") + f" after {duration(result.seconds)}", "red"
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

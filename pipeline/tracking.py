@@ -1,0 +1,346 @@
+"""MLflow: one run for a pipeline run, one nested run for every stage that is executed, with what went in and came out.
+
+Only the driver talks to MLflow, through its client and an explicit URI; workers report to the driver. The store is the
+record: when MLflow is away, one warning says so and the run goes on without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import getpass
+import json
+import logging
+import os
+import re
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from pipeline.store import Artifact
+
+PROBE_SECONDS = 3.0
+FLUSH_SECONDS = 2.0  # metrics of a training loop travel in batches: a remote server costs milliseconds a call
+FLUSH_COUNT = 500  # MLflow takes at most 1000 metrics a call
+PARAMS_A_CALL, PARAM_LENGTH, KEY_LENGTH, DIGEST_LENGTH = 100, 500, 250, 36  # 6000, 250 and 36 are MLflow's limits
+MODEL_KIND = "encoder"  # artifacts of this kind are models in MLflow's terms, all others are datasets
+FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
+
+# Set unless the user has set them. MLflow's own defaults retry a dead server for many minutes.
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+class Tracker:
+    """The MLflow side of one pipeline run. Nothing it does can fail the run: the first error switches it off.
+
+    `start` imports MLflow and, for a database file, creates it under a lock, so that runs started together do not race.
+    """
+
+    def __init__(self, uri: str | None, experiment: str, warn: Callable[[str], None]) -> None:
+        self.uri = absolute_uri(uri) if uri else None
+        self.experiment = experiment
+        self.run_id: str | None = None
+        self._warn = warn
+        self._client: MlflowClient | None = None
+        self._experiment_id = ""
+
+    def start(self, name: str, tags: Mapping[str, str]) -> None:
+        """Open the parent run. Does nothing when it is open already, or when there is no tracking address."""
+        if self.uri is None or self.run_id is not None:
+            return
+        with self.guarded():
+            self._client, self._experiment_id = _connect(self.uri, self.experiment)
+            self.run_id = self._create_run(name, tags)
+
+    def stage(self, name: str, tags: Mapping[str, str], settings: Mapping[str, Any]) -> StageTracker:
+        """Open the nested run of one stage, with its settings as parameters."""
+        run = StageTracker(self)
+        if self._client is not None and self.run_id is not None:
+            with self.guarded():
+                run.run_id = self._create_run(name, {**tags, "mlflow.parentRunId": self.run_id})
+                run.log_settings(settings)
+        return run
+
+    def finish(self, status: str, metrics: Mapping[str, float]) -> None:
+        """Close the parent run; its metrics are the results table, `stage.metric`."""
+        if self._client is not None and self.run_id is not None:
+            with self.guarded() as client:
+                client.log_batch(self.run_id, metrics=_metrics(metrics, 0))
+                client.set_terminated(self.run_id, status)
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[MlflowClient]:
+        """Whatever MLflow raises inside is told once; afterwards this run goes untracked."""
+        try:
+            yield self._client
+        except Exception as error:
+            self._client = None
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            self._warn(
+                f"tracking at {masked(self.uri or '')} is away ({reason}); the run goes on untracked, "
+                "its results are in the store"
+            )
+
+    @property
+    def client(self) -> MlflowClient | None:
+        return self._client
+
+    @property
+    def experiment_id(self) -> str:
+        return self._experiment_id
+
+    def _create_run(self, name: str, tags: Mapping[str, str]) -> str:
+        assert self._client is not None
+        own = {"mlflow.runName": name, "mlflow.user": _user(), "mlflow.source.name": "tessera"}
+        return self._client.create_run(self._experiment_id, run_name=name, tags={**own, **tags}).info.run_id
+
+
+class StageTracker:
+    """The nested run of one stage; inert when tracking is off or away."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.run_id: str | None = None
+        self._tracker = tracker
+        self._waiting: list[Any] = []
+        self._flushed = time.monotonic()
+
+    def log_settings(self, settings: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(_key(key), value[:PARAM_LENGTH]) for key, value in flatten(settings).items()]
+        with self._live() as client:
+            for first in range(0, len(params), PARAMS_A_CALL):
+                client.log_batch(self.run_id, params=params[first : first + PARAMS_A_CALL])
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Keep metrics of one step; they are sent every two seconds."""
+        if self.run_id is None or self._tracker.client is None:
+            return
+        self._waiting += _metrics(metrics, step)
+        if len(self._waiting) >= FLUSH_COUNT or time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        self._flushed = time.monotonic()
+        if waiting:
+            with self._live() as client:
+                for first in range(0, len(waiting), FLUSH_COUNT):
+                    client.log_batch(self.run_id, metrics=waiting[first : first + FLUSH_COUNT])
+
+    def log_inputs(self, inputs: Mapping[str, Artifact], sources: Mapping[str, tuple[str, str]]) -> None:
+        """Say what the stage reads: encoders as models, other artifacts and sources as datasets.
+
+        `sources` maps the dotted path of a source to (address, content digest).
+        """
+        from mlflow.entities import LoggedModelInput
+
+        with self._live() as client:
+            models, datasets = [], []
+            for path, artifact in inputs.items():
+                model = self._find_model(client, artifact) if artifact.kind == MODEL_KIND else None
+                if model is not None:
+                    models.append(LoggedModelInput(model))
+                else:
+                    datasets.append(_dataset(artifact, path))
+            for path, (address, digest) in sources.items():
+                datasets.append(_dataset_input(f"source {path}", digest, address, {}, path))
+            if models or datasets:
+                client.log_inputs(self.run_id, datasets=datasets, models=models)
+
+    def log_output(self, name: str, artifact: Artifact) -> None:
+        """Say what the stage made, with its results and its preview."""
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+
+        with self._live() as client:
+            if artifact.kind == MODEL_KIND:
+                model = client.create_logged_model(
+                    self._tracker.experiment_id,
+                    name=re.sub(r"[^\w.-]", "_", name),
+                    source_run_id=self.run_id,
+                    tags={"tessera.fingerprint": artifact.fingerprint, "tessera.address": artifact.address},
+                    model_type=artifact.kind,
+                )
+                client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+                client.log_outputs(self.run_id, models=[LoggedModelOutput(model.model_id, 0)])
+            else:
+                client.log_inputs(self.run_id, datasets=[_dataset(artifact, "output")])
+            manifest = artifact.manifest
+            results = {**manifest.metrics, **{f"count.{key}": float(n) for key, n in manifest.counts.items()}}
+            client.log_batch(self.run_id, metrics=_metrics(results, 0))
+            client.set_tag(self.run_id, "tessera.artifact", artifact.address)
+            if manifest.preview:
+                with tempfile.TemporaryDirectory() as folder:
+                    picture = Path(folder) / manifest.preview
+                    picture.write_bytes(artifact.read(manifest.preview))
+                    client.log_artifact(self.run_id, str(picture))
+
+    def finish(self, status: str) -> None:
+        self.flush()
+        with self._live() as client:
+            client.set_terminated(self.run_id, status)
+
+    def _find_model(self, client: MlflowClient, artifact: Artifact) -> str | None:
+        found = client.search_logged_models(
+            [self._tracker.experiment_id],
+            filter_string=f"tags.`tessera.fingerprint` = '{artifact.fingerprint}'",
+            max_results=1,
+        )
+        return found[0].model_id if found else None
+
+    @contextlib.contextmanager
+    def _live(self) -> Iterator[Any]:
+        """The client, guarded; a client that swallows every call when tracking is off."""
+        if self.run_id is None or self._tracker.client is None:
+            yield _Nobody()
+            return
+        with self._tracker.guarded() as client:
+            yield client
+
+
+class _Nobody:
+    """Stands in for a client that is away."""
+
+    def __getattr__(self, name: str) -> Callable[..., list[Any]]:
+        return lambda *args, **kwargs: []
+
+
+def absolute_uri(uri: str) -> str:
+    """The tracking address with a database file's path made absolute, so that it means the same from any folder.
+
+    Raises: UsageError for MLflow's file store, which MLflow 3 refuses.
+    """
+    if uri.startswith("sqlite:///"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    if "://" not in uri or uri.startswith("file:"):
+        raise UsageError(
+            f"tracking {uri}: MLflow keeps runs in a database or on a server (use sqlite:///PATH or http://)"
+        )
+    return uri
+
+
+def masked(uri: str) -> str:
+    """The address without the password it may hold."""
+    return re.sub(r"(://[^:/@]+):[^@/]+@", r"\1:***@", uri)
+
+
+def how_to_open(uri: str) -> str:
+    """What the user types, or opens, to see the runs."""
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {masked(uri)}"
+
+
+def database_file(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as dotted keys, the way `--set` spells them; empty containers stay visible."""
+    flat: dict[str, str] = {}
+    for key, value in settings.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{path}.")
+        elif isinstance(value, list) and value and any(isinstance(item, Mapping) for item in value):
+            flat |= flatten({str(i): item for i, item in enumerate(value)}, f"{path}.")
+        else:
+            flat[path] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return flat
+
+
+def probe(uri: str) -> None:
+    """Raise OSError when nobody listens at a server's address: MLflow itself would retry for long."""
+    if uri.startswith(("http://", "https://")):
+        parts = urlsplit(uri)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname or "", port), timeout=PROBE_SECONDS).close()
+
+
+def try_out(uri: str) -> None:
+    """Reach the address and write to it, leaving nothing but an experiment's tag. Raises: whatever is wrong."""
+    client, experiment = _connect(uri, "doctor")
+    client.set_experiment_tag(experiment, "tessera.doctor", str(int(time.time())))
+
+
+def _connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
+    """A client and the id of the experiment; database and experiment are made once, by one process."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    probe(uri)
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    import mlflow
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # its import sets INFO
+    database = database_file(uri)
+    with _locked(database):
+        client = mlflow.MlflowClient(uri)
+        found = client.get_experiment_by_name(experiment)
+        if found is not None:
+            return client, found.experiment_id
+        # A server knows where its pictures go; beside a database the place is named, or it is the current folder.
+        place = None if uri.startswith("http") else str((database or Path(".tessera/_")).absolute().parent / "mlflow")
+        try:
+            return client, client.create_experiment(experiment, artifact_location=place)
+        except mlflow.MlflowException:  # another machine was faster at the same server
+            found = client.get_experiment_by_name(experiment)
+            if found is None:
+                raise
+            return client, found.experiment_id
+
+
+@contextlib.contextmanager
+def _locked(database: Path | None) -> Iterator[None]:
+    if database is None:
+        yield
+        return
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{database}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _dataset(artifact: Artifact, context: str) -> Any:
+    profile = {"rows": artifact.rows, "files": len(artifact.manifest.files), "stage": artifact.manifest.stage}
+    return _dataset_input(artifact.kind, artifact.fingerprint, artifact.address, profile, context)
+
+
+def _dataset_input(name: str, digest: str, address: str, profile: Mapping[str, Any], context: str) -> Any:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    scheme = address.split("://", 1)[0] if "://" in address else "local"
+    source = json.dumps({"uri": address})
+    dataset = Dataset(name, digest[:DIGEST_LENGTH], scheme, source, profile=json.dumps(profile))
+    tags = [InputTag("mlflow.data.context", context), InputTag("tessera.fingerprint", digest)]
+    return DatasetInput(dataset, tags)
+
+
+def _metrics(metrics: Mapping[str, float], step: int) -> list[Any]:
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    return [Metric(_key(key), float(value), now, step) for key, value in metrics.items()]
+
+
+def _key(key: str) -> str:
+    return re.sub(r"[^\w\-. :/]", "_", key)[:KEY_LENGTH]
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return str(os.getuid())
