@@ -1,0 +1,18 @@
+"""Binary cross-entropy on patch correspondences: the baseline that CoTAP's ranking loss replaces (methods.md 1.4)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def correspondence_bce(p_BN: Tensor, q_BN: Tensor, *, margin: float = 1e-6) -> Tensor:
+    """-mean[q log p + (1 - q) log(1 - p)] for each image pair: (B,).
+
+    Args:
+        p_BN: student similarities in [0, 1], clamped to [margin, 1 - margin].
+        q_BN: teacher similarities in [0, 1]; used without gradient.
+
+    Source: CoTAP, Eq. 8.
+    """
+    p_BN, q_BN = p_BN.float().clamp(margin, 1 - margin), q_BN.detach().float()
+    return -(q_BN * p_BN.log() + (1 - q_BN) * (1 - p_BN).log()).mean(dim=1)
