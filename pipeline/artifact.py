@@ -1,0 +1,113 @@
+"""A finished artifact: immutable, described by its manifest, readable from any node."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import ArtifactDamaged, ArtifactMissing
+from pipeline.manifest import MANIFEST, FileEntry, Manifest, ManifestBroken
+from pipeline.nodecache import WRONG_CONTENT, local_copy, wrong_size
+from pipeline.objects import Objects
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One file that is not what the manifest says."""
+
+    artifact: str  # "kind/fingerprint"
+    file: str  # as it is called in the folder
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.artifact}: {self.file}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a stage reads. Picklable; hand it to Ray tasks as it is."""
+
+    objects: Objects
+    manifest: Manifest
+
+    @property
+    def kind(self) -> str:
+        return self.manifest.kind
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+    @property
+    def name(self) -> str:
+        """ "kind/fingerprint"."""
+        return self.manifest.name
+
+    @property
+    def address(self) -> str:
+        """The folder's address."""
+        return self.objects.join(self.name)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the table its parts make; 0 when it holds none."""
+        return self.manifest.rows or 0
+
+    @property
+    def size(self) -> int:
+        return self.manifest.size
+
+    def __repr__(self) -> str:
+        return f"Artifact({self.address!r})"
+
+    def shards(self) -> Iterator[FileEntry]:
+        """The parts of its table, in order."""
+        return (entry for entry in self.manifest.files if is_part(entry.name))
+
+    def file(self, name: str) -> FileEntry:
+        """The entry of a file by its logical name. Raises: ArtifactMissing."""
+        try:
+            return self.manifest.file(name)
+        except KeyError:
+            held = ", ".join(entry.name for entry in self.manifest.files[:8])
+            raise ArtifactMissing(f"artifact {self.name} has no file {name} (it holds {held or 'nothing'})") from None
+
+    def read(self, name: str) -> bytes:
+        """All of one file, checked against the manifest. Raises: ArtifactDamaged."""
+        entry = self.file(name)
+        data = self.objects.get(f"{self.name}/{entry.stored}")
+        if data is None:
+            raise ArtifactDamaged(self.name, entry.stored, "it is missing")
+        if len(data) != entry.size:
+            raise ArtifactDamaged(self.name, entry.stored, wrong_size(len(data), entry))
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise ArtifactDamaged(self.name, entry.stored, WRONG_CONTENT)
+        return data
+
+    def local(self, name: str) -> Path:
+        """A local path of one file, verified once a machine. Read only: it may be the store's own file.
+
+        Raises: ArtifactDamaged.
+        """
+        return local_copy(self.objects, self.name, self.file(name))
+
+
+def is_part(name: str) -> bool:
+    """Whether a logical name is that of a numbered part, "part-00003.parquet"."""
+    return name.startswith("part-") and name[5:10].isdigit()
+
+
+def load(objects: Objects, kind: str, fingerprint: str) -> Artifact | None:
+    """The artifact of a folder; None without a manifest. Raises: ArtifactDamaged when the manifest is broken."""
+    data = objects.get(f"{kind}/{fingerprint}/{MANIFEST}")
+    if data is None:
+        return None
+    try:
+        return Artifact(objects, Manifest.from_bytes(data, kind, fingerprint))
+    except ManifestBroken as error:
+        raise ArtifactDamaged(f"{kind}/{fingerprint}", MANIFEST, str(error)) from None
+
+
+Progress = Callable[[float, float, str], None]  # (done, total, unit)

@@ -1,0 +1,190 @@
+"""Attempts: what a stage has finished of an artifact that is not committed yet, kept so that a kill costs little.
+
+Every writer has an attempt of its own under `<kind>/<fingerprint>.progress/.attempts/`, so that two writers of one
+artifact never mix. A new attempt takes over the finished parts and records of attempts whose process is dead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+import uuid
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.artifact import is_part
+from pipeline.integrity import content_reason
+from pipeline.lease import held_token, live_holder
+from pipeline.manifest import FileEntry, plain
+from pipeline.objects import Found, Objects
+from pipeline.owner import Owner, this_process
+
+LIVE: dict[str, int] = {}  # attempts whose writer this process has not closed -> how often they were begun
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A data file that an attempt has put in place."""
+
+    entry: FileEntry
+    tag: str  # of the stored file when it was written
+    columns: dict[str, str]  # of a table
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"entry": self.entry.model_dump(mode="json"), "tag": self.tag, "columns": self.columns}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Finished:
+        return cls(FileEntry.model_validate(raw["entry"]), str(raw["tag"]), dict(raw["columns"]))
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One writer's notes. Plain data and an address: picklable, usable from every node."""
+
+    objects: Objects
+    artifact: str  # "kind/fingerprint"
+    id: str
+
+    @property
+    def folder(self) -> str:
+        return f"{attempts_folder(self.artifact)}/{self.id}"
+
+    def exists(self) -> bool:
+        return self.objects.get(f"{self.folder}/attempt.json") is not None
+
+    def note_file(self, finished: Finished) -> None:
+        self._put(f"files/{finished.entry.name}.json", finished.to_dict())
+
+    def note_record(self, key: str, value: dict[str, Any]) -> None:
+        self._put(f"records/{safe_name(key)}.json", {"key": key, "value": plain(value, key)})
+
+    def part(self, name: str) -> Finished | None:
+        """A part that this attempt has finished, or taken over."""
+        data = self.objects.get(f"{self.folder}/files/{name}.json")
+        own = _parse([data]) if data else []
+        return Finished.from_dict(own[0]) if own else self.adopted()[0].get(name)
+
+    def files(self) -> dict[str, Finished]:
+        """All finished files by logical name."""
+        own = [Finished.from_dict(raw) for raw in self._all("files")]
+        return {**self.adopted()[0], **{finished.entry.name: finished for finished in own}}
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        return {**self.adopted()[1], **{raw["key"]: raw["value"] for raw in self._all("records")}}
+
+    def adopted(self) -> tuple[dict[str, Finished], dict[str, dict[str, Any]]]:
+        """(files, records) taken over from dead attempts."""
+        key = (self.objects.address, self.id)
+        if key not in _ADOPTED:  # written once, before the attempt is handed out
+            for raw in _parse([self.objects.get(f"{self.folder}/adopted.json")]):
+                files = [Finished.from_dict(item) for item in raw["files"]]
+                _ADOPTED[key] = ({finished.entry.name: finished for finished in files}, raw["records"])
+        return _ADOPTED.get(key, ({}, {}))
+
+    def delete(self) -> None:
+        self.objects.delete_folder(self.folder)
+
+    def _put(self, name: str, value: dict[str, Any]) -> None:
+        self.objects.put(f"{self.folder}/{name}", json.dumps(value).encode(), durable=False)
+
+    def _all(self, what: str) -> list[dict[str, Any]]:
+        paths = [found.path for found in self.objects.walk(f"{self.folder}/{what}") if found.path.endswith(".json")]
+        if self.objects.folder is not None:
+            return _parse(self.objects.get(path) for path in paths)
+        with ThreadPoolExecutor(16) as pool:
+            return _parse(pool.map(self.objects.get, paths))
+
+
+_ADOPTED: dict[tuple[str, str], tuple[dict[str, Finished], dict[str, dict[str, Any]]]] = {}
+
+
+def attempts_folder(artifact: str) -> str:
+    return f"{artifact}.progress/.attempts"
+
+
+def begin(objects: Objects, artifact: str) -> Attempt:
+    """A new attempt that continues where dead ones stopped, and takes their place."""
+    others = [Attempt(objects, artifact, name) for name in objects.folders(attempts_folder(artifact))]
+    dead = [other for other in others if not is_live(other)]
+    attempt = Attempt(objects, artifact, f"{time.strftime('%Y%m%d%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}")
+    files: dict[str, Finished] = {}
+    records: dict[str, dict[str, Any]] = {}
+    for other in sorted(dead, key=lambda other: other.id):  # by age: the youngest has the last word
+        files.update(other.files())
+        records.update(other.records())
+    parts = _intact(objects, artifact, [file for name, file in files.items() if is_part(name)]) if files else []
+    adopted = {"files": [part.to_dict() for part in parts], "records": records}
+    attempt._put("adopted.json", adopted)
+    marker = {"owner": this_process().to_dict(), "lease": held_token(objects, artifact), "since": time.time()}
+    attempt._put("attempt.json", marker)
+    LIVE[attempt.id] = 1
+    for other in dead:
+        other.delete()
+    return attempt
+
+
+def is_live(attempt: Attempt) -> bool:
+    """Whether somebody may still be writing it. When in doubt, yes."""
+    raw = _parse([attempt.objects.get(f"{attempt.folder}/attempt.json")])
+    if not raw:
+        return False
+    lease = str(raw[0].get("lease", ""))
+    if lease:  # it lives as long as its lease does, and what is under our own lease is ours to continue
+        if lease == held_token(attempt.objects, attempt.artifact):
+            return False
+        holder = live_holder(attempt.objects, attempt.artifact)
+        return holder is not None and holder.token == lease
+    try:
+        owner = Owner.from_dict(raw[0]["owner"])
+    except (KeyError, TypeError, ValueError):
+        return False
+    if owner == this_process():
+        return attempt.id in LIVE
+    return owner.alive() is not False
+
+
+def live_attempts(objects: Objects, artifact: str, besides: str = "") -> list[Attempt]:
+    names = objects.folders(attempts_folder(artifact))
+    return [a for name in names if name != besides and is_live(a := Attempt(objects, artifact, name))]
+
+
+def _intact(objects: Objects, artifact: str, parts: list[Finished]) -> list[Finished]:
+    """Those whose stored file is there and unchanged; files with another tag are read."""
+    listing = {found.path: found for found in objects.walk(artifact)}
+    return [part for part in parts if not stored_reason(objects, artifact, part, listing)]
+
+
+def stored_reason(objects: Objects, artifact: str, finished: Finished, listing: dict[str, Found]) -> str:
+    """Why a finished file is not (any more) what its writer put in place, or ""."""
+    path = f"{artifact}/{finished.entry.stored}"
+    found = listing.get(path)
+    if found is None:
+        return "it is missing"
+    if found.tag == finished.tag:
+        return ""
+    return content_reason(objects, path, finished.entry)
+
+
+def safe_name(key: str) -> str:
+    """A file name for any text: itself where that is possible, else told apart by its hash."""
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", key):
+        return key
+    return re.sub(r"[^A-Za-z0-9_-]", "_", key)[:60] + "-" + hashlib.sha256(key.encode()).hexdigest()[:12]
+
+
+def _parse(blobs: Iterable[bytes | None]) -> list[dict[str, Any]]:
+    """What can be read of them; a note cut short by a power cut counts as never written."""
+    found = []
+    for data in blobs:
+        try:
+            raw = json.loads(data) if data else None
+        except ValueError:
+            continue
+        if isinstance(raw, dict):
+            found.append(raw)
+    return found

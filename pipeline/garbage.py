@@ -1,0 +1,183 @@
+"""Collects garbage: what a killed run left behind and, when asked, artifacts that no pipeline needs.
+
+Nothing is removed that a lease or a live attempt protects: the collector takes the artifact's lease while it deletes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from pipeline.artifact import Artifact, load
+from pipeline.attempt import live_attempts
+from pipeline.errors import ArtifactDamaged
+from pipeline.integrity import memo_path
+from pipeline.lease import Holder, Lease, live_holder
+from pipeline.manifest import MANIFEST
+from pipeline.objects import Found, Objects
+from pipeline.owner import Owner
+from pipeline.writer import progress_folder, scratch_root
+
+
+@dataclass(frozen=True)
+class Removed:
+    """One thing that was, or in a dry run would be, removed."""
+
+    path: str  # relative to the store
+    bytes: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.reason})"
+
+
+def collect(
+    objects: Objects,
+    folders: Iterable[tuple[str, str]],
+    keep: set[tuple[str, str]] | None,
+    *,
+    older_than: timedelta,
+    dry_run: bool,
+) -> list[Removed]:
+    """See `ArtifactStore.gc`."""
+    before = time.time() - older_than.total_seconds()
+    removed: list[Removed] = []
+    for kind, fingerprint in folders:
+        removed += _collect_artifact(objects, kind, fingerprint, keep, before, dry_run)
+    removed += _collect_leases(objects, dry_run)
+    removed += _collect_memos(objects, before, dry_run)
+    removed += _collect_scratch(objects, before, dry_run)
+    return removed
+
+
+def delete_artifact(objects: Objects, name: str) -> None:
+    """Everything of one artifact; the manifest first."""
+    objects.delete([f"{name}/{MANIFEST}"])
+    objects.delete([memo_path(name)])
+    objects.delete_folder(name)
+    objects.delete_folder(f"{name}.progress")
+    if objects.folder is None:
+        shutil.rmtree(progress_folder(objects, name), ignore_errors=True)
+
+
+def _collect_artifact(
+    objects: Objects, kind: str, fingerprint: str, keep: set[tuple[str, str]] | None, before: float, dry_run: bool
+) -> list[Removed]:
+    name = f"{kind}/{fingerprint}"
+    if not any(_garbage(objects, kind, fingerprint, keep, before)):
+        return []
+    if live_holder(objects, name) is not None or live_attempts(objects, name):
+        return []
+    if dry_run:
+        return [removed for removed, _ in _garbage(objects, kind, fingerprint, keep, before)]
+    lease = Lease(objects, name)
+    if not lease.try_acquire():
+        return []
+    try:
+        # Looked at again under the lease: somebody may have continued, or committed, a moment ago.
+        found = [] if live_attempts(objects, name) else list(_garbage(objects, kind, fingerprint, keep, before))
+        for removed, paths in found:
+            if removed.path == name:
+                delete_artifact(objects, name)
+            elif paths:
+                objects.delete(paths)
+            else:
+                objects.delete_folder(removed.path)
+        return [removed for removed, _ in found]
+    finally:
+        lease.release()
+
+
+def _garbage(
+    objects: Objects, kind: str, fingerprint: str, keep: set[tuple[str, str]] | None, before: float
+) -> Iterator[tuple[Removed, list[str]]]:
+    """(what, its objects; none: the whole folder) to remove of one artifact's folders."""
+    name = f"{kind}/{fingerprint}"
+    files, progress = objects.walk(name), objects.walk(f"{name}.progress")
+    size = sum(found.size for found in files + progress)
+    young = any(found.modified > before for found in files + progress)
+    try:
+        artifact: Artifact | None = load(objects, kind, fingerprint)
+    except ArtifactDamaged:
+        if not young:
+            yield Removed(name, size, "its manifest is broken"), []
+        return
+    if artifact is None:
+        if not young:
+            yield Removed(name, size, "never committed"), []
+        return
+    if keep is not None and (kind, fingerprint) not in keep and not young:
+        yield Removed(name, size, "no pipeline needs it"), []
+        return
+    wanted = {f"{name}/{entry.stored}" for entry in artifact.manifest.files} | {f"{name}/{MANIFEST}"}
+    for found in _old(files, before):
+        if found.path not in wanted:
+            yield Removed(found.path, found.size, "not in the manifest"), [found.path]
+    if not any(found.modified > before for found in progress) and _folder_there(objects, f"{name}.progress"):
+        size = sum(found.size for found in progress)
+        yield Removed(f"{name}.progress", size, "its artifact is finished"), []
+
+
+def _old(files: list[Found], before: float) -> list[Found]:
+    return [found for found in files if found.modified <= before]
+
+
+def _folder_there(objects: Objects, path: str) -> bool:
+    kind, name = path.split("/")
+    return name in objects.folders(kind)
+
+
+def _collect_leases(objects: Objects, dry_run: bool) -> list[Removed]:
+    removed = []
+    for found in objects.walk(".tessera/leases"):
+        if not found.path.endswith(".json"):
+            continue
+        holder = Holder.from_bytes(objects.get(found.path) or b"")
+        if holder is not None and holder.long_gone():
+            removed.append((Removed(found.path, found.size, "its process is dead"), holder))
+    if not dry_run:
+        for item, _ in removed:
+            lease = Lease(objects, item.path.removeprefix(".tessera/leases/").removesuffix(".json"))
+            if lease.try_acquire():  # taken over and given back: the same care as anybody who wants it
+                lease.release()
+    return [item for item, _ in removed]
+
+
+def _collect_memos(objects: Objects, before: float, dry_run: bool) -> list[Removed]:
+    removed = []
+    for found in _old(objects.walk(".tessera/memo"), before):
+        name = found.path.removeprefix(".tessera/memo/").removesuffix(".json")
+        if objects.get(f"{name}/{MANIFEST}") is None:
+            removed.append(Removed(found.path, found.size, "its artifact is gone"))
+    if not dry_run:
+        objects.delete([item.path for item in removed])
+    return removed
+
+
+def _collect_scratch(objects: Objects, before: float, dry_run: bool) -> list[Removed]:
+    """Scratch folders of dead processes, on this machine's disk or in a store that machines share."""
+    removed = []
+    root = scratch_root(objects)
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        if not folder.is_dir() or _scratch_in_use(folder, before):
+            continue
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        shown = folder.relative_to(objects.folder) if objects.folder is not None else folder
+        removed.append(Removed(str(shown), size, "scratch of a dead process"))
+        if not dry_run:
+            shutil.rmtree(folder, ignore_errors=True)
+    return removed
+
+
+def _scratch_in_use(folder: Path, before: float) -> bool:
+    try:
+        alive = Owner.from_dict(json.loads((folder / ".owner.json").read_text())).alive()
+        youngest = max(path.stat().st_mtime for path in [folder, *folder.rglob("*")])
+    except (OSError, ValueError, KeyError, TypeError):
+        alive, youngest = None, folder.stat().st_mtime
+    return alive is True or youngest > before

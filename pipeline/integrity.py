@@ -1,0 +1,108 @@
+"""Does an artifact still hold what its manifest says? `check` looks, `verify` reads everything again.
+
+A check trusts a file whose tag (local: inode, size and times; bucket: etag) is the one at which its content was last
+found in order. Those tags are the memo; it lies in the store, and losing it costs one reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from pipeline.artifact import Artifact, Damage, Progress, load
+from pipeline.errors import ArtifactDamaged, StoreError
+from pipeline.manifest import MANIFEST, FileEntry
+from pipeline.nodecache import WRONG_CONTENT, wrong_size
+from pipeline.objects import Found, Objects
+
+# A file changed within the clock's grain of being looked at keeps its tag: such young files are hashed next time too.
+GRAIN_NS = 2_000_000_000
+
+
+def memo_path(artifact: str) -> str:
+    return f".tessera/memo/{artifact}.json"
+
+
+def check(artifact: Artifact) -> list[Damage]:
+    """Cheap when nothing was touched: one listing. Files with an unknown tag are hashed."""
+    known = _read_memo(artifact)
+    damages, fresh = _compare(artifact, lambda entry, found: known.get(entry.stored) == found.tag, None)
+    if fresh != known:
+        write_memo(artifact, fresh)
+    return damages
+
+
+def verify(artifact: Artifact, progress: Progress | None = None) -> list[Damage]:
+    """Hash every file, and read the manifest itself again."""
+    damages, fresh = _compare(artifact, lambda entry, found: False, progress)
+    try:
+        again = load(artifact.objects, artifact.kind, artifact.fingerprint)
+        if again is None:
+            damages.append(Damage(artifact.name, MANIFEST, "it is missing"))
+    except ArtifactDamaged as error:
+        damages.append(Damage(artifact.name, error.file, error.reason))
+    write_memo(artifact, fresh)
+    return damages
+
+
+def _compare(
+    artifact: Artifact, trusted: Callable[[FileEntry, Found], bool], progress: Progress | None
+) -> tuple[list[Damage], dict[str, str]]:
+    """(damages, tags of the files that are in order and old enough to be trusted by their tag)."""
+    prefix = f"{artifact.name}/"
+    listing = {found.path.removeprefix(prefix): found for found in artifact.objects.walk(artifact.name)}
+    damages, tags, done = [], {}, 0
+    for entry in artifact.manifest.files:
+        found = listing.get(entry.stored)
+        reason = _reason(artifact.objects, prefix, entry, found, bool(found and trusted(entry, found)))
+        if reason:
+            damages.append(Damage(artifact.name, entry.stored, reason))
+        elif found is not None and found.changed_ns < time.time_ns() - GRAIN_NS:
+            tags[entry.stored] = found.tag
+        done += entry.size
+        if progress is not None:
+            progress(done, artifact.size, "bytes")
+    return damages, tags
+
+
+def _reason(objects: Objects, prefix: str, entry: FileEntry, found: Found | None, trusted: bool) -> str:
+    if found is None:
+        return "it is missing"
+    if found.size != entry.size:
+        return wrong_size(found.size, entry)
+    return "" if trusted else content_reason(objects, prefix + entry.stored, entry)
+
+
+def content_reason(objects: Objects, path: str, entry: FileEntry) -> str:
+    """Why a stored file's content is not the entry's, or ""; reads all of it."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        for block in objects.stream(path):
+            digest.update(block)
+            size += len(block)
+    except FileNotFoundError:
+        return "it is missing"
+    except StoreError as error:
+        return f"it cannot be read: {error}"
+    if size != entry.size:
+        return wrong_size(size, entry)
+    return "" if digest.hexdigest() == entry.sha256 else WRONG_CONTENT
+
+
+def _read_memo(artifact: Artifact) -> dict[str, str]:
+    data = artifact.objects.get(memo_path(artifact.name))
+    try:
+        memo = json.loads(data or b"{}")
+        return dict(memo["files"]) if memo.get("manifest") == artifact.manifest.checksum else {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def write_memo(artifact: Artifact, tags: dict[str, str]) -> None:
+    """Best effort: planning against a store that cannot be written must work."""
+    memo = {"manifest": artifact.manifest.checksum, "files": tags}
+    with suppress(StoreError):
+        artifact.objects.put(memo_path(artifact.name), json.dumps(memo).encode(), durable=False)

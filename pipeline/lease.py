@@ -1,0 +1,231 @@
+"""Leases: one process computes an artifact, others wait for it. A convenience, not a lock that correctness hangs on.
+
+Whoever holds the lease writes a heartbeat. It is taken over when its process is dead (seen at once on the same
+machine) or has not beaten for a minute (seen from another). Should two compute the same artifact after all, the
+store's commit still lets one of them win whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+
+from pipeline.errors import StoreError
+from pipeline.objects import Conflict, Objects
+from pipeline.owner import Owner, this_process
+
+BEAT = 10.0  # seconds between heartbeats
+STALE = 60.0  # seconds without one after which a process on another machine counts as dead
+LONG_DEAD = 900.0  # by the clocks alone: more than two machines' clocks should ever differ
+
+_HELD: dict[tuple[str, str], str] = {}  # (store address, artifact) -> token of the lease this process holds
+
+
+@dataclass(frozen=True)
+class Holder:
+    """What a lease file says."""
+
+    token: str
+    owner: Owner
+    beat: float  # the holder's clock, seconds since the epoch
+    since: float
+
+    def __str__(self) -> str:
+        return f"{self.owner}, since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(self.since))}"
+
+    def to_bytes(self) -> bytes:
+        fields = {"token": self.token, "owner": self.owner.to_dict(), "beat": self.beat, "since": self.since}
+        return json.dumps(fields).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Holder | None:
+        """None for what is no lease (a file cut short by a full disk counts as nobody's)."""
+        try:
+            raw = json.loads(data)
+            return cls(str(raw["token"]), Owner.from_dict(raw["owner"]), float(raw["beat"]), float(raw["since"]))
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    def long_gone(self) -> bool:
+        """Whether the holder is dead for certain, without watching its heartbeat."""
+        alive = self.owner.alive()
+        return not alive if alive is not None else time.time() - self.beat > LONG_DEAD
+
+
+class Lease:
+    """The right to compute one artifact. `with store.lease(kind, fingerprint, waiting=print):` waits for it.
+
+    After waiting, look again whether the artifact is there: the other process has probably made it.
+    """
+
+    def __init__(
+        self, objects: Objects, artifact: str, waiting: Callable[[Holder], None] | None = None, *, beat: float = BEAT
+    ) -> None:
+        self._objects, self.artifact, self._waiting = objects, artifact, waiting
+        self._path = lease_path(artifact)
+        self._beat_every, self._stale_after = beat, STALE / BEAT * beat
+        self._token = ""
+        self._since = 0.0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.lost = False  # somebody took it over: this process was thought dead
+
+    def __enter__(self) -> Lease:
+        self.acquire(self._waiting)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    @property
+    def held(self) -> bool:
+        return bool(self._token) and not self.lost
+
+    def holder(self) -> Holder | None:
+        """Who holds it now, dead or alive; None when nobody does."""
+        data = self._objects.get(self._path)
+        return Holder.from_bytes(data) if data else None
+
+    def acquire(self, waiting: Callable[[Holder], None] | None = None, *, timeout: float | None = None) -> None:
+        """Wait until the lease is this process's. `waiting` is called once for every holder that is waited for.
+
+        Raises: StoreError after `timeout` seconds; TimeoutError is not used, so that callers need one except clause.
+        """
+        told, seen, seen_at, start = "", ("", 0.0), time.monotonic(), time.monotonic()
+        while not self.try_acquire():
+            holder = self.holder()
+            if holder is None:
+                continue
+            if (holder.token, holder.beat) != seen:
+                seen, seen_at = (holder.token, holder.beat), time.monotonic()
+            # Seconds without a beat are counted on our own clock: other machines' clocks may be off.
+            if holder.owner.alive() is None and time.monotonic() - seen_at > self._stale_after and self._take(holder):
+                break
+            if waiting is not None and holder.token != told:
+                told = holder.token
+                waiting(holder)
+            if timeout is not None and time.monotonic() - start > timeout:
+                raise StoreError(f"{self.artifact} is still being computed by {holder} (wait for it, or end it)")
+            time.sleep(0.2 if self._objects.folder is not None else 2.0)
+
+    def try_acquire(self) -> bool:
+        """Take the lease if nobody alive holds it."""
+        if self.held:
+            raise RuntimeError(f"lease of {self.artifact} is held already")
+        holder = self.holder()
+        if holder is not None:
+            return holder.long_gone() and self._take(holder)
+        with self._guard():
+            mine = self._mine()
+            try:
+                self._objects.put(self._path, mine.to_bytes(), create=True, durable=False)
+            except Conflict:
+                if self.holder() is not None:
+                    return False
+                self._objects.delete([self._path])  # unreadable remains: nobody's
+                return False
+        self._started(mine)
+        return True
+
+    def release(self) -> None:
+        """Give it back; harmless when it is not held."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._token:
+            _HELD.pop((self._objects.address, self.artifact), None)
+            with self._guard():
+                holder = self.holder()
+                if holder is not None and holder.token == self._token:
+                    self._objects.delete([self._path])
+            self._token = ""
+
+    def _mine(self) -> Holder:
+        self._since = time.time()
+        return Holder(uuid.uuid4().hex, this_process(), self._since, self._since)
+
+    def _started(self, mine: Holder) -> None:
+        self._token, self.lost = mine.token, False
+        _HELD[self._objects.address, self.artifact] = mine.token
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=self._beat, args=(self._stop,), name=f"lease {self.artifact}", daemon=True
+        )
+        self._thread.start()
+
+    def _take(self, dead: Holder) -> bool:
+        """Replace a dead holder; False when somebody else was faster."""
+        mine = self._mine()
+        if not self._replace(dead.token, dead.beat, mine):
+            return False
+        self._started(mine)
+        return True
+
+    def _replace(self, token: str, beat: float | None, new: Holder) -> bool:
+        """Overwrite the lease if it still is the one of `token` (and of that beat): one of many callers succeeds."""
+        with self._guard():
+            found = self._objects.get_tagged(self._path)
+            holder = Holder.from_bytes(found[0]) if found else None
+            if found is None or holder is None or holder.token != token or (beat is not None and holder.beat != beat):
+                return False
+            try:
+                if self._objects.folder is not None:  # a disk has no conditional put: the guard stands in for it
+                    self._objects.put(self._path, new.to_bytes(), durable=False)
+                else:
+                    self._objects.put_if(self._path, new.to_bytes(), found[1])
+            except Conflict:
+                return False
+            return True
+
+    def _beat(self, stop: threading.Event) -> None:
+        mine = Holder(self._token, this_process(), 0.0, self._since)
+        while not stop.wait(self._beat_every):
+            try:
+                if not self._replace(mine.token, None, Holder(mine.token, mine.owner, time.time(), mine.since)):
+                    self.lost = True
+                    return
+            except StoreError:
+                continue  # the store is away for a moment: the next beat may reach it
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """On a disk: one process at a time between looking at a lease and changing it."""
+        if self._objects.folder is None:
+            yield
+            return
+        guard = self._objects.folder / ".tessera" / "leases" / ".guard"
+        try:
+            guard.parent.mkdir(parents=True, exist_ok=True)
+            file = guard.open("ab")
+        except OSError as error:
+            from pipeline.store_errors import explain
+
+            raise explain(error, self._objects.address, "write", self._path) from error
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def lease_path(artifact: str) -> str:
+    return f".tessera/leases/{artifact}.json"
+
+
+def held_token(objects: Objects, artifact: str) -> str:
+    """The token of the lease that this process holds on an artifact, or ""."""
+    return _HELD.get((objects.address, artifact), "")
+
+
+def live_holder(objects: Objects, artifact: str) -> Holder | None:
+    """Who holds the lease on an artifact, unless it is known to be dead. When in doubt it lives."""
+    holder = Lease(objects, artifact).holder()
+    return None if holder is None or holder.long_gone() else holder

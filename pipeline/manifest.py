@@ -1,0 +1,146 @@
+"""The manifest: what an artifact holds and where it came from. Writing it is what makes a folder an artifact.
+
+It carries a checksum over its own bytes, so that a damaged manifest is never believed, not even in its white space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+MANIFEST = "manifest.json"
+FORMAT = 1  # raised when an older Tessera could not read what a newer one writes
+_BLANK = "0" * 64  # stands in the checksum's place while the checksum is computed
+
+
+class ManifestBroken(ValueError):
+    """Bytes that are no manifest; the message is the reason."""
+
+
+class FileEntry(BaseModel):
+    """One data file of an artifact."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str  # what stages call it: "part-00003.parquet", "encoder.safetensors"
+    stored: str  # what it is called in the folder: the name with 12 hex digits of its content's hash in it
+    size: int = Field(ge=0)  # bytes
+    sha256: str
+    rows: int | None = None  # of a table
+    meta: dict[str, Any] = {}
+
+
+class Manifest(BaseModel):
+    """All of `manifest.json`. Only the first three and `files` are the store's business; the rest is the record."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    format: int = FORMAT
+    kind: str
+    fingerprint: str
+    checksum: str = _BLANK  # sha256 over the file's bytes with 64 zeros in this field
+    stage: str = ""  # the stage's name in the pipeline that made it
+    uses: str = ""  # the stage's type
+    version: int = 1  # of the stage's type
+    config: dict[str, Any] = {}
+    inputs: dict[str, str] = {}  # dotted field path -> "kind/fingerprint"
+    sources: dict[str, Any] = {}  # dotted field path -> what the source was
+    files: list[FileEntry] = []
+    columns: dict[str, str] = {}  # of the table its parts make: name -> Arrow type
+    rows: int | None = None  # of all parts together
+    counts: dict[str, int] = {}
+    metrics: dict[str, float] = {}
+    problems: list[dict[str, str]] = []
+    notes: dict[str, Any] = {}
+    preview: str | None = None
+    packages: dict[str, str] = {}
+    git: dict[str, Any] | str | None = None
+    tracking: dict[str, Any] = {}  # the MLflow run
+    created: str = ""  # ISO 8601, UTC
+    seconds: float = 0.0
+    attempt: str = ""  # the writer that committed
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _null_is_nan(cls, value: Any) -> Any:
+        # JSON has no NaN: it is written as null, and a metric that was NaN comes back as NaN.
+        return {k: math.nan if v is None else v for k, v in value.items()} if isinstance(value, Mapping) else value
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}/{self.fingerprint}"
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.size for entry in self.files)
+
+    def file(self, name: str) -> FileEntry:
+        """The entry of a file by its logical or its stored name. Raises KeyError."""
+        for entry in self.files:
+            if name in (entry.name, entry.stored):
+                return entry
+        raise KeyError(name)
+
+    def to_bytes(self) -> bytes:
+        """JSON with the checksum filled in."""
+        fields = plain(self.model_dump(exclude={"checksum"}))
+        text = json.dumps({"checksum": _BLANK, **fields}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        checksum = hashlib.sha256(text.encode()).hexdigest()
+        return text.replace(_BLANK, checksum, 1).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, kind: str, fingerprint: str) -> Manifest:
+        """Read back what `to_bytes` wrote, for the folder it lies in. Raises: ManifestBroken with the reason."""
+        try:
+            raw = json.loads(data)
+            checksum = raw["checksum"]
+        except (ValueError, KeyError, TypeError):
+            raise ManifestBroken("it is not a manifest, or only a part of one") from None
+        if not isinstance(checksum, str) or len(checksum) != 64:
+            raise ManifestBroken("its checksum is missing")
+        blank = data.replace(f'"checksum": "{checksum}"'.encode(), f'"checksum": "{_BLANK}"'.encode(), 1)
+        if hashlib.sha256(blank).hexdigest() != checksum:
+            raise ManifestBroken("its content differs from its own checksum")
+        if raw.get("format") != FORMAT:
+            raise ManifestBroken(
+                f"it has format {raw.get('format')}, this Tessera reads format {FORMAT}: upgrade Tessera"
+            )
+        try:
+            manifest = cls.model_validate(raw)
+        except ValidationError as error:
+            raise ManifestBroken(
+                f"its fields are wrong: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
+            ) from None
+        if (manifest.kind, manifest.fingerprint) != (kind, fingerprint):
+            raise ManifestBroken(f"it belongs to {manifest.name}, not to the folder it lies in")
+        return manifest
+
+
+def plain(value: Any, where: str = "manifest") -> Any:
+    """`value` in JSON's own types: numpy scalars and paths unwrapped, NaN and infinity as null.
+
+    Raises: TypeError that names the place of anything else.
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, BaseModel):
+        return plain(value.model_dump(mode="json"), where)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        items = sorted(value) if isinstance(value, set | frozenset) else value
+        return [plain(item, f"{where}.{i}") for i, item in enumerate(items)]
+    if isinstance(value, PurePath):
+        return str(value)
+    for unwrap in ("tolist", "isoformat"):  # numpy scalars and arrays; dates
+        if hasattr(value, unwrap):
+            return plain(getattr(value, unwrap)(), where)
+    raise TypeError(f"{where}: a {type(value).__name__} cannot be written as JSON")

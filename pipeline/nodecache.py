@@ -1,0 +1,164 @@
+"""What one machine keeps of a store: verified local paths of an artifact's files.
+
+Files of a local store are used where they are; files of a bucket are downloaded once a machine, named by their
+content. Either is hashed once a machine and then only looked at: all workers share the finding. A cache, never the
+truth: it can be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from pipeline.errors import ArtifactDamaged, StoreError
+from pipeline.manifest import FileEntry
+from pipeline.objects import Objects, file_tag
+
+_SEEN: dict[tuple[str, str], str] = {}  # (path, sha256) -> tag: what this process has found in order
+
+
+def cache_folder() -> Path:
+    """`TESSERA_CACHE`, or tessera in the user's cache folder."""
+    chosen = os.environ.get("TESSERA_CACHE")
+    base = Path(chosen).expanduser() if chosen else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "tessera"
+    return base.expanduser().absolute()
+
+
+def local_copy(objects: Objects, artifact: str, entry: FileEntry) -> Path:
+    """A local path of one file whose content is what the manifest says.
+
+    Raises: ArtifactDamaged when the stored file differs; StoreError when the cache cannot be written.
+    """
+    stored = f"{artifact}/{entry.stored}"
+    suffix = PurePosixPath(entry.name).suffix
+    inside = objects.folder is not None
+    path = objects.folder / stored if objects.folder is not None else _cached(entry, suffix)
+    if _known(path, entry):
+        return path
+    with _one_at_a_time(entry.sha256):
+        if _known(path, entry):  # another worker of this machine was faster
+            return path
+        if not inside and not path.exists():
+            _download(objects, stored, path)
+        reason = differs(path, entry)
+        if reason and not inside:  # the copy went bad, not necessarily the store
+            _download(objects, stored, path)
+            reason = differs(path, entry)
+        if reason:
+            if not inside:
+                path.unlink(missing_ok=True)
+            raise ArtifactDamaged(artifact, entry.stored, reason)
+        _remember(path, entry)
+    return path
+
+
+def differs(path: Path, entry: FileEntry) -> str:
+    """Why a local file is not what the manifest says, or "". Reads all of it."""
+    try:
+        size = path.stat().st_size
+        if size != entry.size:
+            return wrong_size(size, entry)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return "it is missing"
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    return "" if digest == entry.sha256 else WRONG_CONTENT
+
+
+WRONG_CONTENT = "its content differs from its checksum"
+
+
+def wrong_size(size: int, entry: FileEntry) -> str:
+    return f"it has {size} bytes, the manifest says {entry.size}"
+
+
+def _cached(entry: FileEntry, suffix: str) -> Path:
+    return cache_folder() / "files" / entry.sha256[:2] / f"{entry.sha256}{suffix}"
+
+
+def _note(path: Path, entry: FileEntry) -> Path:
+    """Where this machine notes that a file was found in order, and with which tag."""
+    key = hashlib.sha256(f"{path}\n{entry.sha256}".encode()).hexdigest()
+    return cache_folder() / "verified" / key[:2] / key
+
+
+def _tag(path: Path) -> str:
+    try:
+        return file_tag(path.stat())
+    except OSError:
+        return ""
+
+
+def _known(path: Path, entry: FileEntry) -> bool:
+    tag = _tag(path)
+    if not tag:
+        return False
+    key = (str(path), entry.sha256)
+    if _SEEN.get(key) == tag:
+        return True
+    try:
+        if _note(path, entry).read_text() != tag:
+            return False
+    except OSError:
+        return False
+    _SEEN[key] = tag
+    return True
+
+
+def _remember(path: Path, entry: FileEntry) -> None:
+    tag, note = _tag(path), _note(path, entry)
+    _SEEN[str(path), entry.sha256] = tag
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        temporary = note.with_name(f"{note.name}.{os.getpid()}")
+        temporary.write_text(tag)
+        temporary.replace(note)
+    except OSError:
+        pass  # the next process hashes again
+
+
+def _download(objects: Objects, stored: str, path: Path) -> None:
+    """Fetch into place in one atomic step; a missing object leaves nothing."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".download-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                for block in objects.stream(stored):
+                    file.write(block)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except FileNotFoundError:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise _cache_error(error) from error
+
+
+@contextmanager
+def _one_at_a_time(key: str) -> Iterator[None]:
+    """One process of this machine downloads or hashes a file; the others wait for its finding."""
+    folder = cache_folder() / "locks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / key[:3]).open("ab")  # 4096 locks are enough, and never need cleaning up
+    except OSError as error:
+        raise _cache_error(error) from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _cache_error(error: OSError) -> StoreError:
+    return StoreError(
+        f"this machine's cache {cache_folder()} cannot be written: {error.strerror or error} "
+        "(set TESSERA_CACHE to a folder with room, or delete the cache: it is rebuilt)"
+    )

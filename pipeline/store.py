@@ -1,0 +1,183 @@
+"""The artifact store: begin -> write -> commit; find, check and verify; discard and collect garbage.
+
+    <address>/<kind>/<fingerprint>/            data files, and manifest.json: written last, in one atomic step
+    <address>/<kind>/<fingerprint>.progress/   what survives a kill while the artifact is computed
+    <address>/.tessera/                        leases, memos, history, scratch: nothing an artifact needs
+
+Without a valid manifest there is no artifact. A crash at any moment leaves a whole artifact or garbage, never a half.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+from pipeline import attempt as attempts
+from pipeline import garbage, integrity
+from pipeline.artifact import Artifact, Damage, Progress, load
+from pipeline.errors import ArtifactDamaged, StoreError
+from pipeline.garbage import Removed
+from pipeline.lease import Holder, Lease, held_token, live_holder
+from pipeline.manifest import FileEntry, Manifest, plain
+from pipeline.objects import Conflict, Objects, mask
+from pipeline.writer import ArtifactWriter
+
+__all__ = [
+    "Artifact",
+    "ArtifactStore",
+    "ArtifactWriter",
+    "Damage",
+    "FileEntry",
+    "Lease",
+    "Manifest",
+    "Objects",
+    "Removed",
+    "mask",
+]
+
+
+class ArtifactStore:
+    """All artifacts at one address: a folder, `file://`, `s3://bucket/prefix`, `gs://` or `az://`. Picklable.
+
+    Opening touches nothing: a local folder is made by the first write. Every failure is a StoreError.
+    """
+
+    def __init__(self, address: str | os.PathLike[str]) -> None:
+        self.objects = Objects(os.fspath(address))
+        self.address = self.objects.address
+
+    def __repr__(self) -> str:
+        return f"ArtifactStore({self.address!r})"
+
+    def find(self, kind: str, fingerprint: str) -> Artifact | None:
+        """The committed artifact, or None. Raises: ArtifactDamaged when its manifest is broken."""
+        _require_names(kind, fingerprint)
+        return load(self.objects, kind, fingerprint)
+
+    def check(self, artifact: Artifact) -> list[Damage]:
+        """Damaged files, seen cheaply: sizes, and the content of files that were touched since they were last read."""
+        return integrity.check(artifact)
+
+    def verify(self, artifact: Artifact, progress: Progress | None = None) -> list[Damage]:
+        """Damaged files, by reading every byte."""
+        return integrity.verify(artifact, progress)
+
+    def artifacts(self) -> Iterator[Artifact]:
+        """Every artifact with a valid manifest, by kind and fingerprint."""
+        for kind, fingerprint in self._folders():
+            try:
+                artifact = load(self.objects, kind, fingerprint)
+            except ArtifactDamaged:
+                continue  # `damaged` names it
+            if artifact is not None:
+                yield artifact
+
+    def damaged(self) -> Iterator[Damage]:
+        """Folders whose manifest itself is broken."""
+        for kind, fingerprint in self._folders():
+            try:
+                load(self.objects, kind, fingerprint)
+            except ArtifactDamaged as error:
+                yield Damage(error.artifact, error.file, error.reason)
+
+    def begin(self, kind: str, fingerprint: str) -> ArtifactWriter:
+        """A writer that continues what dead attempts have finished. Take the lease first, to be alone."""
+        _require_names(kind, fingerprint)
+        return ArtifactWriter(attempts.begin(self.objects, f"{kind}/{fingerprint}"))
+
+    def discard(self, kind: str, fingerprint: str) -> None:
+        """Delete an artifact and its unfinished remains: the manifest first, so that no half is ever readable.
+
+        Raises: StoreError while another process holds its lease.
+        """
+        _require_names(kind, fingerprint)
+        name = f"{kind}/{fingerprint}"
+        holder = live_holder(self.objects, name)
+        if holder is not None and holder.token != held_token(self.objects, name):
+            raise StoreError(f"{name} cannot be deleted: {holder} is computing it (wait for it, or end it)")
+        garbage.delete_artifact(self.objects, name)
+
+    def gc(
+        self, keep: set[tuple[str, str]] | None = None, *, older_than: timedelta, dry_run: bool = False
+    ) -> list[Removed]:
+        """Remove what no artifact needs and nobody has touched for `older_than`; `dry_run` only lists it.
+
+        With `keep`, artifacts that are not in it go too. What is being written, by a live process or under a lease,
+        stays.
+        """
+        return garbage.collect(self.objects, self._folders(), keep, older_than=older_than, dry_run=dry_run)
+
+    def read_record(self, name: str) -> dict[str, Any] | None:
+        """A small JSON note of the store's, or None; one that cannot be read counts as not there."""
+        data = self.objects.get(_record_path(name))
+        try:
+            value = json.loads(data) if data else None
+        except ValueError:
+            return None
+        return value if isinstance(value, dict) else None
+
+    def write_record(self, name: str, value: dict[str, Any]) -> None:
+        """Replace a note in one atomic step."""
+        data = json.dumps(plain(value, name), indent=1, ensure_ascii=False).encode()
+        self.objects.put(_record_path(name), data, durable=False)
+
+    def lease(self, kind: str, fingerprint: str, waiting: Callable[[Holder], None] | None = None) -> Lease:
+        """The right to compute an artifact: `with store.lease(kind, fingerprint, waiting=...):`.
+
+        `waiting` is called with the process that is waited for.
+        """
+        _require_names(kind, fingerprint)
+        return Lease(self.objects, f"{kind}/{fingerprint}", waiting)
+
+    def free_bytes(self) -> int | None:
+        """Free space on the store's disk; None for a bucket."""
+        if self.objects.folder is None:
+            return None
+        folder = self.objects.folder
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+    def probe_writable(self) -> None:
+        """Write, commit twice (the second must fail), read and delete a small file. Raises: StoreError."""
+        path = f".tessera/probe-{uuid.uuid4().hex[:12]}"
+        self.objects.put(path, b"tessera", create=True)
+        try:
+            if self.objects.get(path) != b"tessera":
+                raise StoreError(f"store {self.address}: what was written reads back as something else")
+            try:
+                self.objects.put(path, b"twice", create=True)
+            except Conflict:
+                return
+            raise StoreError(
+                f"store {self.address}: the server overwrites an object that was to be created "
+                "(two runs could mix: use a server that supports If-None-Match)"
+            )
+        finally:
+            self.objects.delete([path])
+
+    def _folders(self) -> Iterator[tuple[str, str]]:
+        """(kind, fingerprint) of every folder in an artifact's place, committed or not."""
+        for kind in self.objects.folders():
+            if re.fullmatch(_NAME, kind):
+                names = {name.removesuffix(".progress") for name in self.objects.folders(kind)}
+                yield from ((kind, name) for name in sorted(names) if re.fullmatch(_NAME, name))
+
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"
+
+
+def _require_names(kind: str, fingerprint: str) -> None:
+    for name in (kind, fingerprint):
+        if not re.fullmatch(_NAME, name):
+            raise ValueError(f"{name!r} cannot name an artifact's folder (letters, digits, _ and -)")
+
+
+def _record_path(name: str) -> str:
+    return ".tessera/records/" + "/".join(attempts.safe_name(part) for part in name.split("/")) + ".json"

@@ -1,0 +1,83 @@
+"""What a store's failure means to the person in front of it: the rule, the address and the remedy in one sentence."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from pipeline.errors import StoreError
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What the cause's text shows (a regular expression), which rule that breaks, and what to do."""
+
+    pattern: str
+    rule: str
+    remedy: str
+
+
+_ROOM = "free space (`tessera artifacts gc`), or name a store on another disk"
+
+# The first that matches speaks. obstore says "os error 13", Python says "Errno 13".
+_LOCAL = (
+    Meaning(
+        r"\b(os error|Errno) (1|13)\b",
+        "this user may not {doing} there",
+        "change its owner or its mode, or name another store",
+    ),
+    Meaning(r"\b(os error|Errno) 30\b", "its file system is read-only", "name a store on a disk that can be written"),
+    Meaning(r"\b(os error|Errno) 28\b", "its disk is full", _ROOM),
+    Meaning(r"\b(os error|Errno) 122\b", "the disk quota is used up", _ROOM),
+    Meaning(r"\b(os error|Errno) (17|20)\b", "a part of its path is a file, not a folder", "name a folder"),
+    Meaning(r"\b(os error|Errno) 5\b", "the disk reports an error", "check the disk; recompute what it held"),
+)
+_REMOTE = (
+    Meaning(
+        r"NoSuchBucket|ContainerNotFound|bucket does not exist|container does not exist",
+        "there is no such bucket",
+        "create the bucket, or correct the address",
+    ),
+    Meaning(
+        r"169\.254\.|metadata\.google|(?i:credential provider|missing ?credentials|no credentials)|Account must be",
+        "there are no credentials for it",
+        "set {environment}",
+    ),
+    Meaning(
+        r"InvalidAccessKeyId|SignatureDoesNotMatch|\b40[13]\b|AccessDenied|Forbidden|Unauthorized",
+        "access is denied",
+        "check {environment}, and that they may {doing} there",
+    ),
+    Meaning(
+        r"(?i:scheme is not allowed|BadScheme)",
+        "its endpoint is http://, and only https:// is allowed",
+        "set AWS_ALLOW_HTTP=true, or use an https:// endpoint",
+    ),
+    Meaning(
+        r"NotImplemented|\b501\b",
+        "the server does not know conditional writes, which commit an artifact",
+        "use a server that supports If-None-Match and If-Match",
+    ),
+    Meaning(
+        r"(?i:error sending request|connect|dns|timed out|timeout)",
+        "it cannot be reached",
+        "check the network and the endpoint (AWS_ENDPOINT_URL for s3://)",
+    ),
+)
+_ENVIRONMENT = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
+}
+
+
+def explain(error: Exception, address: str, doing: str, path: str) -> StoreError:
+    """The StoreError for a failure of `doing` ("read", "write", ...) with `path` at `address`."""
+    cause = str(error)
+    words = {"doing": doing, "environment": _ENVIRONMENT.get(address.split("://", 1)[0], "")}
+    place = f"store {address}: cannot {doing} {path or 'it'}"
+    for meaning in _REMOTE if "://" in address else _LOCAL:
+        if re.search(meaning.pattern, cause):
+            return StoreError(f"{place}: {meaning.rule.format(**words)} ({meaning.remedy.format(**words)})")
+    first = cause.strip().splitlines()[0][:300] if cause.strip() else type(error).__name__
+    return StoreError(f"{place}: {first} (`tessera doctor` checks the store)")

@@ -1,0 +1,288 @@
+"""Writes one artifact: files under content names, then the manifest, which makes them an artifact in one atomic step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from pipeline import attempt as attempts
+from pipeline.artifact import Artifact, is_part, load
+from pipeline.attempt import Attempt, Finished
+from pipeline.errors import StoreError
+from pipeline.integrity import GRAIN_NS, write_memo
+from pipeline.manifest import MANIFEST, FileEntry, Manifest, plain
+from pipeline.nodecache import cache_folder
+from pipeline.objects import Conflict, Found, Objects
+from pipeline.owner import this_process
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ROW_GROUP_BYTES = 64 << 20  # a reader that streams holds one row group in memory
+_CHECKED: set[tuple[str, str]] = set()  # attempts that this process has seen in the store
+
+
+class ArtifactWriter:
+    """Where an artifact grows. Picklable: Ray tasks on any node that reaches the store write parts through it.
+
+    Putting the same name again replaces the earlier file. Nothing is readable before `commit`.
+    """
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+        self._objects = attempt.objects
+        self.kind, self.fingerprint = attempt.artifact.split("/")
+        self._scratch: Path | None = None
+
+    def __reduce__(self) -> tuple[type[ArtifactWriter], tuple[Attempt]]:
+        return ArtifactWriter, (self._attempt,)
+
+    def __repr__(self) -> str:
+        return f"ArtifactWriter({self._objects.join(self.name)!r}, attempt {self._attempt.id})"
+
+    @property
+    def name(self) -> str:
+        """ "kind/fingerprint"."""
+        return self._attempt.artifact
+
+    @property
+    def progress(self) -> Path:
+        """A local folder that survives a kill, and goes when the artifact is committed."""
+        folder = progress_folder(self._objects, self.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @property
+    def progress_address(self) -> str:
+        """The same on storage that all nodes share: fit for Ray Train's `storage_path`."""
+        return str(self.progress) if self._objects.folder is not None else self._objects.join(f"{self.name}.progress")
+
+    @property
+    def scratch(self) -> Path:
+        """A folder of this process for files that nobody needs afterwards."""
+        if self._scratch is None or not self._scratch.is_dir():
+            self._scratch = _make_scratch(self._objects, self._attempt.id)
+            weakref.finalize(self, _remove_own, self._scratch, os.getpid())
+        return self._scratch
+
+    def shard_done(self, index: int, suffix: str = ".parquet") -> FileEntry | None:
+        """The entry of a part that is finished already, by this attempt or a dead one."""
+        finished = self._attempt.part(part_name(index, suffix))
+        return finished.entry if finished else None
+
+    def put_table(self, index: int, table: pa.Table, *, meta: Mapping[str, Any] | None = None) -> FileEntry:
+        """One part of the artifact's table as Parquet: zstd, statistics, row groups of about 64 MiB."""
+        import pyarrow.parquet as pq
+
+        self._require_attempt()
+        name = part_name(index, ".parquet")
+        file = self.scratch / f"{name}.{os.urandom(4).hex()}"
+        rows = max(1, min(table.num_rows, ROW_GROUP_BYTES * max(1, table.num_rows) // max(1, table.nbytes)))
+        try:
+            pq.write_table(table, file, compression="zstd", write_statistics=True, row_group_size=rows)
+            size, digest = _measure(file)
+            entry = FileEntry(
+                name=name, stored=stored_name(name, digest), size=size, sha256=digest, rows=table.num_rows,
+                meta=plain(meta or {}, name),
+            )  # fmt: skip
+            tag = self._objects.put_moved(f"{self.name}/{entry.stored}", file)
+        finally:
+            file.unlink(missing_ok=True)
+        columns = {field.name: str(field.type) for field in table.schema}
+        self._attempt.note_file(Finished(entry, tag, columns))
+        return entry
+
+    def put_file(
+        self, name: str, data: bytes | Path, *, rows: int | None = None, meta: Mapping[str, Any] | None = None
+    ) -> FileEntry:
+        """One file under a logical name ("encoder.safetensors", "pictures/best.png"); a Path is copied."""
+        self._require_attempt()
+        _require_file_name(name)
+        size, digest = (len(data), hashlib.sha256(data).hexdigest()) if isinstance(data, bytes) else _measure(data)
+        entry = FileEntry(
+            name=name,
+            stored=stored_name(name, digest),
+            size=size,
+            sha256=digest,
+            rows=rows,
+            meta=plain(meta or {}, name),
+        )
+        tag = self._objects.put(f"{self.name}/{entry.stored}", data)
+        self._attempt.note_file(Finished(entry, tag, {}))
+        return entry
+
+    def record(self, key: str, value: dict[str, Any]) -> None:
+        """A small note that survives a kill; the same key again replaces it."""
+        self._require_attempt()
+        self._attempt.note_record(key, value)
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """All notes, those of dead attempts included."""
+        return self._attempt.records()
+
+    def commit(self, fields: Mapping[str, Any] | None = None, *, replace: bool = False, **more: Any) -> Artifact:
+        """Write the manifest; `fields` are Manifest's (counts, metrics, config, inputs, ...).
+
+        When another run has committed the same artifact meanwhile, its artifact is returned and ours is deleted;
+        `replace` puts ours in its place (recomputing on purpose). Raises: StoreError when a file is missing.
+        """
+        files = self._attempt.files()
+        if not self._attempt.exists():
+            return self._adopt(files)
+        listing = {found.path: found for found in self._objects.walk(self.name)}
+        for finished in files.values():
+            reason = attempts.stored_reason(self._objects, self.name, finished, listing)
+            if reason:
+                raise StoreError(
+                    f"{self.name} cannot be committed: {finished.entry.stored}: {reason} (it was changed after it was "
+                    "written; run the same command again: only what is missing is computed)"
+                )
+        manifest = self._manifest(files, {**(fields or {}), **more})
+        data = manifest.to_bytes()
+        try:
+            self._objects.put(f"{self.name}/{MANIFEST}", data, create=not replace)
+        except Conflict:
+            return self._adopt(files)
+        artifact = Artifact(self._objects, Manifest.from_bytes(data, self.kind, self.fingerprint))
+        write_memo(artifact, _settled(artifact, listing))
+        self._clean_up(artifact, files)
+        return artifact
+
+    def close(self) -> None:
+        """Give up without committing: the next attempt continues what this one finished."""
+        attempts.LIVE.pop(self._attempt.id, None)
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _manifest(self, files: dict[str, Finished], fields: dict[str, Any]) -> Manifest:
+        unknown = set(fields) - set(Manifest.model_fields)
+        if unknown:
+            raise TypeError(f"a manifest has no field {', '.join(sorted(unknown))}")
+        parts = sorted(name for name in files if is_part(name))
+        tables = [files[name].columns for name in parts if files[name].columns]
+        for name, columns in zip(parts, tables, strict=False):
+            if columns != tables[0]:
+                raise StoreError(f"{self.name}: {name} has other columns than {parts[0]}: {columns}, not {tables[0]}")
+        rows = [files[name].entry.rows for name in parts]
+        fixed = {
+            "kind": self.kind,
+            "fingerprint": self.fingerprint,
+            "files": [files[name].entry for name in [*parts, *sorted(set(files) - set(parts))]],
+            "columns": tables[0] if tables else {},
+            "rows": sum(row or 0 for row in rows) if parts else None,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "attempt": self._attempt.id,
+        }
+        return Manifest.model_validate(plain({**fields, **fixed}))
+
+    def _adopt(self, files: dict[str, Finished]) -> Artifact:
+        """The artifact that another run committed first. Raises: ArtifactDamaged, or StoreError when there is none."""
+        artifact = load(self._objects, self.kind, self.fingerprint)
+        if artifact is None:
+            raise StoreError(
+                f"{self.name} cannot be committed: its unfinished parts are gone from {self._objects.address} "
+                "(deleted while it was computed: by hand, or by `tessera artifacts gc`; run the same command again)"
+            )
+        self._clean_up(artifact, files)
+        return artifact
+
+    def _clean_up(self, artifact: Artifact, files: dict[str, Finished]) -> None:
+        """Remove what only this attempt needed; all leftovers when nobody else is writing. gc does what a kill prevents."""
+        self.close()
+        wanted = {entry.stored for entry in artifact.manifest.files} | {MANIFEST}
+        others = attempts.live_attempts(self._objects, self.name, besides=self._attempt.id)
+        if others:
+            unwanted = [f.entry.stored for f in files.values() if f.entry.stored not in wanted]
+            self._objects.delete([f"{self.name}/{stored}" for stored in unwanted])
+            self._attempt.delete()
+            return
+        prefix = f"{self.name}/"
+        present = [found.path for found in self._objects.walk(self.name)]
+        self._objects.delete([path for path in present if path.removeprefix(prefix) not in wanted])
+        self._objects.delete_folder(f"{self.name}.progress")
+        if self._objects.folder is None:
+            shutil.rmtree(progress_folder(self._objects, self.name), ignore_errors=True)
+
+    def _require_attempt(self) -> None:
+        """The first write of a process looks whether it reaches the store that the driver means."""
+        key = (self._objects.address, self._attempt.id)
+        if key in _CHECKED:
+            return
+        if not self._attempt.exists():
+            if load(self._objects, self.kind, self.fingerprint) is None:
+                raise StoreError(
+                    f"{self.name} cannot be written from {this_process()}: {self._objects.address} does not hold what the "
+                    "driver began there (a local store must be a folder that all nodes share; use one, or a bucket)"
+                )
+        _CHECKED.add(key)
+
+
+def part_name(index: int, suffix: str = ".parquet") -> str:
+    return f"part-{index:05d}{suffix}"
+
+
+def stored_name(name: str, sha256: str) -> str:
+    path = PurePosixPath(name)
+    return str(path.with_name(f"{path.stem}.{sha256[:12]}{path.suffix}"))
+
+
+def progress_folder(objects: Objects, artifact: str) -> Path:
+    """Where `ArtifactWriter.progress` is on this machine."""
+    if objects.folder is not None:
+        return objects.folder / f"{artifact}.progress"
+    return cache_folder() / "progress" / hashlib.sha256(objects.address.encode()).hexdigest()[:12] / artifact
+
+
+def scratch_root(objects: Objects) -> Path:
+    """On the store's own disk, so that finished files are moved and not copied."""
+    return objects.folder / ".tessera" / "scratch" if objects.folder is not None else cache_folder() / "scratch"
+
+
+def _make_scratch(objects: Objects, attempt: str) -> Path:
+    try:
+        scratch_root(objects).mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{attempt}-", dir=scratch_root(objects)))
+        (folder / ".owner.json").write_text(json.dumps(this_process().to_dict()))
+    except OSError as error:
+        from pipeline.store_errors import explain
+
+        raise explain(error, str(scratch_root(objects)), "write", "a scratch folder") from error
+    return folder
+
+
+def _remove_own(folder: Path, pid: int) -> None:
+    if os.getpid() == pid:  # not in a fork of the process that made it
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _measure(file: Path) -> tuple[int, str]:
+    """(bytes, sha256) of a file."""
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        return opened.tell(), digest
+
+
+def _settled(artifact: Artifact, listing: dict[str, Found]) -> dict[str, str]:
+    """Tags of files that are old enough for their tag to be trusted."""
+    import time
+
+    tags = {}
+    for entry in artifact.manifest.files:
+        found = listing[f"{artifact.name}/{entry.stored}"]
+        if found.changed_ns < time.time_ns() - GRAIN_NS:
+            tags[entry.stored] = found.tag
+    return tags
+
+
+def _require_file_name(name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*", name) or name == MANIFEST:
+        raise ValueError(f"{name!r} cannot name an artifact's file (letters, digits, _ . - and / between folders)")
