@@ -31,17 +31,16 @@ def generator(seed: int, epoch: int, source: int, image_id: int, again: int = 0)
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, source, image_id, again])))
 
 
-def draw(plan: ViewPlan, rng: np.random.Generator, row: ImageRow, neighbor: ImageRow | None = None) -> Drawn:
-    """All draws of one image: the plan's own drawer for its views where it has one, the standard one otherwise.
+def draw(plan: ViewPlan, rng: np.random.Generator, row: ImageRow) -> Drawn:
+    """All draws of one image's own views: by the plan's drawer where it has one, the standard way otherwise."""
+    if plan.drawer:
+        return plan.drawer(rng, row)
+    return Drawn(draw_views([spec for spec in plan.views if spec.of == "image"], rng, row.width, row.height))
 
-    Views `of="neighbor"` are drawn the standard way from `neighbor`; without a neighbour there are none.
-    """
-    own = tuple(spec for spec in plan.views if spec.of == "image")
-    drawn = plan.drawer(rng, row) if plan.drawer else Drawn(draw_views(own, rng, row.width, row.height))
-    others = tuple(spec for spec in plan.views if spec.of == "neighbor")
-    if neighbor is None or not others or drawn.skipped:
-        return drawn
-    return Drawn([*drawn.draws, *draw_views(others, rng, neighbor.width, neighbor.height)], drawn.extras)
+
+def draw_neighbor(plan: ViewPlan, rng: np.random.Generator, width: int, height: int) -> list[Draw]:
+    """The views `of="neighbor"`, of a neighbour of width x height pixels."""
+    return draw_views([spec for spec in plan.views if spec.of == "neighbor"], rng, width, height)
 
 
 def draw_views(specs: Sequence[ViewSpec], rng: np.random.Generator, width: int, height: int) -> list[Draw]:

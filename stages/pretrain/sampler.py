@@ -1,0 +1,87 @@
+"""Which images make up which batch: a pure function of the seed and the step number.
+
+Every global batch takes the same number of images from every source, spread evenly over it, so that any rank's slice
+holds the same mixture. The order of a source is a new permutation every epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One row of a global batch."""
+
+    source: int
+    index: int  # of the image within its source
+    epoch: int
+    again: int  # how often this epoch had gone through the whole source before
+
+
+class Sampler:
+    """Fills global batches from several sources of `sizes` images each, in proportion to `weights`.
+
+    An epoch is as many whole batches as the images of all sources fill (what is left over is dropped; the next
+    epoch's permutation is another), and at least one. A source that an epoch exhausts, because its weight is large or
+    because the batch is bigger than the set, goes on with further permutations of itself.
+
+    Where the weights do not divide the batch, each source's count is the nearest whole number (largest remainders
+    first). Raises: UsageError for a source without images or one whose share of the batch is less than an image.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], global_batch: int, seed: int) -> None:
+        if not sizes or min(sizes) < 1:
+            raise UsageError(f"images: a source has no image ({list(sizes)} images a source); remove it or fill it")
+        self.sizes, self.seed, self.global_batch = tuple(sizes), seed, global_batch
+        self.counts = _apportion(weights, global_batch)
+        if min(self.counts) < 1:
+            raise UsageError(
+                f"images: weights {list(weights)} leave a source without an image in a batch of {global_batch}; "
+                "raise its weight or the batch size"
+            )
+        self.steps_per_epoch = max(1, sum(sizes) // global_batch)
+        self._pattern = _interleave(self.counts)
+
+    def slots(self, step: int, start: int = 0, stop: int | None = None) -> list[Slot]:
+        """Rows start..stop-1 (default: all) of global batch number `step`."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        slots = []
+        for source, nth in self._pattern[start:stop]:
+            again, at = divmod(i * self.counts[source] + nth, self.sizes[source])
+            order = _permutation(self.seed, epoch, source, again, self.sizes[source])
+            slots.append(Slot(source, int(order[at]), epoch, again))
+        return slots
+
+
+def _apportion(weights: Sequence[float], total: int) -> tuple[int, ...]:
+    shares = [weight / sum(weights) * total for weight in weights]
+    counts = [int(share + 1e-9) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda s: (counts[s] - shares[s], s))
+    for s in by_remainder[: total - sum(counts)]:
+        counts[s] += 1
+    return tuple(counts)
+
+
+def _interleave(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """(source, its how-manieth image of the batch) for each row: always the source that lags most."""
+    total, given = sum(counts), [0] * len(counts)
+    rows = []
+    for row in range(total):
+        source = max(range(len(counts)), key=lambda s: (counts[s] * (row + 1) - given[s] * total, -s))
+        rows.append((source, given[source]))
+        given[source] += 1
+    return rows
+
+
+@lru_cache(maxsize=8)
+def _permutation(seed: int, epoch: int, source: int, again: int, size: int) -> NDArray[np.int64]:
+    bits = np.random.Philox(np.random.SeedSequence([seed, epoch, source, again, 0x0E70C4]))
+    return np.random.Generator(bits).permutation(size)
