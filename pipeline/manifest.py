@@ -77,7 +77,7 @@ class Manifest(BaseModel):
         return f"{self.kind}/{self.fingerprint}"
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         return sum(entry.size for entry in self.files)
 
     def file(self, name: str) -> FileEntry:
@@ -108,9 +108,7 @@ class Manifest(BaseModel):
         if hashlib.sha256(blank).hexdigest() != checksum:
             raise ManifestBroken("its content differs from its own checksum")
         if raw.get("format") != FORMAT:
-            raise ManifestBroken(
-                f"it has format {raw.get('format')}, this Tessera reads format {FORMAT}: upgrade Tessera"
-            )
+            raise ManifestBroken(f"it has format {raw.get('format')}, this Tessera reads {FORMAT} (upgrade Tessera)")
         try:
             manifest = cls.model_validate(raw)
         except ValidationError as error:

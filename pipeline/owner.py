@@ -50,7 +50,7 @@ def this_process() -> Owner:
 
 @lru_cache(maxsize=1)
 def machine() -> str:
-    """Host name, boot and process-id namespace: two containers of one host never take each other's ids for their own."""
+    """Host name, boot and process-id namespace: containers of one host never take each other's ids for theirs."""
     parts = [socket.gethostname()]
     try:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())

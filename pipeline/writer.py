@@ -1,4 +1,4 @@
-"""Writes one artifact: files under content names, then the manifest, which makes them an artifact in one atomic step."""
+"""Writes one artifact: files under content names, then the manifest, which in one atomic step makes them one."""
 
 from __future__ import annotations
 
@@ -179,10 +179,10 @@ class ArtifactWriter:
             "files": [files[name].entry for name in [*parts, *sorted(set(files) - set(parts))]],
             "columns": tables[0] if tables else {},
             "rows": sum(row or 0 for row in rows) if parts else None,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "attempt": self._attempt.id,
         }
-        return Manifest.model_validate(plain({**fields, **fixed}))
+        created = {"created": datetime.now(UTC).isoformat(timespec="seconds")}
+        return Manifest.model_validate(plain({**created, **fields, **fixed}))
 
     def _adopt(self, files: dict[str, Finished]) -> Artifact:
         """The artifact that another run committed first. Raises: ArtifactDamaged, or StoreError when there is none."""
@@ -196,7 +196,7 @@ class ArtifactWriter:
         return artifact
 
     def _clean_up(self, artifact: Artifact, files: dict[str, Finished]) -> None:
-        """Remove what only this attempt needed; all leftovers when nobody else is writing. gc does what a kill prevents."""
+        """Remove what only this attempt needed, and all leftovers when nobody else is writing."""
         self.close()
         wanted = {entry.stored for entry in artifact.manifest.files} | {MANIFEST}
         others = attempts.live_attempts(self._objects, self.name, besides=self._attempt.id)
@@ -217,12 +217,11 @@ class ArtifactWriter:
         key = (self._objects.address, self._attempt.id)
         if key in _CHECKED:
             return
-        if not self._attempt.exists():
-            if load(self._objects, self.kind, self.fingerprint) is None:
-                raise StoreError(
-                    f"{self.name} cannot be written from {this_process()}: {self._objects.address} does not hold what the "
-                    "driver began there (a local store must be a folder that all nodes share; use one, or a bucket)"
-                )
+        if not self._attempt.exists() and load(self._objects, self.kind, self.fingerprint) is None:
+            raise StoreError(
+                f"{self.name} cannot be written from {this_process()}: {self._objects.address} does not hold what "
+                "the driver began there (a local store must be a folder that all nodes share; use one, or a bucket)"
+            )
         _CHECKED.add(key)
 
 
