@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,7 +57,8 @@ class Artifact:
         return self.manifest.rows or 0
 
     @property
-    def size(self) -> int:
+    def bytes(self) -> int:
+        """Size of its data files together."""
         return self.manifest.size
 
     def __repr__(self) -> str:
@@ -74,7 +76,7 @@ class Artifact:
             held = ", ".join(entry.name for entry in self.manifest.files[:8])
             raise ArtifactMissing(f"artifact {self.name} has no file {name} (it holds {held or 'nothing'})") from None
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str) -> builtins.bytes:
         """All of one file, checked against the manifest. Raises: ArtifactDamaged."""
         entry = self.file(name)
         data = self.objects.get(f"{self.name}/{entry.stored}")

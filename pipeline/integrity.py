@@ -64,7 +64,7 @@ def _compare(
             tags[entry.stored] = found.tag
         done += entry.size
         if progress is not None:
-            progress(done, artifact.size, "bytes")
+            progress(done, artifact.bytes, "bytes")
     return damages, tags
 
 
