@@ -1,0 +1,232 @@
+"""Layout `coco`: images and COCO json files with boxes, polygons and crowd regions (RLE, compressed or not).
+
+Segmentations are kept per object as the json has them; `masks_from: polygons` also draws them into one mask of class
+indices per image, so that a segmentation protocol can run on a detection set.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import SourceError
+from stages.images import ImageError
+from stages.ingest.files import read_file
+from stages.ingest.layout import Found, Item, Layout, Listing, Raw, Vocabulary
+
+BACKGROUND = "background"
+
+
+class _Annotation(NamedTuple):
+    """One object as the json has it, small enough to hold a million of."""
+
+    name: str
+    category: str
+    supercategory: str
+    box: tuple[float, float, float, float]  # x, y, width, height
+    area: float
+    crowd: bool
+    segmentation: bytes | None  # json
+
+
+class Coco(Layout):
+    """Images of split S lie in `source/S/`, or in `source/` where there is no such folder."""
+
+    has_objects: ClassVar[bool] = True
+
+    def candidates(self) -> Listing:
+        items: dict[str, Item] = {}
+        problems: list[dict[str, str]] = []
+        categories: dict[int, tuple[str, str]] = {}
+        for split, address in self._annotation_files():
+            content = _load(address)
+            categories |= {c["id"]: (c["name"], c.get("supercategory", c["name"])) for c in content["categories"]}
+            annotations, orphans = _by_image(content, categories, address)
+            problems += orphans
+            folder = self._folder(split)
+            for image in content["images"]:
+                name = str(image["file_name"])
+                key = posixpath.normpath(f"{folder}{name}")
+                place = f"named in {posixpath.basename(address)}"
+                if key not in self.files.sizes:  # a path out of the source is no key either
+                    problems.append({"key": key, "reason": f"{place}, but there is no such file in the source"})
+                elif key in items:
+                    problems.append({"key": key, "reason": f"{place} twice: the first entry counts"})
+                else:
+                    said = (image.get("width"), image.get("height"))
+                    detail = (said, tuple(annotations.pop(image["id"], ())))
+                    items[key] = Item(key, split, self.files.sizes[key], key, annotation=detail)
+        ordered = sorted(categories)
+        names = tuple(self.config.classes or [categories[number][0] for number in ordered])
+        vocabulary = Vocabulary(names, self._mask_classes([categories[number] for number in ordered]), self._ignore())
+        notes = {"category_ids": ordered, "supercategories": [categories[number][1] for number in ordered]}
+        return Listing(sorted(items.values(), key=lambda item: item.key), vocabulary, problems, notes)
+
+    def objects(self, item: Item, raw: Raw, size: tuple[int, int]) -> tuple[Sequence[Found], Sequence[str]]:
+        width, height = size
+        said, annotations = item.annotation
+        if said != (None, None) and said != size:
+            raise ImageError(f"the json says {said[0]}x{said[1]} pixels, the image has {width}x{height}")
+        found, left_out = [], []
+        for entry in annotations:
+            x, y, w, h = entry.box
+            box = (max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height)))
+            if not all(math.isfinite(value) for value in box) or box[2] <= box[0] or box[3] <= box[1]:
+                left_out.append(f"{entry.name}: its box {list(entry.box)} covers nothing of the image")
+            elif self.config.classes and entry.category not in self.config.classes:
+                left_out.append(f"{entry.name}: category {entry.category} is not among the classes")
+            else:
+                try:
+                    if entry.segmentation is not None:
+                        _check(json.loads(entry.segmentation), width, height)
+                except ValueError as error:
+                    left_out.append(f"{entry.name}: {error}")
+                else:
+                    found.append(Found(box, entry.category, entry.crowd, entry.segmentation, entry.area))
+        return found, left_out
+
+    def mask(self, item: Item, raw: Raw, vocabulary: Vocabulary, size: tuple[int, int]) -> NDArray[Any] | None:
+        """Large objects first, so that a cup on a table stays a cup; crowd regions below all of them."""
+        if self.config.masks_from != "polygons" or vocabulary.mask_classes is None:
+            return None
+        width, height = size
+        top = max(len(vocabulary.mask_classes), vocabulary.ignore_index)
+        drawn = np.zeros((height, width), np.uint8 if top < 256 else np.uint16)
+        found, _ = self.objects(item, raw, size)
+        level = {entry.category: entry.supercategory for entry in item.annotation[1]}
+        for entry in sorted(found, key=lambda entry: (not entry.crowd, -entry.area)):
+            name = level[entry.category] if self.config.mask_level == "supercategory" else entry.category
+            value = vocabulary.mask_classes.index(name)
+            if entry.crowd and self.config.crowd == "ignore":
+                value = vocabulary.ignore_index
+            if entry.mask is not None:
+                drawn[rasterise(entry.mask, width, height)] = value
+        return drawn
+
+    def _annotation_files(self) -> list[tuple[str, str]]:
+        given = self.config.annotations
+        if isinstance(given, str):
+            return [(self.config.split, given)]
+        wanted = self.config.split_folders
+        return sorted((split, file) for split, file in (given or {}).items() if wanted is None or split in wanted)
+
+    def _folder(self, split: str) -> str:
+        folder = (self.config.split_folders or {}).get(split, split)
+        return f"{folder}/" if any(path.startswith(f"{folder}/") for path in self.files.sizes) else ""
+
+    def _mask_classes(self, categories: Sequence[tuple[str, str]]) -> tuple[str, ...] | None:
+        if self.config.masks_from != "polygons":
+            return None
+        if self.config.mask_level == "supercategory":
+            return (BACKGROUND, *dict.fromkeys(supercategory for _, supercategory in categories))
+        return (BACKGROUND, *(self.config.classes or [name for name, _ in categories]))
+
+    def _ignore(self) -> int:
+        return 255 if self.config.ignore_index is None else self.config.ignore_index
+
+
+def _load(address: str) -> dict[str, Any]:
+    """Raises SourceError for a file that is no COCO json."""
+    try:
+        content = json.loads(read_file(address))
+        missing = [name for name in ("images", "annotations", "categories") if not isinstance(content[name], list)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SourceError(
+            f"{address} is not a COCO json: {error!r} (it needs the lists images, annotations and categories)"
+        ) from None
+    if missing:
+        raise SourceError(f"{address} is not a COCO json: {', '.join(missing)} must be a list")
+    return content
+
+
+def _by_image(
+    content: Mapping[str, Any], categories: Mapping[int, tuple[str, str]], address: str
+) -> tuple[dict[int, list[_Annotation]], list[dict[str, str]]]:
+    """image id -> its annotations, and a problem for each that belongs to nothing. Empties the json's own list."""
+    known = {image["id"] for image in content["images"]}
+    found: dict[int, list[_Annotation]] = {}
+    problems = []
+    for entry in _drain(content["annotations"]):
+        name = f"annotation {entry.get('id')}"
+        try:
+            if entry["image_id"] not in known:
+                raise ValueError(f"image_id {entry['image_id']} is not among the images")
+            if entry["category_id"] not in categories:
+                raise ValueError(f"category_id {entry['category_id']} is not among the categories")
+            x, y, w, h = (float(value) for value in entry["bbox"])
+            segmentation = entry.get("segmentation") or None
+            text = None if segmentation is None else json.dumps(segmentation, separators=(",", ":")).encode()
+            area = float(entry.get("area") or w * h)
+            made = _Annotation(
+                name, *categories[entry["category_id"]], (x, y, w, h), area, bool(entry.get("iscrowd")), text
+            )
+            found.setdefault(entry["image_id"], []).append(made)
+        except (KeyError, TypeError, ValueError) as error:
+            problems.append({"key": f"{posixpath.basename(address)}: {name}", "reason": f"left out: {error}"})
+    return found, problems
+
+
+def _drain(entries: list[Any]) -> Iterator[Any]:
+    """In order, letting go of each: a large json need not be held twice."""
+    entries.reverse()
+    while entries:
+        yield entries.pop()
+
+
+# ------------------------------------------------------------------------------------------------------ segmentations
+def rasterise(segmentation: bytes, width: int, height: int) -> NDArray[np.bool_]:
+    """(H, W): the pixels inside, of a segmentation that `_check` has passed."""
+    from pycocotools import mask as coco_mask
+
+    shape = json.loads(segmentation)
+    if isinstance(shape, list):
+        rle = coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
+    elif isinstance(shape["counts"], list):
+        rle = coco_mask.frPyObjects(shape, height, width)
+    else:
+        rle = {"size": shape["size"], "counts": shape["counts"].encode()}
+    return coco_mask.decode(rle).astype(bool)
+
+
+def _check(shape: Any, width: int, height: int) -> None:
+    """Raises ValueError for what pycocotools, written in C, would read past its end or misunderstand."""
+    if isinstance(shape, list):
+        for polygon in shape:
+            if len(polygon) < 6 or len(polygon) % 2 or not all(isinstance(v, int | float) for v in polygon):
+                raise ValueError("a polygon needs three points, as a flat list of numbers")
+            if not all(-1e5 < v < 1e5 for v in polygon):
+                raise ValueError("a polygon lies far outside the image")
+        return
+    if not isinstance(shape, dict) or list(shape.get("size", ())) != [height, width]:
+        raise ValueError(f"its RLE is not of the image's size, [height, width] = [{height}, {width}]")
+    counts = shape.get("counts")
+    runs = _decompress(counts) if isinstance(counts, str) else counts
+    if not isinstance(runs, list) or any(not isinstance(n, int) or n < 0 for n in runs) or sum(runs) != width * height:
+        raise ValueError("its RLE runs do not add up to the image")
+
+
+def _decompress(text: str) -> list[int]:
+    """Run lengths of COCO's compressed string: 5 bits a character, lowest first, less the run before the last."""
+    runs: list[int] = []
+    at = 0
+    while at < len(text):
+        value = shift = 0
+        while True:
+            if at >= len(text) or not 48 <= ord(text[at]) < 112:
+                raise ValueError("its compressed RLE is broken")
+            bits = ord(text[at]) - 48
+            at += 1
+            value |= (bits & 0x1F) << shift
+            shift += 5
+            if not bits & 0x20:
+                break
+        if bits & 0x10:  # the sign
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+    return runs

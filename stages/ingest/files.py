@@ -1,0 +1,145 @@
+"""The files of a source, in a local folder or in a bucket, behind one face."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import SourceError, StoreError
+from pipeline.store import Objects
+from stages.images import ImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+UNREAD_SUFFIXES = (".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".raw", ".dng")
+
+
+class Files:
+    """What lies under one address. Paths are relative to it, with forward slashes; hidden files do not count.
+
+    Pickles as the address; the listing stays with the process that made it.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._objects = _objects(address)
+        self.address = self._objects.address
+
+    def __reduce__(self) -> tuple[type[Files], tuple[str]]:
+        return Files, (self.address,)
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder; None for a bucket."""
+        return self._objects.folder
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """path -> bytes, sorted by path. Raises SourceError for a source that is missing or empty."""
+        if self.folder is not None and not self.folder.exists():
+            raise SourceError(f"source {self.address} does not exist (is the path right, seen from where you start?)")
+        if self.folder is not None and not self.folder.is_dir():
+            raise SourceError(f"source {self.address} is a file (this layout reads a folder or a bucket address)")
+        if self.folder is not None:
+            found = dict(_walk(str(self.folder), "", ()))
+        else:
+            with _as_source_error():
+                found = {found.path: found.size for found in self._objects.walk() if not _hidden(found.path)}
+        if not found:
+            raise SourceError(f"source {self.address} is empty: no file in it (fill it, or name another source)")
+        return dict(sorted(found.items()))
+
+    def images(self, under: str = "") -> Iterator[str]:
+        """Paths whose ending is one that `images.decode` reads."""
+        return (path for path in self.sizes if path.startswith(under) and path.lower().endswith(SUFFIXES))
+
+    def unread(self, under: str = "") -> Iterator[str]:
+        """Images by their ending, of formats that are not read: named as problems, never passed over in silence."""
+        return (path for path in self.sizes if path.startswith(under) and path.lower().endswith(UNREAD_SUFFIXES))
+
+    def read(self, path: str) -> bytes:
+        """The content of one file. Raises ImageError when this file cannot be read, StoreError when nothing can be."""
+        if self.folder is not None:
+            try:
+                return (self.folder / path).read_bytes()
+            except OSError as error:
+                raise ImageError(f"cannot be read: {error.strerror or error}") from None
+        data = self._objects.get(path)
+        if data is None:
+            raise ImageError("cannot be read: the object is gone")
+        return data
+
+    def open(self, path: str) -> Any:
+        """A seekable binary file, for readers that need parts of it only."""
+        if self.folder is not None:
+            return (self.folder / path).open("rb")
+        import obstore
+
+        return obstore.open_reader(_bucket(self.address), path)
+
+
+def read_file(address: str) -> bytes:
+    """The content of one file by its own address. Raises SourceError."""
+    parent, _, name = address.rstrip("/").rpartition("/")
+    files = Files(parent or ("/" if address.startswith("/") else "."))
+    try:
+        with _as_source_error():
+            return files.read(name)
+    except ImageError as error:
+        raise SourceError(f"{address} {error} (check the path)") from None
+
+
+def split_address(address: str) -> tuple[str, str]:
+    """("folder or prefix", "name") of a source that may be one file; the name is empty for a folder."""
+    objects = _objects(address)
+    if objects.folder is not None:
+        return (str(objects.folder.parent), objects.folder.name) if objects.folder.is_file() else (address, "")
+    parent, _, name = objects.address.rpartition("/")
+    with _as_source_error():
+        single = objects.address.count("/") > 2 and _objects(parent).head(name) is not None
+    return (parent, name) if single else (address, "")
+
+
+def _objects(address: str) -> Objects:
+    with _as_source_error():
+        return Objects(address)
+
+
+def _bucket(address: str) -> Any:
+    from obstore.store import from_url
+
+    return from_url(address)
+
+
+def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int]]:
+    """Every file below a local folder. Links are followed, as the source's digest follows them."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _hidden(entry.name):
+                continue
+            if entry.is_dir():
+                stat = entry.stat()
+                if (stat.st_dev, stat.st_ino) not in above:  # a link to a folder above it has no end
+                    yield from _walk(entry.path, f"{prefix}{entry.name}/", (*above, (stat.st_dev, stat.st_ino)))
+            elif entry.is_file():
+                yield f"{prefix}{entry.name}", entry.stat().st_size
+            elif entry.is_symlink():
+                yield f"{prefix}{entry.name}", 0  # it leads nowhere: reading it names the file and the reason
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
+
+
+@contextmanager
+def _as_source_error() -> Iterator[None]:
+    """What the store's client says about a source, without calling it a store."""
+    try:
+        yield
+    except StoreError as error:
+        raise SourceError(f"source {str(error).removeprefix('store ')}") from error

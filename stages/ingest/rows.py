@@ -1,0 +1,115 @@
+"""One candidate becomes a row of the `images` table, or a reason why it cannot."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.images import ImageError, decode, decode_mask, encode_mask, probe
+from stages.ingest.layout import Found, Item, Layout, Raw, Vocabulary
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Checked:
+    """What is known of one candidate after it was read."""
+
+    row: Row | None = None  # None: it cannot be used
+    problems: list[dict[str, str]] = field(default_factory=list)
+    top_value: int = -1  # largest class index in its mask
+
+
+def check_all(layout: Layout, vocabulary: Vocabulary, items: Sequence[Item], threads: int) -> list[Checked]:
+    """Reads, decodes and checks candidates, in their order. The decoders let go of Python's lock, so threads help."""
+    read = layout.reader(items)
+    with ThreadPoolExecutor(max(threads, 1)) as pool:
+        return list(pool.map(lambda item: check(layout, vocabulary, item, read), items))
+
+
+def check(layout: Layout, vocabulary: Vocabulary, item: Item, read: Callable[[Item], Raw]) -> Checked:
+    """Full decoding is the only proof that an image is readable; the pixels are then dropped, the bytes kept."""
+    checked = Checked()
+    try:
+        raw = read(item)
+        height, width = decode(raw.image, max_pixels=layout.config.max_pixels).shape[:2]
+        found, left_out = layout.objects(item, raw, (width, height))
+        mask = layout.mask(item, raw, vocabulary, (width, height))
+        if mask is not None:
+            checked.top_value = _check_mask(mask, vocabulary, (width, height))
+        label, label_id = _label(layout, vocabulary, item, found)
+    except ImageError as error:
+        checked.problems.append({"key": item.key, "reason": str(error)})
+        return checked
+    checked.problems += [{"key": item.key, "reason": f"object left out: {reason}"} for reason in left_out]
+    checked.row = {
+        "key": item.key,
+        "image": raw.image,
+        "width": width,
+        "height": height,
+        "sha256": hashlib.sha256(raw.image).hexdigest(),
+        "split": item.split,
+        "label": label,
+        "label_id": label_id,
+        "mask": None if mask is None else _mask_bytes(raw.mask, mask, layout.config.max_pixels),
+        "objects": [_object(entry, vocabulary) for entry in found] if layout.has_objects else None,
+        "sequence": item.sequence,
+        "frame": item.frame,
+    }
+    return checked
+
+
+def _check_mask(mask: NDArray[Any], vocabulary: Vocabulary, size: tuple[int, int]) -> int:
+    """The largest class index. Raises ImageError for a mask of another size or with values that are no class."""
+    height, width = mask.shape
+    if (width, height) != size:
+        raise ImageError(f"its mask has {width}x{height} pixels, the image has {size[0]}x{size[1]}")
+    values = np.flatnonzero(np.bincount(mask.ravel(), minlength=1))
+    values = values[values != vocabulary.ignore_index]
+    top = int(values[-1]) if len(values) else -1
+    if vocabulary.mask_classes is not None and top >= len(vocabulary.mask_classes):
+        wrong = ", ".join(str(value) for value in values[values >= len(vocabulary.mask_classes)][:5])
+        raise ImageError(
+            f"its mask has the value {wrong}, outside the {len(vocabulary.mask_classes)} classes "
+            f"and not the ignore_index {vocabulary.ignore_index}"
+        )
+    return top
+
+
+def _mask_bytes(found: bytes | None, mask: NDArray[Any], max_pixels: int) -> bytes:
+    """The file as found where it is what the artifact promises: a grey PNG of exactly these indices."""
+    if found is not None:
+        header = probe(found, max_pixels=max_pixels)
+        grey = header.format == "PNG" and header.mode in ("L", "I;16")
+        if grey and np.array_equal(decode_mask(found, max_pixels=max_pixels), mask):
+            return found
+    return encode_mask(mask)
+
+
+def _label(layout: Layout, vocabulary: Vocabulary, item: Item, found: Sequence[Found]) -> tuple[str | None, int | None]:
+    how = layout.config.label
+    label = item.label if how == "source" else None
+    if how == "largest_object":
+        largest = max((entry for entry in found if not entry.crowd), key=lambda entry: entry.area, default=None)
+        label = largest.category if largest else None
+    if label is None:
+        return None, None
+    if label not in vocabulary.classes:
+        raise ImageError(f"its label {label!r} is not among the classes")
+    return label, vocabulary.classes.index(label)
+
+
+def _object(entry: Found, vocabulary: Vocabulary) -> dict[str, Any]:
+    return {
+        "box": list(entry.box),
+        "category": entry.category,
+        "category_id": vocabulary.classes.index(entry.category),
+        "crowd": entry.crowd,
+        "mask": entry.mask,
+    }

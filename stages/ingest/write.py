@@ -1,0 +1,195 @@
+"""Candidates become shards of the `images` table: cut in key order, checked in parallel, numbered without gaps.
+
+An image's id is the number of usable images before it, which nobody knows before they were decoded. So shards are
+checked in parallel and written in order: small sets in this process with threads, large ones by Ray tasks. Ray *Data*
+is not used here: its blocks could not get their ids before all earlier ones are done without passing through the
+driver, while a task's table waits in the object store until its first id is known. At most a few shards are there at
+once, so memory stays flat. A shard that an earlier, killed attempt has written is not read again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.stage import Context
+from pipeline.store import ArtifactWriter
+from stages.ingest.layout import Item, Layout, Vocabulary
+from stages.ingest.rows import Checked, check_all
+from stages.ingest.stage import IngestConfig, stopped
+from stages.tables import SCHEMAS
+
+RAY_FROM = 2000  # images: below, starting tasks costs more than they save
+_SCHEMA = SCHEMAS["images"]
+
+
+@dataclass
+class Shards:
+    """What all shards together hold."""
+
+    images: int = 0
+    problems: list[dict[str, str]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    splits: Counter[str] = field(default_factory=Counter)
+    top_value: int = -1  # largest class index of any mask
+
+    def add(self, summary: dict[str, Any]) -> None:
+        self.images += summary["images"]
+        self.problems += summary["problems"]
+        self.counts.update(summary["counts"])
+        self.splits.update(summary["splits"])
+        self.top_value = max(self.top_value, summary["top_value"])
+
+    def mask_classes(self, vocabulary: Vocabulary) -> list[str]:
+        """Names of the mask values; where nothing names them, their numbers."""
+        if vocabulary.mask_classes is not None:
+            return list(vocabulary.mask_classes)
+        return [str(value) for value in range(self.top_value + 1)]
+
+
+def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """All candidates in key order, or `limit` of them evenly spaced, so that every class and split keeps its share."""
+    ordered = sorted(items, key=lambda item: item.key)
+    if limit is None or limit >= len(ordered):
+        return ordered
+    return [ordered[i * len(ordered) // limit] for i in range(limit)]
+
+
+def cut(items: Sequence[Item], config: IngestConfig) -> list[list[Item]]:
+    """Shards of neighbouring keys. Small sets get small shards: a shard is what later stages share out to CPUs."""
+    rows = config.shard_rows or min(max(-(-len(items) // 32), 16), 1024)
+    shards: list[list[Item]] = []
+    size = 0
+    for item in items:
+        if not shards or len(shards[-1]) >= rows or size + item.size > config.shard_mb << 20:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += item.size
+    return shards
+
+
+def write_shards(context: Context, layout: Layout, vocabulary: Vocabulary, shards: Sequence[Sequence[Item]]) -> Shards:
+    """Checks and writes what is missing. Raises SourceError at the first problem with `on_error: fail`."""
+    output, total = context.output, sum(len(shard) for shard in shards)
+    notes = output.records()
+    known: dict[int, dict[str, Any]] = {}
+    for index in range(len(shards)):
+        note = notes.get(_note(index))
+        if note is not None and (note["images"] == 0 or output.shard_done(index) is not None):
+            known[index] = note
+    missing = [index for index in range(len(shards)) if index not in known]
+    checker = _checker(context, layout, vocabulary, sum(len(shards[index]) for index in missing))
+    checked = checker.tables([shards[index] for index in missing])
+    done, seen = Shards(), 0
+    for index, shard in enumerate(shards):
+        summary = known.get(index)
+        if summary is None:
+            summary, table = next(checked)
+            if summary["problems"] and layout.config.on_error == "fail":
+                raise stopped(layout.config, summary["problems"][0])
+            if summary["images"]:
+                checker.write(output, index, table, done.images)
+            output.record(_note(index), summary)
+        done.add(summary)
+        seen += len(shard)
+        context.progress(seen, total, "images")
+    return done
+
+
+def _note(index: int) -> str:
+    return f"shard-{index:05d}"
+
+
+def make_table(checked: Sequence[Checked]) -> tuple[dict[str, Any], pa.Table]:
+    """(summary, table without ids) of one shard's candidates."""
+    rows = [entry.row for entry in checked if entry.row is not None]
+    schema = pa.schema([field for field in _SCHEMA if field.name != "image_id"])
+    table = pa.table({name: pa.array([row[name] for row in rows], schema.field(name).type) for name in schema.names})
+    summary = {
+        "images": len(rows),
+        "problems": [problem for entry in checked for problem in entry.problems],
+        "counts": {
+            "masks": sum(row["mask"] is not None for row in rows),
+            "labels": sum(row["label"] is not None for row in rows),
+            "objects": sum(len(row["objects"] or ()) for row in rows),
+        },
+        "splits": dict(Counter(row["split"] for row in rows)),
+        "top_value": max((entry.top_value for entry in checked), default=-1),
+    }
+    return summary, table
+
+
+def put_numbered(output: ArtifactWriter, index: int, table: pa.Table, first_id: int) -> None:
+    """Writes one shard whose rows get the ids first_id, first_id + 1, ..."""
+    ids = pa.array(range(first_id, first_id + table.num_rows), pa.int64())
+    output.put_table(index, table.add_column(0, _SCHEMA.field("image_id"), ids).cast(_SCHEMA))
+
+
+# ---------------------------------------------------------------------------------------------- two ways to check them
+class _Threads:
+    """In this process, one shard after the other."""
+
+    def __init__(self, layout: Layout, vocabulary: Vocabulary, threads: int) -> None:
+        self._layout, self._vocabulary, self._threads = layout, vocabulary, threads
+
+    def tables(self, shards: Sequence[Sequence[Item]]) -> Iterator[tuple[dict[str, Any], Any]]:
+        for shard in shards:
+            yield make_table(check_all(self._layout, self._vocabulary, shard, self._threads))
+
+    def write(self, output: ArtifactWriter, index: int, table: Any, first_id: int) -> None:
+        put_numbered(output, index, table, first_id)
+
+
+class _RayTasks:
+    """One task a shard, a few ahead of the one that is written; tables never pass through this process."""
+
+    def __init__(self, layout: Layout, vocabulary: Vocabulary, ahead: int, cpus: float) -> None:
+        import ray
+
+        self._ray, self._ahead = ray, ahead
+        self._what = ray.put((layout, vocabulary))
+        self._check = ray.remote(num_returns=2, num_cpus=cpus)(_check_remote)
+        self._write = ray.remote(num_cpus=cpus)(put_numbered)
+
+    def tables(self, shards: Sequence[Sequence[Item]]) -> Iterator[tuple[dict[str, Any], Any]]:
+        waiting = iter(shards)
+        running: deque[tuple[Any, Any]] = deque()
+        while True:
+            while len(running) < self._ahead and (shard := next(waiting, None)) is not None:
+                summary, table = self._check.remote(self._what, list(shard))
+                running.append((summary, table))
+            if not running:
+                return
+            summary, table = running.popleft()
+            yield self._get(summary), table
+
+    def write(self, output: ArtifactWriter, index: int, table: Any, first_id: int) -> None:
+        self._get(self._write.remote(output, index, table, first_id))
+
+    def _get(self, reference: Any) -> Any:
+        try:
+            return self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause or error from None
+
+
+def _check_remote(what: tuple[Layout, Vocabulary], items: list[Item]) -> tuple[dict[str, Any], pa.Table]:
+    layout, vocabulary = what
+    return make_table(check_all(layout, vocabulary, items, threads=1))
+
+
+def _checker(context: Context, layout: Layout, vocabulary: Vocabulary, images: int) -> _Threads | _RayTasks:
+    if images >= RAY_FROM:
+        import ray
+
+        if ray.is_initialized():
+            cpus = context.resources.cpus or 1.0
+            slots = max(int(ray.cluster_resources().get("CPU", 1) / cpus), 1)
+            return _RayTasks(layout, vocabulary, (context.resources.concurrency or slots) + 2, cpus)
+    return _Threads(layout, vocabulary, min(os.cpu_count() or 1, 8))
