@@ -16,10 +16,7 @@ from pipeline.artifact import Artifact, Damage, Progress, load
 from pipeline.errors import ArtifactDamaged, StoreError
 from pipeline.manifest import MANIFEST, FileEntry
 from pipeline.nodecache import WRONG_CONTENT, wrong_size
-from pipeline.objects import Found, Objects
-
-# A file changed within the clock's grain of being looked at keeps its tag: such young files are hashed next time too.
-GRAIN_NS = 2_000_000_000
+from pipeline.objects import GRAIN_NS, Found, Objects
 
 
 def memo_path(artifact: str) -> str:

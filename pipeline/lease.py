@@ -129,10 +129,12 @@ class Lease:
             try:
                 self._objects.put(self._path, mine.to_bytes(), create=True, durable=False)
             except Conflict:
-                if self.holder() is not None:
+                holder = self.holder()
+                if holder is None:  # given back meanwhile, or unreadable remains: nobody's
+                    self._objects.delete([self._path])
+                # A request whose answer was lost is repeated by the client, and finds its own lease.
+                if holder is None or holder.token != mine.token:
                     return False
-                self._objects.delete([self._path])  # unreadable remains: nobody's
-                return False
         self._started(mine)
         return True
 
@@ -184,7 +186,7 @@ class Lease:
                 else:
                     self._objects.put_if(self._path, new.to_bytes(), found[1])
             except Conflict:
-                return False
+                return self.holder() == new  # our own, if only the answer was lost
             return True
 
     def _beat(self, stop: threading.Event) -> None:

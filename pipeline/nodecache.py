@@ -11,13 +11,14 @@ import fcntl
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import ArtifactDamaged, StoreError
 from pipeline.manifest import FileEntry
-from pipeline.objects import Objects, file_tag
+from pipeline.objects import GRAIN_NS, Objects, file_tag
 
 _SEEN: dict[tuple[str, str], str] = {}  # (path, sha256) -> tag: what this process has found in order
 
@@ -45,15 +46,17 @@ def local_copy(objects: Objects, artifact: str, entry: FileEntry) -> Path:
             return path
         if not inside and not path.exists():
             _download(objects, stored, path)
+        tag = _tag(path)
         reason = differs(path, entry)
         if reason and not inside:  # the copy went bad, not necessarily the store
             _download(objects, stored, path)
+            tag = _tag(path)
             reason = differs(path, entry)
         if reason:
             if not inside:
                 path.unlink(missing_ok=True)
             raise ArtifactDamaged(artifact, entry.stored, reason)
-        _remember(path, entry)
+        _remember(path, entry, tag)
     return path
 
 
@@ -112,8 +115,11 @@ def _known(path: Path, entry: FileEntry) -> bool:
     return True
 
 
-def _remember(path: Path, entry: FileEntry) -> None:
-    tag, note = _tag(path), _note(path, entry)
+def _remember(path: Path, entry: FileEntry, tag: str) -> None:
+    """Note that the file was in order when it had this tag; a file that is too young for that is hashed again."""
+    if not tag or path.stat().st_ctime_ns > time.time_ns() - GRAIN_NS:
+        return
+    note = _note(path, entry)
     _SEEN[str(path), entry.sha256] = tag
     try:
         note.parent.mkdir(parents=True, exist_ok=True)

@@ -18,10 +18,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from pipeline.credentials import s3_options
 from pipeline.errors import StoreError
 from pipeline.store_errors import explain
 
 SCHEMES = ("s3", "gs", "az")
+
+# A file that is changed within one tick of the disk's clock keeps its tag: the tag of a file younger than this proves
+# nothing, and its content is read next time too.
+GRAIN_NS = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -275,7 +280,8 @@ def _client(address: str, pid: int) -> Any:
     parts = urlsplit(address)
     kind: Any = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}[parts.scheme]
     retry = {"max_retries": 6, "retry_timeout": timedelta(seconds=60)}
-    return kind(parts.netloc, prefix=parts.path.strip("/") or None, retry_config=retry)
+    options = s3_options(address) if parts.scheme == "s3" else {}
+    return kind(parts.netloc, prefix=parts.path.strip("/") or None, retry_config=retry, **options)
 
 
 def _found(meta: Any) -> Found:

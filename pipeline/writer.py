@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -18,10 +19,10 @@ from pipeline import attempt as attempts
 from pipeline.artifact import Artifact, is_part, load
 from pipeline.attempt import Attempt, Finished
 from pipeline.errors import StoreError
-from pipeline.integrity import GRAIN_NS, write_memo
+from pipeline.integrity import write_memo
 from pipeline.manifest import MANIFEST, FileEntry, Manifest, plain
 from pipeline.nodecache import cache_folder
-from pipeline.objects import Conflict, Found, Objects
+from pipeline.objects import GRAIN_NS, Conflict, Found, Objects
 from pipeline.owner import this_process
 
 if TYPE_CHECKING:
@@ -272,8 +273,6 @@ def _measure(file: Path) -> tuple[int, str]:
 
 def _settled(artifact: Artifact, listing: dict[str, Found]) -> dict[str, str]:
     """Tags of files that are old enough for their tag to be trusted."""
-    import time
-
     tags = {}
     for entry in artifact.manifest.files:
         found = listing[f"{artifact.name}/{entry.stored}"]
