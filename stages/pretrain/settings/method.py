@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 class MethodSettings(Settings):
     """`method:` in YAML. A subclass declares `terms`, the inputs that only it needs, and its own knobs."""
 
+    variant_group: ClassVar[str | None] = "tessera.methods"
     terms: ClassVar[tuple[str, ...]]  # the names that `weights` may scale
 
     name: str = Field(description="entry point in the group tessera.methods")

@@ -1,0 +1,305 @@
+"""A pipeline file becomes a validated pipeline: YAML with `extends` and `--set` in, typed stages in order out.
+
+Every rule that a file breaks is reported at once, with file, line and dotted path. Nothing here touches a store.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline import registry
+from pipeline.complaints import add_problems
+from pipeline.document import Complaints, Key, Node, Place, nearest, override, read
+from pipeline.errors import ConfigError, Problem, UsageError
+from pipeline.stage import Edge, Stage, edges, sources
+
+DEFAULT_STORE = ".tessera/store"
+DEFAULT_TRACKING = "sqlite:///.tessera/mlflow.db"
+TOP_LEVEL = ("name", "description", "extends", "store", "tracking", "stages")
+STAGE_NAME = re.compile(r"[a-z0-9_-]+")
+
+
+@dataclass(frozen=True)
+class PipelineStage:
+    """A stage of a pipeline: its name there, its type, and its validated config inside `stage`."""
+
+    name: str
+    uses: str  # the entry point's name
+    stage: Stage[Any]
+    kind: str
+    edges: tuple[Edge, ...]
+    sources: Mapping[str, str]  # dotted field path -> path or address, as written (relative to the working folder)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Dotted field path -> name of the stage that feeds it."""
+        return {edge.path: edge.stage for edge in self.edges}
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A validated pipeline; `stages` is in topological order, in the file's order where there is a choice."""
+
+    name: str
+    file: Path
+    store: str
+    tracking: str | None  # None (`tracking: null`): this pipeline is not tracked
+    stages: dict[str, PipelineStage]
+    description: str = ""
+    document: Node = field(repr=False, default=Node({}, Place("")))
+
+    def plain(self) -> dict[str, Any]:
+        """The whole pipeline as one mapping, `extends` and overrides applied: what a file without them would say."""
+        return {key: value for key, value in self.document.plain().items() if key != "extends"}
+
+    def problem(self, path: Sequence[Key] | str, rule: str, remedy: str = "") -> Problem:
+        """A broken rule found later (a missing source), placed at the file and line that set it."""
+        keys = path.split(".") if isinstance(path, str) else path
+        place = self.document.place_of(keys)
+        return Problem(".".join(map(str, keys)), rule, remedy, place.file, place.line)
+
+
+def load_pipeline(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    store: str | None = None,
+    *,
+    stage_types: Mapping[str, type[Stage[Any]]] | None = None,
+) -> Pipeline:
+    """Read and validate a pipeline file.
+
+    `overrides` are `a.b.c=value` as after `--set`; `store` beats the file's; `stage_types` takes the place of the
+    installed ones. Raises: ConfigError with every problem of the file.
+    """
+    file = Path(path)
+    complaints = Complaints()
+    root = _read(file, complaints)
+    for text in overrides:
+        root = override(root, text, complaints, TOP_LEVEL)
+    if root.value is None and complaints:
+        raise ConfigError(complaints)
+    if not isinstance(root.value, dict):
+        complaints.add("", "a pipeline is a mapping with the key 'stages'", place=Place(str(file)))
+        raise ConfigError(complaints)
+    for key, node in root.value.items():
+        if key not in TOP_LEVEL:
+            complaints.add(key, f"unknown key {key!r}", nearest(key, TOP_LEVEL), node.place)
+    settings = {key: _text(root, key, complaints) for key in ("name", "description", "store", "tracking")}
+    types = _Types(stage_types)
+    root = _without_removed_stages(root)
+    stages = _stages(root, types, complaints, file)
+    _check_edges(stages, root, types, complaints)
+    if complaints:
+        raise ConfigError(sorted(complaints, key=lambda p: (p.file, p.line or 0)))
+    return Pipeline(
+        name=settings["name"] or file.stem,
+        file=file,
+        store=store or settings["store"] or DEFAULT_STORE,
+        tracking=settings["tracking"] if root.child("tracking") is not None else DEFAULT_TRACKING,
+        stages=_in_order(stages),
+        description=settings["description"] or "",
+        document=root,
+    )
+
+
+def _read(file: Path, complaints: Complaints) -> Node:
+    try:
+        return read(file, complaints)
+    except FileNotFoundError as error:
+        beside = [other.name for other in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+        problem = Problem("", "there is no such pipeline file", nearest(file.name, beside), str(file))
+        raise ConfigError([problem]) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([Problem("", f"cannot be read: {error}", "a pipeline is UTF-8 YAML", str(file))]) from error
+
+
+def _text(root: Node, key: str, complaints: Complaints) -> str | None:
+    node = root.child(key)
+    if node is None or node.value is None:
+        return None
+    if not isinstance(node.value, str) or not node.value:
+        complaints.add(key, f"must be a word, got {node.plain()!r}", place=node.place)
+        return None
+    return node.value
+
+
+class _Types:
+    """Stage types by name, from the entry points or from the caller."""
+
+    def __init__(self, given: Mapping[str, type[Stage[Any]]] | None) -> None:
+        self.given = given
+
+    def names(self) -> list[str]:
+        return sorted(self.given) if self.given is not None else registry.names(registry.STAGES)
+
+    def load(self, name: str) -> type[Stage[Any]]:
+        """Raises UsageError where it cannot be imported."""
+        found: type[Stage[Any]] = self.given[name] if self.given is not None else registry.load(registry.STAGES, name)
+        return found
+
+    def kind(self, node: Node) -> str | None:
+        """The kind a stage would have, also when its config is broken; None if its type is unknown."""
+        uses = node.child("uses")
+        if uses is None or uses.value not in self.names():
+            return None
+        try:
+            return self.load(uses.value).kind
+        except UsageError:
+            return None
+
+
+def _without_removed_stages(root: Node) -> Node:
+    stages = root.child("stages")
+    if stages is None or not isinstance(stages.value, dict):
+        return root
+    kept = {name: node for name, node in stages.value.items() if not (node.value is None and node.removes)}
+    return Node({**root.value, "stages": Node(kept, stages.place)}, root.place)
+
+
+def _stages(root: Node, types: _Types, complaints: Complaints, file: Path) -> dict[str, PipelineStage]:
+    """The stages that could be validated; what is wrong with the others goes to `complaints`."""
+    stages = root.child("stages")
+    if stages is None or not isinstance(stages.value, dict) or not stages.value:
+        rule = "a pipeline needs at least one stage"
+        place = stages.place if stages else Place(str(file))
+        complaints.add("stages", rule, "stages: {images: {uses: ingest, source: ...}}", place)
+        return {}
+    found = {}
+    for name, node in stages.value.items():
+        if not STAGE_NAME.fullmatch(name):
+            rule = f"{name!r} is no stage name"
+            complaints.add(("stages", name), rule, "use a-z, 0-9, _ and -", node.place)
+        if stage := _stage(name, node, types, complaints):
+            found[name] = stage
+    return found
+
+
+def _stage(name: str, node: Node, types: _Types, complaints: Complaints) -> PipelineStage | None:
+    path = ("stages", name)
+    if not isinstance(node.value, dict):
+        got = "nothing" if node.value is None else repr(node.plain())
+        complaints.add(path, f"a stage is a mapping with the key 'uses', got {got}", place=node.place)
+        return None
+    uses = node.child("uses")
+    if uses is None or not isinstance(uses.value, str):
+        remedy = f"name its type: one of {', '.join(types.names())}"
+        complaints.add(path, "'uses' is missing" if uses is None else "'uses' must be a word", remedy, node.place)
+        return None
+    if uses.value not in types.names():
+        rule = f"no stage type is called {uses.value!r}"
+        complaints.add((*path, "uses"), rule, nearest(uses.value, types.names()), uses.place)
+        return None
+    try:
+        stage_type = types.load(uses.value)
+    except UsageError as error:
+        complaints.add((*path, "uses"), str(error), "install the package that it needs", uses.place)
+        return None
+    written = Node({key: value for key, value in node.value.items() if key != "uses"}, node.place)
+    try:
+        config = _validated(stage_type, written)
+    except ValidationError as error:
+        add_problems(error, stage_type.Config, written, path, complaints)
+        return None
+    stage = stage_type(config)
+    return PipelineStage(name, uses.value, stage, stage_type.kind, tuple(edges(config)), sources(config))
+
+
+def _validated(stage_type: type[Stage[Any]], node: Node) -> Any:
+    """The config. A key that was set to null over an extended file, and that this type does not have, is dropped:
+    that is how a small difference takes away what another method or stage type had no use for."""
+    try:
+        return stage_type.Config.model_validate(node.plain())
+    except ValidationError as error:
+        unknown = [e["loc"] for e in error.errors(include_url=False) if e["type"] == "extra_forbidden"]
+        removed = [path for path in unknown if (at := _node_at(node, path)) and at.value is None and at.removes]
+        if not removed:
+            raise
+        for path in removed:
+            node = _without(node, path)
+        return stage_type.Config.model_validate(node.plain())
+
+
+def _node_at(node: Node, path: Iterable[Key]) -> Node | None:
+    found: Node | None = node
+    for key in path:
+        found = found.child(key) if found else None
+    return found
+
+
+def _without(node: Node, path: tuple[Key, ...]) -> Node:
+    head, rest = path[0], path[1:]
+    if isinstance(node.value, list):
+        return replace(node, value=[_without(n, rest) if i == head else n for i, n in enumerate(node.value)])
+    if not rest:
+        return replace(node, value={key: n for key, n in node.value.items() if key != head})
+    return replace(node, value={key: _without(n, rest) if key == head else n for key, n in node.value.items()})
+
+
+def _check_edges(stages: dict[str, PipelineStage], root: Node, types: _Types, complaints: Complaints) -> None:
+    """Every edge leads to a stage of the right kind, and none of them in a ring."""
+    node = root.child("stages")
+    written: dict[str, Node] = node.value if node is not None and isinstance(node.value, dict) else {}
+    for stage in stages.values():
+        for edge in stage.edges:
+            path = ("stages", stage.name, *edge.path.split("."))
+            place = root.place_of(path)
+            if edge.stage == stage.name:
+                complaints.add(path, f"{edge.stage!r} is this stage itself", "name an earlier stage", place)
+            elif edge.stage not in written:
+                complaints.add(path, f"no stage is called {edge.stage!r}", nearest(edge.stage, written), place)
+            else:
+                kind = types.kind(written[edge.stage])
+                if kind is not None and kind not in edge.kinds:
+                    fitting = [name for name, other in written.items() if types.kind(other) in edge.kinds]
+                    expected = " or ".join(edge.kinds)
+                    rule = f"{edge.stage!r} is a stage of kind {kind}, expected {expected}"
+                    remedy = f"name {' or '.join(fitting)}" if fitting else f"add a stage of kind {expected}"
+                    complaints.add(path, rule, remedy, place)
+    for ring in _rings(stages):
+        path = ("stages", ring[0])
+        rule = f"stages wait for each other: {' -> '.join([*ring, ring[0]])}"
+        complaints.add(path, rule, "remove one of these edges", root.place_of(path))
+
+
+def _rings(stages: dict[str, PipelineStage]) -> list[list[str]]:
+    """Cycles of two stages or more, each in the order in which data would flow, starting at the file's first."""
+    rings: dict[frozenset[str], list[str]] = {}
+    done: set[str] = set()
+
+    def visit(name: str, trail: list[str]) -> None:
+        if name in trail:
+            ring = trail[trail.index(name) :][::-1]  # the trail walks from a stage to its inputs
+            if len(ring) > 1:
+                start = min(range(len(ring)), key=lambda i: list(stages).index(ring[i]))
+                rings.setdefault(frozenset(ring), ring[start:] + ring[:start])
+            return
+        if name in done or name not in stages:
+            return
+        for feeder in stages[name].inputs.values():
+            visit(feeder, [*trail, name])
+        done.add(name)
+
+    for name in stages:
+        visit(name, [])
+    return list(rings.values())
+
+
+def _in_order(stages: dict[str, PipelineStage]) -> dict[str, PipelineStage]:
+    """Inputs first; otherwise as the file has them."""
+    ordered: dict[str, PipelineStage] = {}
+
+    def place(stage: PipelineStage) -> None:
+        for feeder in stage.inputs.values():
+            if feeder not in ordered:
+                place(stages[feeder])
+        ordered.setdefault(stage.name, stage)
+
+    for stage in stages.values():
+        place(stage)
+    return ordered

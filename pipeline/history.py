@@ -1,0 +1,122 @@
+"""What a stage of a pipeline was when it was last run, and how that differs from what it is now: a plan's reasons."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from pipeline.errors import StoreError
+from pipeline.fingerprint import Identity
+
+if TYPE_CHECKING:
+    from pipeline.store import ArtifactStore
+
+
+class Entry(TypedDict):
+    """One stage of one pipeline as it was last run or found cached by a run."""
+
+    fingerprint: str
+    identity: Identity
+    inputs: dict[str, str]  # dotted field path -> stage name
+    sources: dict[str, str]  # dotted field path -> address, as written
+
+
+def recall(store: ArtifactStore, pipeline: str, stage: str) -> Entry | None:
+    """The last known state; None when the stage was never run under this name in this store."""
+    found = store.read_record(_record(pipeline, stage))
+    if found is None or not found.keys() >= Entry.__annotations__.keys():
+        return None
+    return Entry(**found)  # type: ignore[typeddict-item]
+
+
+def remember(store: ArtifactStore, pipeline: str, stage: str, entry: Entry) -> None:
+    """Keep the state of a stage whose artifact is there. Losing it costs a plan its reasons, never a result."""
+    with contextlib.suppress(StoreError):
+        if recall(store, pipeline, stage) != entry:
+            store.write_record(_record(pipeline, stage), dict(entry))
+
+
+def differences(stage: str, old: Entry, new: Entry) -> list[str]:
+    """Why the fingerprint is another one, in a reader's words; at least one reason when the fingerprints differ.
+
+    "stages.superpixels.region_size 20 -> 16", "input scenes changed", "source data/scenes changed",
+    "version 1 -> 2", "opencv-contrib-python-headless 5.0 -> 5.1".
+    """
+    before, now = old["identity"], new["identity"]
+    if before["uses"] != now["uses"]:
+        return [f"stages.{stage}.uses {before['uses']} -> {now['uses']}"]
+    reasons = _changed(before["settings"], now["settings"], f"stages.{stage}")
+    reasons += _rewired(stage, (old["inputs"], before["inputs"]), (new["inputs"], now["inputs"]), "input")
+    reasons += _rewired(stage, (old["sources"], before["sources"]), (new["sources"], now["sources"]), "source")
+    if before["version"] != now["version"]:
+        reasons.append(f"version {before['version']} -> {now['version']}")
+    for name in sorted(before["packages"].keys() | now["packages"].keys()):
+        was, is_now = before["packages"].get(name, "not counted"), now["packages"].get(name, "not counted")
+        if was != is_now:
+            reasons.append(f"{name} {was} -> {is_now}")
+    if not reasons and old["fingerprint"] != new["fingerprint"]:
+        reasons.append("fingerprints are made in a new way")
+    return reasons
+
+
+def _changed(old: Any, new: Any, path: str) -> list[str]:
+    """Leaves that differ between two settings, in the new one's order."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*new, *(key for key in old if key not in new)]
+        return [
+            reason for key in keys for reason in _changed(old.get(key, _UNSET), new.get(key, _UNSET), f"{path}.{key}")
+        ]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [reason for i, (was, now) in pairs for reason in _changed(was, now, f"{path}.{i}")]
+    if (old is _UNSET and new is None) or (old is None and new is _UNSET):
+        return []  # an input that was set or unset: reported as an input
+    return [f"{path} {_shown(old)} -> {_shown(new)}"] if old != new or type(old) is not type(new) else []
+
+
+def _rewired(
+    stage: str, old: tuple[Mapping[str, str], Mapping[str, str]], new: tuple[Mapping[str, str], Mapping[str, str]],
+    word: str,
+) -> list[str]:  # fmt: skip
+    """Inputs or sources, each (path -> name, path -> identity): same name and new content, or another name."""
+    (old_names, old_ids), (new_names, new_ids) = old, new
+    reasons = []
+    for path in [*new_ids, *(path for path in old_ids if path not in new_ids)]:
+        if old_ids.get(path) == new_ids.get(path):
+            continue
+        was, now = old_names.get(path), new_names.get(path)
+        if was == now:
+            reasons.append(f"{word} {now} changed")
+        else:
+            reasons.append(f"stages.{stage}.{path} {was or 'unset'} -> {now or 'unset'}")
+    return list(dict.fromkeys(reasons))
+
+
+class _Unset:
+    def __repr__(self) -> str:
+        return "unset"
+
+
+_UNSET = _Unset()
+
+
+def _shown(value: Any) -> str:
+    """As YAML would have it, on one line and not too long."""
+    if isinstance(value, bool) or value is None:
+        text = {True: "true", False: "false", None: "null"}[value]
+    elif isinstance(value, dict):
+        text = "{" + ", ".join(f"{key}: {_shown(item)}" for key, item in value.items()) + "}"
+    elif isinstance(value, list):
+        text = "[" + ", ".join(map(_shown, value)) + "]"
+    else:
+        text = str(value) if value != "" else "''"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _record(pipeline: str, stage: str) -> str:
+    """A name free of what a pipeline's name may hold (spaces, slashes), and of collisions."""
+    tail = hashlib.sha256(f"{pipeline}\0{stage}".encode()).hexdigest()[:12]
+    return f"history-{re.sub(r'[^a-z0-9_-]+', '-', f'{pipeline}-{stage}'.lower())[:60]}-{tail}"

@@ -1,0 +1,220 @@
+"""What a run would do, and why: for every stage its fingerprint, whether the store has its artifact, and the reasons.
+
+Selections, all by stage name:
+- `only`: just these stages. What they read must be cached: a UsageError says which stage is missing and why.
+- `from_`: these stages and everything downstream of them. What they need from upstream comes from the cache, and is
+  run where the cache lacks it; side branches are left alone.
+- `force`: run these although they are cached. What is downstream keeps its fingerprint, so it stays cached.
+
+A plan lists the selected stages, and the stages that those which must run read. It opens no source file and no
+artifact that was not touched, and imports neither Ray nor torch nor MLflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipeline import history
+from pipeline.config import Pipeline, PipelineStage
+from pipeline.document import nearest
+from pipeline.errors import ArtifactDamaged, ConfigError, Problem, SourceError, UsageError
+from pipeline.fingerprint import Identity, fingerprint, identity
+from pipeline.sources import as_json, source_digest
+from pipeline.store import Artifact, ArtifactStore
+
+Progress = Callable[[str, int, int], None]  # (source's address, files read, files to read)
+
+
+@dataclass
+class PlannedStage:
+    """One stage of a plan."""
+
+    name: str
+    uses: str
+    kind: str
+    fingerprint: str
+    state: Literal["cached", "run"]
+    reasons: list[str]  # why it must run; empty when it is cached
+    inputs: dict[str, str]  # dotted field path -> stage name
+    artifact: Artifact | None  # the cached one; None for a stage that must run
+    identity: Identity = field(repr=False)
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)  # path -> {address, digest, files, bytes}
+
+    def to_json(self) -> dict[str, Any]:
+        keys = ("name", "uses", "kind", "fingerprint", "state", "reasons", "inputs")
+        return {key: getattr(self, key) for key in keys}
+
+    @property
+    def known_as(self) -> history.Entry:
+        """What history keeps of it, once its artifact is there."""
+        addresses = {path: source["address"] for path, source in self.sources.items()}
+        return history.Entry(
+            fingerprint=self.fingerprint, identity=self.identity, inputs=self.inputs, sources=addresses
+        )
+
+
+@dataclass
+class Plan:
+    """What a run would do, in execution order."""
+
+    pipeline: str
+    stages: list[PlannedStage]
+
+    @property
+    def to_run(self) -> list[PlannedStage]:
+        return [stage for stage in self.stages if stage.state == "run"]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `tessera plan --json` prints."""
+        return {"pipeline": self.pipeline, "stages": [stage.to_json() for stage in self.stages]}
+
+
+def make_plan(
+    pipeline: Pipeline,
+    store: ArtifactStore,
+    only: Collection[str] = (),
+    from_: Collection[str] = (),
+    force: Collection[str] = (),
+    progress: Progress | None = None,
+) -> Plan:
+    """Plan a run of a pipeline, or of the part of it that `only` and `from_` select together.
+
+    Raises: UsageError for a selection that cannot be, ConfigError that names every stage whose source is missing or
+    empty, StoreError when the store cannot be read.
+    """
+    _check_names(pipeline, {"--only": only, "--from": from_, "--force": force})
+    chosen = _selection(pipeline, only, from_)
+    if outside := [name for name in force if name not in chosen]:
+        raise UsageError(f"--force {outside[0]}: the stage is not part of what is to run (add it to --only or --from)")
+    needed = _upstream(pipeline, chosen)
+    digests = _source_digests(pipeline, store, needed, progress)
+    planned: dict[str, PlannedStage] = {}
+    for name in pipeline.stages:
+        if name in needed:
+            stage = pipeline.stages[name]
+            planned[name] = _planned(pipeline, store, stage, digests.get(name, {}), planned, name in force)
+    wanted = _wanted(planned, chosen, strict=bool(only) and not from_)
+    return Plan(pipeline.name, [stage for name, stage in planned.items() if name in wanted])
+
+
+def _planned(
+    pipeline: Pipeline,
+    store: ArtifactStore,
+    stage: PipelineStage,
+    sources: dict[str, dict[str, Any]],
+    before: dict[str, PlannedStage],
+    forced: bool,
+) -> PlannedStage:
+    digests = {path: source["digest"] for path, source in sources.items()}
+    fed_by = {path: before[name].fingerprint for path, name in stage.inputs.items()}
+    what = identity(stage.uses, stage.stage, digests, fed_by)
+    name = fingerprint(what)
+    artifact, damage = _look_up(store, stage.kind, name)
+    planned = PlannedStage(
+        stage.name, stage.uses, stage.kind, name, "cached", [], stage.inputs, artifact, what, dict(sources)
+    )
+    if artifact is not None and not damage and not forced:
+        return planned
+    planned.state, planned.artifact = "run", None
+    if damage:
+        planned.reasons = [f"artifact damaged: {', '.join(damage[:3])}" + (", ..." if len(damage) > 3 else "")]
+    elif artifact is not None:
+        planned.reasons = ["forced"]
+    else:
+        planned.reasons = _reasons(pipeline, store, planned)
+    return planned
+
+
+def _look_up(store: ArtifactStore, kind: str, name: str) -> tuple[Artifact | None, list[str]]:
+    """(the artifact if a manifest is there, the names of its damaged files)."""
+    try:
+        artifact = store.find(kind, name)
+    except ArtifactDamaged as error:
+        return None, [error.file]
+    return artifact, [damage.file for damage in store.check(artifact)] if artifact is not None else []
+
+
+def _reasons(pipeline: Pipeline, store: ArtifactStore, planned: PlannedStage) -> list[str]:
+    last = history.recall(store, pipeline.name, planned.name)
+    if last is None:
+        return ["new"]
+    if last["fingerprint"] == planned.fingerprint:
+        return ["artifact gone from the store"]
+    return history.differences(planned.name, last, planned.known_as)
+
+
+def _source_digests(
+    pipeline: Pipeline, store: ArtifactStore, names: Iterable[str], progress: Progress | None
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Stage -> field path -> what its source holds. One error for all sources that are not as they should be."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    problems: list[Problem] = []
+    for name in names:
+        for path, address in pipeline.stages[name].sources.items():
+
+            def report(done: int, total: int, address: str = address) -> None:
+                if progress is not None:
+                    progress(address, done, total)
+
+            try:
+                found.setdefault(name, {})[path] = as_json(source_digest(address, store, report), address)
+            except SourceError as error:
+                remedy = "put the files there, or name where they are"
+                problems.append(pipeline.problem(f"stages.{name}.{path}", str(error), remedy))
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+# -- which stages ----------------------------------------------------------------------------------------------------
+
+
+def _check_names(pipeline: Pipeline, selections: dict[str, Collection[str]]) -> None:
+    for option, names in selections.items():
+        for name in names:
+            if name not in pipeline.stages:
+                remedy = nearest(name, pipeline.stages)
+                raise UsageError(f"{option} {name}: {pipeline.file} has no stage {name!r} ({remedy})")
+
+
+def _selection(pipeline: Pipeline, only: Collection[str], from_: Collection[str]) -> set[str]:
+    """The stages that are asked for: all, or `only` plus `from_` and what is downstream of it."""
+    if not only and not from_:
+        return set(pipeline.stages)
+    downstream = set(from_)
+    for name, stage in pipeline.stages.items():  # in topological order: one pass is enough
+        if downstream & set(stage.inputs.values()):
+            downstream.add(name)
+    return set(only) | downstream
+
+
+def _upstream(pipeline: Pipeline, chosen: set[str]) -> list[str]:
+    """The chosen stages and all that lies above them, in order: a fingerprint needs every fingerprint above it."""
+    needed = set(chosen)
+    for name in reversed(pipeline.stages):
+        if name in needed:
+            needed |= set(pipeline.stages[name].inputs.values())
+    return [name for name in pipeline.stages if name in needed]
+
+
+def _wanted(planned: dict[str, PlannedStage], chosen: set[str], *, strict: bool) -> set[str]:
+    """The chosen stages, and what those that must run read.
+
+    `strict` (`only` alone): a stage that is read but neither chosen nor cached is an error.
+    """
+    wanted = set(chosen)
+    for name in reversed(planned):
+        stage = planned[name]
+        if name not in wanted or stage.state == "cached":
+            continue
+        for path, feeder in stage.inputs.items():
+            above = planned[feeder]
+            if strict and above.state == "run" and feeder not in chosen:
+                raise UsageError(
+                    f"--only {name}: its input {path} comes from {feeder!r}, which is not cached "
+                    f"({', '.join(above.reasons)}); add --only {feeder}, or use --from {feeder}"
+                )
+            wanted.add(feeder)
+    return wanted

@@ -1,0 +1,60 @@
+"""Classes that packages offer under an entry-point group: stage types in `tessera.stages`, and named variants of
+settings (methods) in the group their base class names. Looked up by name; imported only when a pipeline uses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from pipeline.errors import UsageError
+from pipeline.stage import Settings, Stage, arms
+
+STAGES = "tessera.stages"
+
+
+def names(group: str) -> list[str]:
+    """What is registered in a group, sorted."""
+    return sorted(_entries(group))
+
+
+def load(group: str, name: str) -> Any:
+    """The class registered under `name`. Raises: KeyError for an unknown name, UsageError where its module cannot
+    be imported."""
+    entry = _entries(group)[name]
+    try:
+        return entry.load()
+    except (ImportError, AttributeError) as error:
+        package = entry.dist.name if entry.dist else "its package"
+        raise UsageError(f"{name!r} ({entry.value}, from {package}) cannot be imported: {error}") from error
+
+
+def stage_classes() -> Mapping[str, type[Stage[Any]]]:
+    """Every installed stage type, imported."""
+    return {name: load(STAGES, name) for name in names(STAGES)}
+
+
+def variant(annotation: Any, value: Any) -> type[Settings] | None:
+    """The settings class that a mapping under a field of this annotation is read with, as far as it can be told."""
+    for arm, _ in arms(annotation):
+        if not (isinstance(arm, type) and issubclass(arm, Settings)):
+            continue
+        if arm.variant_group is None:
+            return arm
+        name = value.get("name") if isinstance(value, dict) else None
+        if isinstance(name, str) and name in names(arm.variant_group):
+            loaded: type[Settings] = load(arm.variant_group, name)
+            return loaded
+    return None
+
+
+@cache
+def _entries(group: str) -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=group):
+        other = found.setdefault(entry.name, entry)
+        if other.value != entry.value:
+            raise UsageError(f"two packages register {entry.name!r} in {group}: {other.value} and {entry.value}")
+    return found

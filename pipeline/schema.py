@@ -1,0 +1,118 @@
+"""The JSON schema of a pipeline file, for editors: every installed stage type with its settings, and within them the
+settings of every installed method, chosen by `name`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
+
+from pipeline import registry
+from pipeline.config import DEFAULT_STORE, DEFAULT_TRACKING, STAGE_NAME
+from pipeline.stage import Settings, Stage, arms
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+MODE: JsonSchemaMode = "validation"
+
+
+def pipeline_schema(stage_types: Mapping[str, type[Stage[Any]]] | None = None) -> dict[str, Any]:
+    """The schema; `stage_types` takes the place of the installed ones.
+
+    What an extended file may supply is not required here: a stage without `uses` is a difference, checked by
+    `tessera plan` only.
+    """
+    types = stage_types if stage_types is not None else registry.stage_classes()
+    variants = {base: _loaded(base) for base in _variant_bases(types[name].Config for name in sorted(types))}
+    models: list[type[Settings]] = [types[name].Config for name in sorted(types)]
+    models += [model for base, loaded in variants.items() for model in (base, *loaded.values())]
+    refs, definitions = models_json_schema([(model, MODE) for model in dict.fromkeys(models)])
+    defs = definitions.get("$defs", {})
+    for base, loaded in variants.items():
+        if base not in loaded.values():
+            defs[_key(refs[base, MODE])] = _chosen_by("name", {n: refs[m, MODE] for n, m in loaded.items()}, True)
+    for name in types:
+        defs[_key(refs[types[name].Config, MODE])].setdefault("properties", {})["uses"] = {"type": "string"}
+    stage = _chosen_by("uses", {name: refs[types[name].Config, MODE] for name in sorted(types)}, False)
+    return {
+        "$schema": DIALECT,
+        "title": "Tessera pipeline",
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "description": "the pipeline's name; default: the file's"},
+            "description": {"type": "string", "description": "what it is for"},
+            "extends": {
+                "description": "a pipeline file, or several, that this one is a small difference from",
+                "oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+            },
+            "store": {
+                "type": "string",
+                "default": DEFAULT_STORE,
+                "description": "where artifacts live: a folder, or an s3://, gs:// or az:// address",
+            },
+            "tracking": {
+                "type": ["string", "null"],
+                "default": DEFAULT_TRACKING,
+                "description": "MLflow: a sqlite:/// or http:// address; null: no tracking",
+            },
+            "stages": {
+                "type": "object",
+                "description": "the steps, by name",
+                "propertyNames": {"pattern": f"^{STAGE_NAME.pattern}$"},
+                "additionalProperties": {"oneOf": [stage, {"type": "null"}]},
+            },
+        },
+        "additionalProperties": False,
+        "anyOf": [{"required": ["stages"]}, {"required": ["extends"]}],
+        "$defs": defs,
+    }
+
+
+def _chosen_by(key: str, refs: Mapping[str, dict[str, Any]], required: bool) -> dict[str, Any]:
+    """A mapping whose `key` says which of the schemas holds for the rest of it."""
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {key: {"enum": sorted(refs)}},
+        "allOf": [
+            {"if": {"properties": {key: {"const": name}}, "required": [key]}, "then": refs[name]}
+            for name in sorted(refs)
+        ],
+    }
+    return schema | {"required": [key]} if required else schema
+
+
+def _variant_bases(configs: Iterable[type[BaseModel]]) -> list[type[Settings]]:
+    """Every settings class with named variants that a field can hold, however deep, variants' own fields included."""
+    bases: dict[type[Settings], None] = {}
+    todo, seen = list(configs), set()
+    while todo:
+        model = todo.pop()
+        if model in seen:
+            continue
+        seen.add(model)
+        for info in model.model_fields.values():
+            for found in _settings_in(info.annotation):
+                todo.append(found)
+                if found.variant_group is not None and "variant_group" in vars(found):
+                    bases[found] = None
+                    todo += _loaded(found).values()
+    return list(bases)
+
+
+def _settings_in(annotation: Any) -> Iterator[type[Settings]]:
+    for arm, _ in arms(annotation):
+        if isinstance(arm, type) and issubclass(arm, Settings):
+            yield arm
+        for argument in getattr(arm, "__args__", ()):
+            yield from _settings_in(argument)
+
+
+def _loaded(base: type[Settings]) -> dict[str, type[Settings]]:
+    group = base.variant_group or ""
+    return {name: registry.load(group, name) for name in registry.names(group)}
+
+
+def _key(reference: Mapping[str, Any]) -> str:
+    return str(reference["$ref"]).rsplit("/", 1)[-1]

@@ -1,0 +1,227 @@
+"""What a source holds, as a digest of its content: the part of a fingerprint that comes from outside the store.
+
+A memo in the store leads from a listing (paths, sizes, times or etags) to the digest, so that a plan stats a
+source without opening a file; after a change only the files that look different are read again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import SourceError, StoreError
+from pipeline.objects import Objects, file_tag, mask
+
+if TYPE_CHECKING:
+    from pipeline.store import ArtifactStore
+
+ATTEMPTS = 3  # a source that is being written settles, or is refused
+
+Progress = Callable[[int, int], None]  # (files read, files to read)
+
+
+@dataclass(frozen=True)
+class SourceDigest:
+    """A source's identity and size."""
+
+    digest: str  # sha256 over the sorted (relative path, sha256 of content)
+    files: int
+    bytes: int
+
+
+def source_digest(address: str, store: ArtifactStore, progress: Progress | None = None) -> SourceDigest:
+    """The digest of a file, a folder or a bucket prefix. Names that begin with a dot are not part of a source.
+
+    The digest depends on the files' relative paths and contents alone: a copy elsewhere has the same one, and so
+    has a single file under another name. `store` keeps the memo.
+    Raises: SourceError when nothing is there, when there is no file in it, or when it changes while it is read.
+    """
+    source = _open(address)
+    name = f"source-{hashlib.sha256(source.address.encode()).hexdigest()[:24]}"
+    listing = source.list()
+    memo = store.read_record(name) or {}
+    if memo.get("listing") == _listing_digest(listing):
+        return SourceDigest(memo["digest"], memo["files"], memo["bytes"])
+    read_before = {path: tuple(entry) for path, entry in ((store.read_record(f"{name}-files") or {}).items())}
+    contents = {path: digest for path, (tag, digest) in read_before.items() if path in listing}
+    tags = {path: tag for path, (tag, _) in read_before.items()}
+    for _ in range(ATTEMPTS):
+        listing = source.settled()
+        stale = [path for path, entry in listing.items() if tags.get(path) != entry.tag]
+        contents |= _hash_all(source, stale, progress)
+        tags |= {path: listing[path].tag for path in stale}
+        if source.list() == listing:
+            break
+    else:
+        raise SourceError(f"source {mask(address)} keeps changing while it is read (wait until it is complete)")
+    digest = hashlib.sha256()
+    for path in sorted(listing):
+        digest.update(f"{path}\0{contents[path]}\n".encode(errors="surrogateescape"))
+    found = SourceDigest(digest.hexdigest(), len(listing), sum(entry.size for entry in listing.values()))
+    with contextlib.suppress(StoreError):  # without the memo the next plan reads the source again, and no harm done
+        # The files first: whoever finds the short record may rely on the long one.
+        store.write_record(f"{name}-files", {path: [tags[path], contents[path]] for path in listing})
+        short = {"digest": found.digest, "files": found.files, "bytes": found.bytes}
+        store.write_record(name, {"address": source.address, "listing": _listing_digest(listing), **short})
+    return found
+
+
+@dataclass(frozen=True)
+class _Entry:
+    size: int
+    tag: str  # differs when the content may differ
+
+
+class _Local:
+    """A file or folder on this machine. Links are followed: what they lead to is what a stage would read."""
+
+    def __init__(self, address: str, path: Path) -> None:
+        self.written, self.path = address, path
+        self.address = str(path)
+        self.newest_ns = 0
+
+    def list(self) -> dict[str, _Entry]:
+        self.newest_ns = 0
+        try:
+            if not self.path.is_dir():
+                return {"": self._entry(os.stat(self.path))}
+            found = dict(self._walk(str(self.path), "", ()))
+        except FileNotFoundError as error:
+            if not self.path.exists():
+                raise SourceError(f"nothing is at {self.written}{_looked_in(self.written)}") from error
+            raise SourceError(f"cannot read {error.filename}: it is not there (a link that leads nowhere?)") from error
+        except OSError as error:
+            raise SourceError(f"cannot read {error.filename or self.written}: {error.strerror}") from error
+        if not found:
+            raise SourceError(f"there is no file in {self.written} (names that begin with a dot do not count)")
+        return found
+
+    def settled(self) -> dict[str, _Entry]:
+        """The listing, once the clock has moved past its newest time: a later write cannot get the same time then."""
+        listing = self.list()
+        coarse = self.newest_ns % 1_000_000_000 == 0  # a file system that keeps whole seconds
+        wait = self.newest_ns / 1e9 + (2.0 if coarse else 0.05) - time.time()
+        if 0 < wait <= 2.0:  # a time in the future comes from another clock: waiting would not help
+            time.sleep(wait)
+            listing = self.list()
+        return listing
+
+    def digest(self, path: str) -> str:
+        with open(self.path / path if path else self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _walk(self, folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, _Entry]]:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    stat = entry.stat()
+                    if (stat.st_dev, stat.st_ino) not in above:  # a link to a folder above it has no end
+                        within = (*above, (stat.st_dev, stat.st_ino))
+                        yield from self._walk(entry.path, f"{prefix}{entry.name}/", within)
+                elif entry.is_file() or not os.path.exists(entry.path):  # no pipes, no sockets
+                    yield f"{prefix}{entry.name}", self._entry(entry.stat())
+
+    def _entry(self, stat: os.stat_result) -> _Entry:
+        self.newest_ns = max(self.newest_ns, stat.st_ctime_ns)
+        return _Entry(stat.st_size, file_tag(stat))
+
+
+class _Bucket:
+    """An object, or everything under a prefix, in a bucket. Etags change with every write: nothing to wait for."""
+
+    def __init__(self, objects: Objects) -> None:
+        self.objects, self.address = objects, objects.address
+
+    def list(self) -> dict[str, _Entry]:
+        try:
+            found = {f.path: _Entry(f.size, f.tag) for f in self.objects.list() if not _hidden(f.path)}
+            if not found and (single := self._single()):
+                found = {"": single}
+        except StoreError as error:
+            raise SourceError(f"cannot read source {error}") from error
+        if not found:
+            raise SourceError(f"nothing is at {self.address} (names that begin with a dot do not count)")
+        return found
+
+    settled = list
+
+    def digest(self, path: str) -> str:
+        digest = hashlib.sha256()
+        try:
+            objects, name = (self.objects, path) if path else self._parent()
+            for block in objects.stream(name):
+                digest.update(block)
+        except StoreError as error:
+            raise SourceError(f"cannot read source {error}") from error
+        return digest.hexdigest()
+
+    def _parent(self) -> tuple[Objects, str]:
+        parent, _, name = self.address.rpartition("/")
+        return Objects(parent), name
+
+    def _single(self) -> _Entry | None:
+        if self.address.count("/") < 3:  # the bucket itself
+            return None
+        objects, name = self._parent()
+        found = objects.head(name)
+        return _Entry(found.size, found.tag) if found else None
+
+
+def _open(address: str) -> _Local | _Bucket:
+    try:
+        objects = Objects(address)
+    except StoreError as error:
+        raise SourceError(str(error).replace("store", "source", 1)) from error
+    return _Local(address, objects.folder) if objects.folder is not None else _Bucket(objects)
+
+
+def _hash_all(source: _Local | _Bucket, paths: list[str], progress: Progress | None) -> dict[str, str]:
+    """Content digests, read side by side. A file that vanished meanwhile is left to the next listing."""
+
+    def read(path: str) -> tuple[str, str]:
+        try:
+            return path, source.digest(path)
+        except FileNotFoundError:
+            return path, ""
+        except OSError as error:
+            raise SourceError(f"cannot read {error.filename or path}: {error.strerror}") from error
+
+    if not paths:
+        return {}
+    found: dict[str, str] = {}
+    with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
+        for path, digest in pool.map(read, paths):
+            found[path] = digest
+            if progress is not None:
+                progress(len(found), len(paths))
+    return found
+
+
+def _listing_digest(listing: dict[str, _Entry]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(listing):
+        entry = listing[path]
+        digest.update(f"{path}\0{entry.size}\0{entry.tag}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))
+
+
+def _looked_in(written: str) -> str:
+    return "" if os.path.isabs(written) or "://" in written else f" (looked in {os.getcwd()})"
+
+
+def as_json(found: SourceDigest, address: str) -> dict[str, Any]:
+    """What a plan and a manifest keep of a source."""
+    return {"address": address, "digest": found.digest, "files": found.files, "bytes": found.bytes}
