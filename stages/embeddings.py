@@ -1,0 +1,117 @@
+"""The `embeddings` stage: one L2-normalised vector per image, from an earlier encoder or any timm model.
+
+Ray Data actors hold the model; `neighbors` reads what they write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from pipeline.stage import Context, Input, Outcome, Stage, StageConfig
+from stages.models.settings import Backbone
+
+if TYPE_CHECKING:
+    from pipeline.store import Artifact
+
+_SHOWN = 32  # photographs in the preview
+
+
+class EmbeddingsConfig(StageConfig):
+    images: Input["images"]
+    encoder: Input["encoder"] | None = Field(None, description="an earlier pretrain stage; or give a backbone")
+    backbone: Backbone | None = Field(None, description="a timm model or a checkpoint file; or name an encoder")
+    pooling: Literal["cls", "mean"] = Field("cls", description="[CLS] (token mean where there is none), or map mean")
+    resize: int = Field(256, gt=0, description="short side in pixels before the crop")
+    crop: int = Field(224, gt=0, description="side in pixels of the central square that is encoded")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the forward pass; the column is float32")
+    seed: int = Field(0, description="of the random weights of a backbone that has no others")
+
+    @model_validator(mode="after")
+    def _rules(self) -> EmbeddingsConfig:
+        if (self.encoder is None) == (self.backbone is None):
+            raise ValueError("exactly one of encoder and backbone says where features come from; set one of them")
+        if self.crop > self.resize:
+            raise ValueError(f"crop {self.crop} is larger than resize {self.resize}; lower crop or raise resize")
+        return self
+
+
+class Embeddings(Stage[EmbeddingsConfig]):
+    """images + encoder -> embeddings. Equal up to float rounding whatever the number of workers."""
+
+    kind = "embeddings"
+    packages = ("timm",)
+    Config = EmbeddingsConfig
+
+    def run(self, context: Context) -> Outcome:
+        import functools
+
+        import ray
+
+        from stages.images import decode
+        from stages.models.embedder import Embedder, prepare
+        from stages.pictures import grid
+        from stages.shards import map_shards
+        from stages.tables import SCHEMAS
+
+        config, images = self.config, context.inputs["images"]
+        source = context.inputs["encoder"] if config.backbone is None else config.backbone
+        arguments: tuple[Any, ...] = (source, config.pooling, config.precision, config.seed, config.crop, context.name)
+        fit = functools.partial(prepare, resize=config.resize, crop=config.crop)
+        gpu = ray.cluster_resources().get("GPU", 0) >= 1
+        summary = map_shards(
+            context,
+            images,
+            Embedder,
+            schema=SCHEMAS["embeddings"],
+            arguments=arguments,
+            prepare=fit,
+            batch_rows=256 if gpu else 32,
+            gpus=1.0 if gpu else 0.0,
+            threads=8 if gpu else 2,
+        )
+        shown = list(_spread(images, _SHOWN))
+        vectors = np.array([row["embedding"] for row in Embedder(*arguments)([fit(row) for row in shown])])
+        sheet = grid(
+            [decode(shown[i]["image"]) for i in _along_first_component(vectors)],
+            columns=8,
+            title="Photographs along the first principal component of their embeddings",
+            cell=160,
+        )
+        context.output.put_file("preview.png", sheet)
+        return Outcome(
+            counts={"images": summary.images, "failed": summary.failed},
+            problems=summary.problems,
+            preview="preview.png",
+        )
+
+
+def _spread(images: Artifact, count: int) -> Iterator[dict[str, Any]]:
+    """About `count` readable rows, taken evenly from all parts."""
+    from stages.images import ImageError, decode
+    from stages.tables import iter_batches
+
+    entries = [entry for entry in images.shards() if entry.rows]
+    entries = entries[:: max(1, len(entries) // count)][:count]
+    for i, entry in enumerate(entries):
+        share = count // len(entries) + (i < count % len(entries))
+        for at in np.unique(np.linspace(0, (entry.rows or 1) - 1, share).astype(int)):
+            for batch in iter_batches(images, entry, ["image_id", "image"], rows=(int(at), int(at) + 1)):
+                for row in batch.to_pylist():
+                    try:
+                        decode(row["image"])
+                    except ImageError:
+                        continue  # named by the summary already
+                    yield row
+
+
+def _along_first_component(vectors_ND: NDArray[np.floating[Any]]) -> list[int]:
+    """Row numbers in the order of the first principal component: like should lie beside like."""
+    centred = vectors_ND - vectors_ND.mean(axis=0)
+    axis = np.linalg.svd(centred, full_matrices=False)[2][0]
+    axis = axis * np.sign(axis[np.abs(axis).argmax()])
+    return [int(i) for i in np.argsort(centred @ axis, kind="stable")]

@@ -1,0 +1,90 @@
+"""Reading an evaluation's images once: rows of a split, decoded in threads while the encoder works on the last batch.
+
+No Ray: an evaluation of a small set must not wait for a cluster. OpenCV and NumPy release the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipeline.errors import SourceError
+from stages.images import ImageError
+from stages.tables import iter_batches
+
+if TYPE_CHECKING:
+    from pipeline.store import Artifact
+
+T = TypeVar("T")
+Row = Mapping[str, Any]
+
+
+def rows(images: Artifact, columns: Sequence[str], wanted: set[int] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of an `images` artifact in the order of their ids, streamed; `wanted` keeps those ids only."""
+    names = ["image_id", *(name for name in columns if name != "image_id")]
+    for entry in images.shards():
+        for batch in iter_batches(images, entry, names):
+            ids = batch.column("image_id").to_pylist()
+            for i, image_id in enumerate(ids):
+                if wanted is None or image_id in wanted:
+                    yield {name: batch.column(name)[i].as_py() for name in names}
+
+
+def prepared(
+    images: Artifact,
+    columns: Sequence[str],
+    prepare: Callable[[Row], T],
+    wanted: set[int],
+    *,
+    problems: list[dict[str, str]],
+    threads: int | None = None,
+) -> Iterator[T]:
+    """`prepare(row)` for the wanted rows, in order, computed ahead in threads.
+
+    A row for which it raises ImageError is left out and named in `problems`; the evaluation goes on without it.
+    """
+    threads = threads or min(8, os.cpu_count() or 1)
+    waiting: deque[tuple[Row, Future[T]]] = deque()
+
+    def finish() -> Iterator[T]:
+        row, future = waiting.popleft()
+        try:
+            yield future.result()
+        except ImageError as error:
+            problems.append({"key": str(row.get("key", row["image_id"])), "reason": str(error)})
+
+    with ThreadPoolExecutor(threads) as pool:
+        for row in rows(images, columns, wanted):
+            waiting.append((row, pool.submit(prepare, row)))
+            if len(waiting) > 4 * threads:  # bounds the memory: encoded bytes and pixels of a few images
+                yield from finish()
+        while waiting:
+            yield from finish()
+
+
+def in_batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one shorter."""
+    batch: list[T] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def split_error(stage: str, images: Artifact, split: str, what: str, remedy: str) -> SourceError:
+    """The sentence for a split that has nothing to evaluate on, naming the splits that there are."""
+    counts: dict[str, int] = {}
+    for row in rows(images, ["split"]):
+        name = row["split"] or "(none)"
+        counts[name] = counts.get(name, 0) + 1
+    there = ", ".join(f"{name}: {count}" for name, count in sorted(counts.items())) or "no images at all"
+    return SourceError(
+        f"{stage}: no image of split {split!r} in {images.kind}/{images.fingerprint} has {what} "
+        f"(images by split: {there}): {remedy}"
+    )

@@ -1,0 +1,90 @@
+"""A linear classifier (1x1 convolution) on cached, frozen feature maps, and its predictions at a mask's size.
+
+Shape legend: n images, B of them in a step, D width, h w grid of the features, K classes, S side of the labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Probe:
+    """K linear classifiers."""
+
+    weight: Tensor  # (K, D)
+    bias: Tensor  # (K,)
+
+    def logits(self, map_BDhw: Tensor) -> Tensor:
+        return functional.conv2d(map_BDhw, self.weight[:, :, None, None], self.bias)
+
+    @torch.inference_mode()
+    def predict(self, map_Dhw: Tensor, height: int, width: int) -> NDArray[np.int64]:
+        """Class of every pixel, (height, width): logits enlarged bilinearly, then the largest."""
+        logits = functional.interpolate(self.logits(map_Dhw[None]), (height, width), mode="bilinear")
+        return np.asarray(logits[0].argmax(dim=0).cpu().numpy(), np.int64)
+
+
+def fit(
+    maps_nDhw: NDArray[np.float16],
+    labels_nSS: NDArray[np.int16],
+    rows: NDArray[np.int64],
+    classes: int,
+    *,
+    lr: float,
+    samples: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    progress: Callable[[int], None] = lambda samples: None,
+) -> Probe:
+    """Adam on the cross-entropy of bilinearly enlarged logits, over `samples` images drawn from `rows` epoch by epoch.
+
+    Labels below 0 do not count. The same seed gives the same classifier on the same kind of device.
+    """
+    weight_KD = torch.empty(classes, maps_nDhw.shape[1])
+    torch.nn.init.normal_(weight_KD, std=0.01, generator=torch.Generator().manual_seed(seed))
+    probe = Probe(weight_KD.to(device).requires_grad_(True), torch.zeros(classes, device=device, requires_grad=True))
+    optimizer = torch.optim.Adam([probe.weight, probe.bias], lr=lr)
+    side = labels_nSS.shape[1]
+    done = 0
+    for chosen in _draws(rows, samples, batch_size, seed):
+        maps_BDhw = torch.from_numpy(maps_nDhw[chosen]).to(device).float()
+        labels_BSS = torch.from_numpy(labels_nSS[chosen]).to(device).long()
+        logits = functional.interpolate(probe.logits(maps_BDhw), (side, side), mode="bilinear")
+        total = functional.cross_entropy(logits, labels_BSS, ignore_index=-1, reduction="sum")
+        loss = total / (labels_BSS >= 0).sum().clamp(min=1)  # a batch of void alone must not divide by zero
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        done += len(chosen)
+        progress(done)
+    return Probe(probe.weight.detach(), probe.bias.detach())
+
+
+def _draws(rows: NDArray[np.int64], samples: int, batch_size: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Batches of shuffled epochs until `samples` are drawn; a small set makes small batches."""
+    generator = np.random.default_rng(seed)
+    left = samples
+    while left > 0:
+        epoch = generator.permutation(rows)
+        for start in range(0, len(epoch), batch_size):
+            batch = epoch[start : start + min(batch_size, left)]
+            if len(batch):
+                yield np.sort(batch)  # the cache is read in its own order
+            left -= len(batch)
+
+
+def held_out(count: int, seed: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """(rest, a fifth), to choose the learning rate on: never on the test images."""
+    order = np.random.default_rng(seed).permutation(count)
+    size = max(1, count // 5)
+    return np.sort(order[size:]), np.sort(order[:size])
