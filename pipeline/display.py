@@ -1,26 +1,21 @@
-"""What the terminal shows: bars while a run works, and the tables that commands end with.
-
-Progress and remarks go to standard error, results to standard output, so that a pipe carries results only.
-"""
+"""What the terminal shows while a run works: bars and lines, on standard error, so that a pipe carries results only."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as Remaining
-from rich.table import Table
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+
 LINE_EVERY = 15.0  # seconds between two progress lines where there is no terminal to draw a bar on
-STATE_STYLES = {"cached": "green", "done": "green", "run": "yellow", "failed": "red", "ok": "green", "warn": "yellow"}
-STATE_STYLES |= {"fail": "red"}
 
 
 class RunDisplay:
@@ -53,7 +48,7 @@ class RunDisplay:
         """A stage starts to work."""
         self._stage, self._started = stage, time.monotonic()
         self._line_at = self._started
-        self.line(f"[bold]{escape(stage)}[/]: {escape(', '.join(reasons))}")
+        self.line(f"[bold]{escape(stage)}[/]" + (f": {escape(', '.join(reasons))}" if reasons else ""))
         if self._progress is not None:
             self._task = self._progress.add_task(escape(stage), total=None, unit="")
 
@@ -64,6 +59,16 @@ class RunDisplay:
         elif self._progress is None and time.monotonic() - self._line_at >= LINE_EVERY:
             self._line_at = time.monotonic()
             self.say(f"{done:g} of {total:g} {unit}, {duration(self._line_at - self._started)}")
+
+    def watch(self, title: str, done: float, total: float, unit: str) -> None:
+        """A bar for work that is no stage; it shows itself only while it lasts."""
+        if self._stage != title:
+            self._stage, self._started, self._line_at = title, time.monotonic(), time.monotonic()
+            if self._progress is not None:
+                if self._task is not None:
+                    self._progress.remove_task(self._task)
+                self._task = self._progress.add_task(escape(title), total=None, unit="")
+        self.progress(done, total, unit)
 
     def end(self, outcome: str, style: str = "green") -> None:
         """The stage is through."""
@@ -83,43 +88,6 @@ class RunDisplay:
         self._console.print(markup, highlight=False, soft_wrap=True)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], console: Console) -> None:
-    """A table of plain strings; a cell that is a state is coloured. Long cells are folded, never cut."""
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(f"[{STATE_STYLES[cell]}]{cell}[/]" if cell in STATE_STYLES else escape(cell) for cell in row))
-    console.print(table)
-
-
-def print_plan(plan: dict[str, Any], console: Console) -> None:
-    """The plan's JSON as a table."""
-    rows = [
-        (stage["name"], stage["uses"], stage["state"], ", ".join(stage["reasons"]), stage["fingerprint"][:12])
-        for stage in plan["stages"]
-    ]
-    print_table(f"plan of {plan['pipeline']}", ("stage", "uses", "state", "why", "fingerprint"), rows, console)
-    waiting = sum(stage["state"] == "run" for stage in plan["stages"])
-    console.print(f"{waiting} to run, {len(rows) - waiting} cached" if waiting else "everything is cached")
-
-
-def print_results(result: dict[str, Any], console: Console) -> None:
-    """The run's JSON as tables: the metrics, then where every artifact is."""
-    metrics = [
-        (stage["name"], name, number(value))
-        for stage in result["stages"]
-        for name, value in (stage.get("metrics") or {}).items()
-    ]
-    if metrics:
-        print_table("results", ("stage", "metric", "value"), metrics, console)
-    rows = [
-        (stage["name"], stage["state"], duration(stage["seconds"]) if stage["seconds"] else "", stage["artifact"] or "")
-        for stage in result["stages"]
-    ]
-    print_table(f"artifacts of {result['pipeline']}", ("stage", "state", "time", "artifact"), rows, console)
-
-
 def duration(seconds: float) -> str:
     """3.2 s, 4 min 05 s, 2 h 07 min."""
     if seconds < 60:
@@ -135,7 +103,3 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError("unreachable")
-
-
-def number(value: float) -> str:
-    return f"{value:.4f}" if isinstance(value, float) and not value.is_integer() else f"{value:g}"

@@ -179,14 +179,14 @@ def _ray(address: str | None) -> Iterator[Check]:
         process.kill()  # its local Ray dies with it
         process.communicate()
         remedy = "check --address and RAY_ADDRESS; for a local Ray see its logs under the spill folder"
-        yield Check("ray", FAIL, f"no answer within {RAY_SECONDS:.0f} s", remedy)
+        yield Check("ray cluster", FAIL, f"no answer within {RAY_SECONDS:.0f} s", remedy)
         return
     if process.returncode != 0:
         last = errors.strip().splitlines()[-1:] or ["it ended without a word"]
-        yield Check("ray", FAIL, last[0], "see the message")
+        yield Check("ray cluster", FAIL, last[0], "see the message")
         return
     seen: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
-    yield Check("ray", OK, f"{seen['cluster']}")
+    yield Check("ray cluster", OK, f"{seen['cluster']}")
     gpus, usable = seen["gpus"], seen["torch_gpus"]
     if gpus or usable:
         fits = bool(gpus) == bool(usable) or seen["remote"]

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pipeline import fingerprint, history
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, StageFailed, TesseraError
 from pipeline.provenance import git_commit, package_versions
 from pipeline.stage import Context, Outcome
@@ -99,6 +100,7 @@ def run(
         for result in working.result.stages:
             if result.state == "run":
                 working.execute(result)
+            history.remember(store, pipeline.name, result.planned.name, result.planned.known_as)
         status = FINISHED
     except BaseException as error:
         status = FAILED if isinstance(error, Exception) else KILLED
@@ -179,7 +181,7 @@ class _Run:
 
             self.cluster = cluster.start(self.address)
             self.display.say(f"on {self.cluster}")
-        settings = entry.stage.config.model_dump(mode="json", by_alias=True)
+        settings = fingerprint.settings(entry.stage.config)
         tracked = self._track(planned, settings, inputs)
         status = FAILED
         try:
@@ -221,6 +223,7 @@ class _Run:
                 "version": entry.stage.version,
                 "config": settings,
                 "inputs": {path: f"{artifact.kind}/{artifact.fingerprint}" for path, artifact in inputs.items()},
+                "sources": planned.sources,
                 "counts": outcome.counts,
                 "metrics": outcome.metrics,
                 "problems": outcome.problems,

@@ -57,11 +57,13 @@ class Tracker:
         self._warn = warn
         self._client: MlflowClient | None = None
         self._experiment_id = ""
+        self._begun = False
 
     def start(self, name: str, tags: Mapping[str, str]) -> None:
-        """Open the parent run. Does nothing when it is open already, or when there is no tracking address."""
-        if self.uri is None or self.run_id is not None:
+        """Open the parent run. Only the first call does anything: what is away at the start is not asked again."""
+        if self.uri is None or self._begun:
             return
+        self._begun = True
         with self.guarded():
             self._client, self._experiment_id = _connect(self.uri, self.experiment)
             self.run_id = self._create_run(name, tags)
@@ -72,6 +74,7 @@ class Tracker:
         if self._client is not None and self.run_id is not None:
             with self.guarded():
                 run.run_id = self._create_run(name, {**tags, "mlflow.parentRunId": self.run_id})
+            if run.run_id is not None:
                 run.log_settings(settings)
         return run
 
@@ -122,13 +125,13 @@ class StageTracker:
         from mlflow.entities import Param
 
         params = [Param(_key(key), value[:PARAM_LENGTH]) for key, value in flatten(settings).items()]
-        with self._live() as client:
+        with self._tracker.guarded() as client:
             for first in range(0, len(params), PARAMS_A_CALL):
                 client.log_batch(self.run_id, params=params[first : first + PARAMS_A_CALL])
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Keep metrics of one step; they are sent every two seconds."""
-        if self.run_id is None or self._tracker.client is None:
+        if not self._live:
             return
         self._waiting += _metrics(metrics, step)
         if len(self._waiting) >= FLUSH_COUNT or time.monotonic() - self._flushed > FLUSH_SECONDS:
@@ -137,8 +140,8 @@ class StageTracker:
     def flush(self) -> None:
         waiting, self._waiting = self._waiting, []
         self._flushed = time.monotonic()
-        if waiting:
-            with self._live() as client:
+        if waiting and self._live:
+            with self._tracker.guarded() as client:
                 for first in range(0, len(waiting), FLUSH_COUNT):
                     client.log_batch(self.run_id, metrics=waiting[first : first + FLUSH_COUNT])
 
@@ -147,9 +150,11 @@ class StageTracker:
 
         `sources` maps the dotted path of a source to (address, content digest).
         """
+        if not self._live:
+            return
         from mlflow.entities import LoggedModelInput
 
-        with self._live() as client:
+        with self._tracker.guarded() as client:
             models, datasets = [], []
             for path, artifact in inputs.items():
                 model = self._find_model(client, artifact) if artifact.kind == MODEL_KIND else None
@@ -164,9 +169,11 @@ class StageTracker:
 
     def log_output(self, name: str, artifact: Artifact) -> None:
         """Say what the stage made, with its results and its preview."""
+        if not self._live:
+            return
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
-        with self._live() as client:
+        with self._tracker.guarded() as client:
             if artifact.kind == MODEL_KIND:
                 model = client.create_logged_model(
                     self._tracker.experiment_id,
@@ -191,8 +198,9 @@ class StageTracker:
 
     def finish(self, status: str) -> None:
         self.flush()
-        with self._live() as client:
-            client.set_terminated(self.run_id, status)
+        if self._live:
+            with self._tracker.guarded() as client:
+                client.set_terminated(self.run_id, status)
 
     def _find_model(self, client: MlflowClient, artifact: Artifact) -> str | None:
         found = client.search_logged_models(
@@ -202,21 +210,9 @@ class StageTracker:
         )
         return found[0].model_id if found else None
 
-    @contextlib.contextmanager
-    def _live(self) -> Iterator[Any]:
-        """The client, guarded; a client that swallows every call when tracking is off."""
-        if self.run_id is None or self._tracker.client is None:
-            yield _Nobody()
-            return
-        with self._tracker.guarded() as client:
-            yield client
-
-
-class _Nobody:
-    """Stands in for a client that is away."""
-
-    def __getattr__(self, name: str) -> Callable[..., list[Any]]:
-        return lambda *args, **kwargs: []
+    @property
+    def _live(self) -> bool:
+        return self.run_id is not None and self._tracker.client is not None
 
 
 def absolute_uri(uri: str) -> str:

@@ -1,0 +1,166 @@
+"""The artifacts that a command is about: those of a pipeline, or everything in a store; found also when damaged."""
+
+from __future__ import annotations
+
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.artifact import Artifact, Damage
+from pipeline.errors import ArtifactDamaged, ArtifactMissing, ConfigError, UsageError
+from pipeline.manifest import Manifest
+from pipeline.store import ArtifactStore
+
+if TYPE_CHECKING:
+    from pipeline.config import Pipeline
+    from pipeline.display import RunDisplay
+
+ENCODER_FILES = ("encoder.safetensors", "encoder.json")
+
+
+class Catalogue:
+    """Artifacts by pipeline, by name, or all of them."""
+
+    def __init__(self, store: ArtifactStore, pipeline: Pipeline | None) -> None:
+        self.store, self.pipeline = store, pipeline
+
+    @cached_property
+    def current(self) -> dict[str, tuple[str, str]]:
+        """Stage -> (kind, fingerprint) as the pipeline stands now. Raises: ConfigError when a source is gone."""
+        if self.pipeline is None:
+            return {}
+        from pipeline.plan import make_plan
+
+        return {stage.name: (stage.kind, stage.fingerprint) for stage in make_plan(self.pipeline, self.store).stages}
+
+    @cached_property
+    def earlier(self) -> dict[str, tuple[str, str]]:
+        """Stage -> (kind, fingerprint) as the pipeline was when it last ran: known without its sources."""
+        if self.pipeline is None:
+            return {}
+        from pipeline.history import recall
+
+        return {
+            name: (stage.kind, known["fingerprint"])
+            for name, stage in self.pipeline.stages.items()
+            if (known := recall(self.store, self.pipeline.name, name)) is not None
+        }
+
+    @cached_property
+    def known(self) -> dict[str, tuple[str, str]]:
+        """`current` where that can be told, else `earlier`."""
+        try:
+            return self.current
+        except ConfigError:  # the file itself was in order: a source is away, the artifacts made of it are not
+            return self.earlier
+
+    def names(self) -> list[tuple[str, str]]:
+        """(kind, fingerprint) of every artifact in question, whether or not its manifest can be read."""
+        if self.pipeline is None:
+            whole = [(artifact.kind, artifact.fingerprint) for artifact in self.store.artifacts()]
+            broken = [damage.artifact.split("/", 1) for damage in self.store.damaged()]
+            return sorted({*whole, *((kind, fingerprint) for kind, fingerprint in broken)})
+        return list(dict.fromkeys([*self.known.values(), *self.earlier.values()]))
+
+    def artifacts(self) -> list[Artifact]:
+        """Those whose manifest is in order."""
+        return [artifact for name in self.names() if isinstance(artifact := self.look(*name), Artifact)]
+
+    def look(self, kind: str, fingerprint: str) -> Artifact | Damage | None:
+        """The artifact, what is wrong with its manifest, or None when it was never committed."""
+        try:
+            return self.store.find(kind, fingerprint)
+        except ArtifactDamaged as error:
+            return Damage(error.artifact, error.file, error.reason)
+
+    def one(self, target: str) -> Artifact:
+        """The artifact that `target` names: a stage, kind/fingerprint or the start of it, or an address.
+
+        Raises: ArtifactMissing, ArtifactDamaged, UsageError when several fit.
+        """
+        if target in self.known:
+            artifact = self.store.find(*self.known[target])
+            if artifact is None:
+                raise ArtifactMissing(
+                    f"stage '{target}' has no artifact yet in {self.store.address} (run the pipeline)"
+                )
+            return artifact
+        text = target.rstrip("/")
+        found = [artifact for artifact in self.store.artifacts() if _fits(artifact, text)]
+        if not found:
+            named = [artifact for artifact in self.store.artifacts() if artifact.manifest.stage == text]
+            found = sorted(named, key=lambda artifact: artifact.manifest.created)[-1:]
+        if not found:
+            stages = f"; stages: {', '.join(self.pipeline.stages)}" if self.pipeline else ""
+            raise ArtifactMissing(
+                f"nothing in {self.store.address} is called '{target}' (see `tessera artifacts ls`{stages})"
+            )
+        if len(found) > 1:
+            raise UsageError(f"'{target}' fits several: {', '.join(a.name for a in found)} (write more of it)")
+        return found[0]
+
+
+def _fits(artifact: Artifact, text: str) -> bool:
+    if text in (artifact.address, artifact.name) or Path(text).absolute() == Path(artifact.address):
+        return True
+    start = text.partition("/")[2] if text.startswith(f"{artifact.kind}/") else text
+    return len(start) >= 4 and "/" not in start and artifact.fingerprint.startswith(start)
+
+
+def rows(catalogue: Catalogue) -> list[dict[str, Any]]:
+    """What `artifacts ls --json` prints."""
+    return [
+        {
+            "kind": artifact.kind,
+            "fingerprint": artifact.fingerprint,
+            "stage": artifact.manifest.stage,
+            "bytes": artifact.bytes,
+            "rows": artifact.rows,
+            "created": artifact.manifest.created,
+            "address": artifact.address,
+        }
+        for artifact in catalogue.artifacts()
+    ]
+
+
+def verify(catalogue: Catalogue, display: RunDisplay) -> dict[str, Any]:
+    """What `artifacts verify --json` prints: how many artifacts were read, and every damaged file."""
+    damages: list[Damage] = []
+    checked = 0
+    for kind, fingerprint in catalogue.names():
+        found = catalogue.look(kind, fingerprint)
+        if found is None:
+            continue
+        checked += 1
+        if isinstance(found, Damage):
+            damages.append(found)
+        else:
+            damages += catalogue.store.verify(found, partial(display.watch, f"reading {kind}/{fingerprint[:12]}"))
+    return {
+        "checked": checked,
+        "damaged": [{"artifact": d.artifact, "file": d.file, "reason": d.reason} for d in damages],
+    }
+
+
+def export(artifact: Artifact, folder: str) -> list[Path]:
+    """Copy an encoder's files, under their plain names, into a folder; each is checked against the manifest.
+
+    Raises: UsageError when the artifact is no encoder or a file of that name is there already.
+    """
+    if artifact.kind != "encoder":
+        raise UsageError(f"{artifact.name} is an artifact of kind {artifact.kind}, expected encoder")
+    names = [*ENCODER_FILES, *(name for name in _names(artifact.manifest) if name not in ENCODER_FILES)]
+    target = Path(folder)
+    if taken := [name for name in names if (target / name).exists()]:
+        raise UsageError(f"{target} holds {', '.join(taken)} already (name another folder, or remove them)")
+    target.mkdir(parents=True, exist_ok=True)
+    copied = []
+    for name in names:
+        (target / name).write_bytes(artifact.read(name))
+        copied.append(target / name)
+    return copied
+
+
+def _names(manifest: Manifest) -> list[str]:
+    """Files that make up the encoder: weights and their descriptions, not pictures, tables or curves."""
+    return [entry.name for entry in manifest.files if entry.name.endswith(".safetensors")]

@@ -1,0 +1,239 @@
+"""The `tessera` command. Commands only wire: parse, build, run, report.
+
+`tessera --help` must answer in half a second: nothing heavier than typer is imported before a command runs.
+Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 a stage failed or damage was
+found, 2 wrong usage or config, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from pipeline.cli_artifacts import artifacts_app
+from pipeline.errors import TesseraError, UsageError
+from pipeline.options import (
+    Address,
+    Config,
+    Force,
+    From,
+    Json,
+    MaybeConfig,
+    Only,
+    Overrides,
+    Store,
+    config_and_targets,
+    open_catalogue,
+    print_json,
+    split_names,
+    store_of,
+)
+
+if TYPE_CHECKING:
+    from pipeline.config import Pipeline
+    from pipeline.plan import Plan
+    from pipeline.store import ArtifactStore
+
+INTERRUPTED, TERMINATED = 130, 143
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: importing rich for it would cost a tenth of a second
+    pretty_exceptions_enable=False,
+    help="From unlabelled images to a vision encoder with good dense features: a cached pipeline on Ray.",
+)
+app.add_typer(artifacts_app, name="artifacts")
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    only: Only = None,
+    from_: From = None,
+    force: Force = None,
+    store: Store = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Compute what is not cached, stage by stage."""
+    from pipeline import runner
+    from pipeline.display import RunDisplay
+    from pipeline.printing import print_closing, print_results
+
+    pipeline, opened, plan = _planned(config, overrides, only, from_, force, store)
+    try:
+        with RunDisplay() as display:
+            result = runner.run(pipeline, plan, opened, display, address=address)
+    except runner.RunFailed as failure:
+        if as_json:
+            print_json(failure.result.to_json())
+        raise
+    if as_json:
+        print_json(result.to_json())
+    else:
+        print_results(result.to_json())
+        print_closing(result.to_json(), opened.address, pipeline.tracking)
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    only: Only = None,
+    from_: From = None,
+    force: Force = None,
+    store: Store = None,
+    as_json: Json = False,
+) -> None:
+    """Say which stages are cached, which must run, and why."""
+    _, _, made = _planned(config, overrides, only, from_, force, store)
+    if as_json:
+        print_json(made.to_json())
+    else:
+        from pipeline.printing import print_plan
+
+        print_plan(made.to_json())
+
+
+@app.command()
+def lineage(
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="ARTIFACT [CONFIG]", help="A stage, kind/fingerprint (or its start), or an address."),
+    ],
+    overrides: Overrides = None,
+    store: Store = None,
+    as_json: Json = False,
+) -> None:
+    """Walk back to the sources of an artifact and forward to everything made from it."""
+    from pipeline.lineage import Graph, tree
+
+    config, targets = config_and_targets(names)
+    if len(targets) != 1:
+        raise UsageError("lineage takes one artifact or stage, and the pipeline file of the stage")
+    catalogue = open_catalogue(config, overrides, store or store_of(targets))
+    target = catalogue.one(targets[0])
+    graph = Graph.of(catalogue.store.artifacts()).around(target.name)
+    if as_json:
+        print_json({"target": target.name, **graph.to_json()})
+    else:
+        from pipeline.printing import stdout
+
+        stdout().print(tree(graph, target.name), soft_wrap=True)
+
+
+@app.command()
+def export(
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="ENCODER [CONFIG]", help="A stage, kind/fingerprint (or its start), or an address."),
+    ],
+    to: Annotated[str, typer.Option("--to", metavar="FOLDER", help="Where the files go; made if it is missing.")],
+    overrides: Overrides = None,
+    store: Store = None,
+    as_json: Json = False,
+) -> None:
+    """Copy an encoder's files out of the store: they load with timm and safetensors alone."""
+    from pipeline.catalogue import export as copy_out
+
+    config, targets = config_and_targets(names)
+    if len(targets) != 1:
+        raise UsageError("export takes one encoder artifact or stage, and the pipeline file of the stage")
+    artifact = open_catalogue(config, overrides, store or store_of(targets)).one(targets[0])
+    copied = copy_out(artifact, to)
+    if as_json:
+        print_json({"artifact": artifact.address, "files": [str(path) for path in copied]})
+    else:
+        typer.echo("\n".join(str(path) for path in copied))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of pipeline files, for editors that complete and check them."""
+    from pipeline.schema import pipeline_schema
+
+    print_json(pipeline_schema())
+
+
+@app.command()
+def doctor(config: MaybeConfig = None, store: Store = None, address: Address = None, as_json: Json = False) -> None:
+    """Check what a long run needs: versions, Ray, disk, store, tracking (exit code 1 if something fails)."""
+    from pipeline.config import DEFAULT_STORE, DEFAULT_TRACKING, load_pipeline
+    from pipeline.doctor import FAIL, examine
+    from pipeline.printing import print_checks
+    from pipeline.store import ArtifactStore
+
+    pipeline = load_pipeline(config, (), store) if config else None
+    opened = ArtifactStore(pipeline.store if pipeline else store or DEFAULT_STORE)
+    checks = list(examine(opened, pipeline.tracking if pipeline else DEFAULT_TRACKING, address))
+    if as_json:
+        print_json({"checks": [check.to_json() for check in checks]})
+    else:
+        print_checks([check.to_json() for check in checks])
+    if any(check.state == FAIL for check in checks):
+        raise typer.Exit(1)
+
+
+def _planned(
+    config: str,
+    overrides: list[str] | None,
+    only: list[str] | None,
+    from_: list[str] | None,
+    force: list[str] | None,
+    store: str | None,
+) -> tuple[Pipeline, ArtifactStore, Plan]:
+    from pipeline.config import load_pipeline
+    from pipeline.display import RunDisplay
+    from pipeline.plan import make_plan
+    from pipeline.store import ArtifactStore
+
+    pipeline = load_pipeline(config, overrides or (), store)
+    opened = ArtifactStore(pipeline.store)
+    with RunDisplay() as display:
+        made = make_plan(
+            pipeline,
+            opened,
+            split_names(only),
+            split_names(from_),
+            split_names(force),
+            lambda source, done, total: display.watch(f"reading {source}", done, total, "files"),
+        )
+    return pipeline, opened, made
+
+
+def _terminated(signum: int, frame: object) -> NoReturn:
+    raise SystemExit(TERMINATED)  # unwinds like Ctrl-C: leases are given back, Ray is shut down
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except TesseraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("stopped; what was finished is kept, the same command continues", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `tessera plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if not (hasattr(error, "show") and hasattr(error, "exit_code")):
+            raise
+        error.show()  # the parser's own errors: unknown option, missing argument
+        return int(error.exit_code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

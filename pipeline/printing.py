@@ -1,0 +1,177 @@
+"""The tables that commands end with, on standard output."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline.display import duration, size
+from pipeline.tracking import absolute_uri, flatten, how_to_open
+
+if TYPE_CHECKING:
+    from pipeline.store import Artifact, Removed
+
+PIPE_WIDTH = 240
+PROBLEMS_SHOWN = 20
+STATE_STYLES = {"cached": "green", "done": "green", "run": "yellow", "failed": "red", "ok": "green", "warn": "yellow"}
+STATE_STYLES |= {"fail": "red"}
+
+
+def stdout() -> Console:
+    """Where results go. A pipe has no width: there nothing is folded."""
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table of plain strings; a cell that is a state is coloured. Long cells are folded, never cut."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(f"[{STATE_STYLES[cell]}]{cell}[/]" if cell in STATE_STYLES else escape(cell) for cell in row))
+    stdout().print(table)
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """The plan's JSON as a table."""
+    rows = [
+        (stage["name"], stage["uses"], stage["state"], ", ".join(stage["reasons"]), stage["fingerprint"][:12])
+        for stage in plan["stages"]
+    ]
+    print_table(f"plan of {plan['pipeline']}", ("stage", "uses", "state", "why", "fingerprint"), rows)
+    waiting = sum(stage["state"] == "run" for stage in plan["stages"])
+    print(f"{waiting} to run, {len(rows) - waiting} cached" if waiting else f"all {len(rows)} stages are cached")
+
+
+def print_results(result: dict[str, Any]) -> None:
+    """The run's JSON as tables: where every artifact is, then the metrics."""
+    rows = [
+        (stage["name"], stage["state"], duration(stage["seconds"]) if stage["seconds"] else "", stage["artifact"] or "")
+        for stage in result["stages"]
+    ]
+    print_table(f"artifacts of {result['pipeline']}", ("stage", "state", "time", "artifact"), rows)
+    metrics = [
+        (stage["name"], name, number(value))
+        for stage in result["stages"]
+        for name, value in (stage.get("metrics") or {}).items()
+    ]
+    if metrics:
+        print_table("results", ("stage", "metric", "value"), metrics)
+
+
+def print_closing(result: dict[str, Any], store: str, tracking: str | None) -> None:
+    """Where everything is, and what to type next."""
+    done = sum(stage["state"] == "done" for stage in result["stages"])
+    if not done:
+        print(f"all {len(result['stages'])} stages are cached")
+    print(f"store: {store}")
+    if tracking:
+        print(f"runs:  {how_to_open(absolute_uri(tracking))}")
+
+
+def print_artifacts(rows: Sequence[dict[str, Any]]) -> None:
+    """`artifacts ls` as a table."""
+    cells = [
+        (
+            r["stage"],
+            r["kind"],
+            r["fingerprint"][:12],
+            str(r["rows"] or ""),
+            size(r["bytes"]),
+            when(r["created"]),
+            r["address"],
+        )
+        for r in rows
+    ]
+    print_table(f"{len(cells)} artifacts", ("stage", "kind", "fingerprint", "rows", "size", "made", "address"), cells)
+
+
+def print_artifact(artifact: Artifact) -> None:
+    """An artifact's manifest in words."""
+    m, say = artifact.manifest, partial(stdout().print, markup=False, soft_wrap=True)
+    say(f"{artifact.name}, made by stage '{m.stage}' ({m.uses}, version {m.version})")
+    say(f"  at        {artifact.address}")
+    say(f"  made      {when(m.created)} in {duration(m.seconds)}" + (f", {git}" if (git := commit(m.git)) else ""))
+    say(
+        f"  holds     {len(m.files)} files, {size(artifact.bytes)}"
+        + (f", {artifact.rows} rows" if artifact.rows else "")
+    )
+    for title, items in (
+        ("columns", m.columns),
+        ("counts", m.counts),
+        ("metrics", {name: number(value) for name, value in m.metrics.items()}),
+        ("inputs", m.inputs),
+        (
+            "sources",
+            {path: f"{s['address']} ({s['files']} files, {size(s['bytes'])})" for path, s in m.sources.items()},
+        ),
+        ("settings", {path: value for path, value in flatten(m.config).items() if value != "null"}),
+        ("notes", {key: shortened(value) for key, value in flatten(m.notes).items()}),
+    ):
+        if items:
+            say(f"  {title}")
+            for key, value in items.items():
+                say(f"    {key}: {value}")
+    if m.problems:
+        say(f"  problems ({len(m.problems)})")
+        for problem in m.problems[:PROBLEMS_SHOWN]:
+            say("    " + ": ".join(problem.values()))
+        if len(m.problems) > PROBLEMS_SHOWN:
+            say(f"    and {len(m.problems) - PROBLEMS_SHOWN} more (--json lists all)")
+    if m.tracking:
+        say(f"  tracked   run {m.tracking.get('run')} at {m.tracking.get('uri')}")
+    preview = f"{artifact.address}/{artifact.file(m.preview).stored}" if m.preview else "none"
+    say(f"  preview   {preview}")
+
+
+def print_damages(report: dict[str, Any]) -> None:
+    """`artifacts verify` as a table, or one sentence."""
+    if report["damaged"]:
+        rows = [(damage["artifact"], damage["file"], damage["reason"]) for damage in report["damaged"]]
+        print_table("damaged", ("artifact", "file", "reason"), rows)
+        print(
+            f"{report['checked']} artifacts read, {len(rows)} files damaged: run the pipeline again to recompute them"
+        )
+    else:
+        print(f"{report['checked']} artifacts read, all in order")
+
+
+def print_removed(removed: Sequence[Removed], *, dry_run: bool) -> None:
+    """`artifacts gc` as a table."""
+    if removed:
+        cells = [(row.path, size(row.bytes), row.reason) for row in removed]
+        print_table("would go" if dry_run else "removed", ("what", "size", "reason"), cells)
+    print(f"{'would free' if dry_run else 'freed'} {size(sum(row.bytes for row in removed))}")
+
+
+def print_checks(checks: Sequence[dict[str, str]]) -> None:
+    """`doctor` as a table."""
+    rows = [(check["name"], check["state"], check["detail"], check["remedy"]) for check in checks]
+    print_table("doctor", ("check", "state", "found", "remedy"), rows)
+
+
+def when(created: str) -> str:
+    """An ISO time of UTC as the reader's clock shows it."""
+    return datetime.fromisoformat(created).astimezone().strftime("%Y-%m-%d %H:%M") if created else "at an unknown time"
+
+
+def commit(git: Any) -> str:
+    """A manifest's commit in words."""
+    if not isinstance(git, dict):
+        return str(git or "")
+    return f"commit {str(git.get('commit'))[:12]}" + (" with changes" if git.get("dirty") else "")
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def number(value: float) -> str:
+    return f"{value:.4f}" if isinstance(value, float) and not value.is_integer() else f"{value:g}"

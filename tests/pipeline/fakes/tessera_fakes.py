@@ -1,0 +1,135 @@
+"""Stages of a package that is not ours, for the tests: small numbers in place of images.
+
+The folder has entry points of its own, so that putting it on the path is all it takes, as for a user's package.
+What a stage did is appended to the file that TESSERA_FAKES_LOG names, and TESSERA_FAKES_HOLD makes `fake_scaled`
+wait, once it has begun, for as long as that file exists.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+from pipeline.errors import SourceError
+from pipeline.stage import Context, Input, NoFingerprint, Outcome, Source, Stage, StageConfig
+
+PICTURE = bytes.fromhex(  # one grey pixel
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49444154789c6360000000020001"
+    "e221bc330000000049454e44ae426082"
+)
+
+
+def note(line: str) -> None:
+    if log := os.environ.get("TESSERA_FAKES_LOG"):
+        with open(log, "a") as file:
+            file.write(line + "\n")
+
+
+def numbers(context: Context, path: str = "numbers") -> list[float]:
+    return json.loads(context.inputs[path].read("numbers.json"))
+
+
+class NumbersConfig(StageConfig):
+    source: Source
+    label: Annotated[str, NoFingerprint] = ""
+
+
+class Numbers(Stage[NumbersConfig]):
+    kind, uses_ray, Config = "numbers", False, NumbersConfig
+
+    def run(self, context: Context) -> Outcome:
+        note(f"run {context.name}")
+        values = [float(line) for line in Path(self.config.source).read_text().split()]
+        if not values:
+            raise SourceError(f"{self.config.source} holds no number (write one a line)")
+        context.output.put_file("numbers.json", json.dumps(values).encode())
+        return Outcome(counts={"numbers": len(values)}, problems=[{"key": "line 9", "reason": "not a number"}])
+
+
+class ScaledConfig(StageConfig):
+    numbers: Input["numbers"]
+    factor: float = 2.0
+    fail: Annotated[str, NoFingerprint] = ""  # "" or the kind of failure
+
+
+class Scaled(Stage[ScaledConfig]):
+    kind, uses_ray, Config = "numbers", False, ScaledConfig
+
+    def run(self, context: Context) -> Outcome:
+        note(f"run {context.name}")
+        hold = os.environ.get("TESSERA_FAKES_HOLD")
+        while hold and Path(hold).exists():
+            time.sleep(0.02)
+        if self.config.fail == "purpose":
+            raise SourceError("the numbers are too odd (take even ones)")
+        if self.config.fail == "bug":
+            raise ZeroDivisionError("a bug")
+        values = [self.config.factor * value for value in numbers(context)]
+        for step, value in enumerate(values):
+            context.log_metrics({"loss/term": value}, step)
+            context.progress(step + 1, len(values), "numbers")
+        context.output.put_file("numbers.json", json.dumps(values).encode())
+        return Outcome(counts={"numbers": len(values)})
+
+
+class OnRay(Stage[ScaledConfig]):
+    kind, Config = "numbers", ScaledConfig
+
+    def run(self, context: Context) -> Outcome:
+        import ray
+
+        note(f"run {context.name}")
+
+        @ray.remote
+        def scale(value: float, factor: float, fail: str) -> tuple[float, str]:
+            import pipeline.store  # what a worker must be able to do
+
+            assert pipeline.store.ArtifactStore
+            if fail:
+                raise SourceError(f"worker says {fail} (do better)")
+            return value * factor, os.getcwd()
+
+        tasks = [scale.remote(value, self.config.factor, self.config.fail) for value in numbers(context)]
+        done = ray.get(tasks)
+        hold = os.environ.get("TESSERA_FAKES_HOLD")
+        while hold and Path(hold).exists():
+            time.sleep(0.02)
+        context.output.put_file("numbers.json", json.dumps([value for value, _ in done]).encode())
+        return Outcome(notes={"cwd": done[0][1]})
+
+
+class EncoderConfig(StageConfig):
+    numbers: Input["numbers"]
+    init: Input["encoder"] | None = None
+    width: int = 3
+
+
+class FakeEncoder(Stage[EncoderConfig]):
+    kind, uses_ray, Config = "encoder", False, EncoderConfig
+
+    def run(self, context: Context) -> Outcome:
+        note(f"run {context.name}")
+        weights = bytes(int(value) % 256 for value in numbers(context))
+        context.output.put_file("encoder.safetensors", weights)
+        context.output.put_file("encoder.json", json.dumps({"width": self.config.width}).encode())
+        context.output.put_file("preview.png", PICTURE)
+        return Outcome(preview="preview.png")
+
+
+class ScoreConfig(StageConfig):
+    of: Input["numbers", "encoder"]
+
+
+class Score(Stage[ScoreConfig]):
+    kind, uses_ray, Config = "metrics", False, ScoreConfig
+
+    def run(self, context: Context) -> Outcome:
+        note(f"run {context.name}")
+        artifact = context.inputs["of"]
+        data = artifact.read("encoder.safetensors" if artifact.kind == "encoder" else "numbers.json")
+        metrics = {"bytes": float(len(data))}
+        context.output.put_file("metrics.json", json.dumps(metrics).encode())
+        return Outcome(metrics=metrics)

@@ -1,0 +1,86 @@
+"""A folder with a source, a pipeline file of fake stages, and the means to run `tessera` on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FAKES = Path(__file__).parent / "fakes"
+PIPELINE = """
+store: store
+tracking: {tracking}
+stages:
+  numbers: {{uses: fake_numbers, source: numbers.txt}}
+  scaled: {{uses: fake_scaled, numbers: numbers}}
+  encoder: {{uses: fake_encoder, numbers: scaled}}
+  score: {{uses: fake_score, of: encoder}}
+"""
+
+
+@dataclass
+class Workshop:
+    """Commands run in `folder`; the environment names the fakes and their log."""
+
+    folder: Path
+    extra: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        (self.folder / "numbers.txt").write_text("1\n2\n3\n")
+        self.write()
+
+    def write(self, text: str = PIPELINE, tracking: str = "null") -> None:
+        (self.folder / "p.yaml").write_text(text.format(tracking=tracking))
+
+    @property
+    def hold(self) -> Path:
+        return self.folder / "hold"
+
+    @property
+    def ran(self) -> list[str]:
+        """Stages that were really executed, in order."""
+        log = self.folder / "log"
+        return [line.removeprefix("run ") for line in log.read_text().split("\n") if line] if log.exists() else []
+
+    def environment(self) -> dict[str, str]:
+        own = {
+            "PYTHONPATH": str(FAKES),
+            "TESSERA_FAKES_LOG": str(self.folder / "log"),
+            "TESSERA_FAKES_HOLD": str(self.hold),
+            "TESSERA_CACHE": str(self.folder / "cache"),
+        }
+        return {**{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, **own, **self.extra}
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipeline.cli", *arguments],
+            cwd=self.folder,
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def tessera(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        process = self.start(*arguments)
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == code, f"exit {process.returncode}, expected {code}\n{output}\n{errors}"
+        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+    def json(self, *arguments: str, code: int = 0) -> Any:
+        return json.loads(self.tessera(*arguments, "--json", code=code).stdout)
+
+    def states(self, *arguments: str, code: int = 0) -> dict[str, str]:
+        return {stage["name"]: stage["state"] for stage in self.json(*arguments, code=code)["stages"]}
+
+    def wait_for(self, stage: str, seconds: float = 60.0) -> None:
+        """Until `stage` has begun."""
+        end = time.monotonic() + seconds
+        while stage not in self.ran:
+            assert time.monotonic() < end, f"{stage} did not begin within {seconds} s; ran {self.ran}"
+            time.sleep(0.02)
