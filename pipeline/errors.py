@@ -53,6 +53,9 @@ class ConfigError(UsageError):
         self.problems = problems
         super().__init__("\n".join(str(problem) for problem in problems))
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[Problem]]]:
+        return type(self), (self.problems,)  # an error crosses from Ray's workers to the driver
+
 
 class StoreError(TesseraError):
     """The store cannot be reached, read or written."""
@@ -71,6 +74,9 @@ class ArtifactDamaged(StoreError):
             f"artifact {artifact} is damaged: {file}: {reason} "
             "(run the pipeline again: the stage is recomputed; `tessera artifacts verify` checks the rest)"
         )
+
+    def __reduce__(self) -> tuple[type[ArtifactDamaged], tuple[str, str, str]]:
+        return type(self), (self.artifact, self.file, self.reason)
 
 
 class SourceError(TesseraError):

@@ -151,12 +151,12 @@ def _compute(job: Job, pieces: Sequence[Piece], pool: _Pool) -> Iterator[int]:
 
     compute: Any
     worker: Any
+    size = min(pool.workers, len(pieces))
     if pool.actors:
-        size = min(pool.workers, len(pieces))
         compute, worker = ray.data.ActorPoolStrategy(size=size), PieceActor
         options: Row = {"fn_constructor_args": (job,)}
     else:
-        compute, worker, options = ray.data.TaskPoolStrategy(size=pool.workers), run_piece, {"fn_args": (job,)}
+        compute, worker, options = ray.data.TaskPoolStrategy(size=size), run_piece, {"fn_args": (job,)}
     items = [{"piece": pickle.dumps(piece)} for piece in pieces]
     data = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         worker,
@@ -207,15 +207,18 @@ class _Assembly:
 
 
 def _cause(error: BaseException) -> TesseraError:
-    """The error of ours inside what Ray wraps around it, or one that carries its first line."""
+    """The error of ours inside what Ray wraps around it, or one that names the innermost."""
     seen: BaseException | None = error
+    innermost = error
     while seen is not None:
         if isinstance(seen, TesseraError):
             return seen
+        if not type(seen).__module__.startswith("ray."):
+            innermost = seen
         cause = getattr(seen, "cause", None)
         seen = cause if isinstance(cause, BaseException) else seen.__cause__
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return StageFailed(f"a worker failed: {lines[-1]} (all of it is in Ray's log)")
+    lines = str(innermost).strip().splitlines() or [""]
+    return StageFailed(f"a worker failed: {type(innermost).__name__}: {lines[0]} (its log is in Ray's session folder)")
 
 
 # ------------------------------------------------------------------------------------------------------- at the end

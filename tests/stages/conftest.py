@@ -1,0 +1,74 @@
+"""One local Ray for all tests of stages, and small `images` artifacts in a store of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipeline.stage import Context, Resources
+from pipeline.store import Artifact, ArtifactStore, ArtifactWriter
+from stages.tables import SCHEMAS
+
+
+@pytest.fixture(scope="session")
+def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A Ray with 2 CPUs, started once and ended by its own driver."""
+    from pipeline import cluster
+
+    before = os.environ.get("TESSERA_CACHE")
+    os.environ["TESSERA_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")  # Ray's workers inherit it
+    started = cluster.start("local")
+    yield
+    cluster.stop(started)
+    if before is None:
+        del os.environ["TESSERA_CACHE"]
+    else:
+        os.environ["TESSERA_CACHE"] = before
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(str(tmp_path / "store"))
+
+
+def write_images(store: ArtifactStore, files: Mapping[str, bytes], parts: Sequence[int], fingerprint: str) -> Artifact:
+    """An `images` artifact of encoded files, `parts` rows a part."""
+    rows = []
+    for image_id, (key, data) in enumerate(files.items()):
+        row = dict.fromkeys(SCHEMAS["images"].names)
+        rows.append(row | {"image_id": image_id, "key": key, "image": data, "sha256": hashlib.sha256(data).hexdigest()})
+    assert sum(parts) == len(rows)
+    writer = store.begin("images", fingerprint)
+    for index, size in enumerate(parts):
+        table = pa.Table.from_pylist(rows[sum(parts[:index]) :][:size], schema=SCHEMAS["images"])
+        writer.put_table(index, table)
+    return writer.commit()
+
+
+@pytest.fixture
+def images(store: ArtifactStore) -> Callable[..., Artifact]:
+    """`images({"a.jpg": bytes, ...}, parts=[3, 2])`."""
+
+    fingerprints = (f"{number:012x}" for number in itertools.count(1))
+
+    def make(files: Mapping[str, bytes], parts: Sequence[int] | None = None) -> Artifact:
+        return write_images(store, files, parts or [len(files)], next(fingerprints))
+
+    return make
+
+
+@pytest.fixture
+def context(store: ArtifactStore) -> Callable[..., Context]:
+    """`context("boxes", images=artifact)`: what the runner hands to a stage."""
+
+    def make(kind: str, fingerprint: str = "ba9876543210", cpus: float | None = None, **inputs: Artifact) -> Context:
+        writer: ArtifactWriter = store.begin(kind, fingerprint)
+        return Context(kind, fingerprint, inputs, writer, Resources(cpus=cpus))
+
+    return make
