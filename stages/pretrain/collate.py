@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import UsageError
 from stages.pretrain.batch import Batch
 from stages.pretrain.samples import Sample, Skip
 from stages.pretrain.views import render_gpu
@@ -58,7 +57,7 @@ class Part:
 
 
 def collate(step: int, samples: Sequence[Sample]) -> Part:
-    """Raises UsageError when a drawer gave the images of a batch different numbers or shapes of something."""
+    """Raises ValueError when a drawer gave the images of a batch different numbers or shapes of something."""
     part = Part(
         step,
         torch.tensor([s.image_id for s in samples]),
@@ -73,7 +72,7 @@ def collate(step: int, samples: Sequence[Sample]) -> Part:
     )
     for sample in samples:
         part.draws.append([(item, len(part.pixels) + of) for item, of in sample.draws])
-        part.pixels += [torch.from_numpy(np.ascontiguousarray(pixels)) for pixels in sample.pixels]
+        part.pixels += [torch.from_numpy(np.require(pixels, requirements=["C", "W"])) for pixels in sample.pixels]
         part.reduced += sample.reduced if sample.pixels else []
     return part
 
@@ -84,7 +83,7 @@ def _stack(samples: Sequence[Sample], get: Callable[[Sample], dict[str, Any]], a
         arrays = [get(sample).get(name) for sample in samples]
         shapes = sorted({"missing" if a is None else str(np.shape(a)) for a in arrays})
         if len(shapes) > 1:
-            raise UsageError(
+            raise ValueError(
                 f"the method's drawer gives {name!r} in different shapes within a batch ({', '.join(shapes)}): "
                 "every image needs the same number of views, and extras of one shape"
             )

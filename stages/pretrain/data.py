@@ -18,7 +18,7 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.errors import SourceError, TesseraError, UsageError
+from pipeline.errors import ClusterError, SourceError, TesseraError, UsageError
 from stages.pretrain.batch import Batch
 from stages.pretrain.collate import Part, assemble_batch, collate
 from stages.pretrain.sampler import Sampler
@@ -87,7 +87,10 @@ class TrainData:
         return self.sampler.steps_per_epoch
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """This rank's share of the global batches start .. stop-1. Raises SourceError when no image is usable."""
+        """This rank's share of the global batches start .. stop-1.
+
+        Raises: SourceError when no image is usable, ClusterError when a worker process dies.
+        """
         parts: list[Part] = []
         for part in self._parts(start, stop):
             if part.failure:
@@ -116,7 +119,7 @@ class TrainData:
         if not self.workers:
             yield from (parts[task] for task in tasks)
             return
-        yield from DataLoader(
+        loader = DataLoader(
             parts,
             batch_size=None,
             sampler=tasks,
@@ -127,6 +130,15 @@ class TrainData:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # its own: the run's random state must not hang on the number of workers
         )
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ClusterError(
+                f"a process that reads training images died ({str(error).splitlines()[0]}): most often memory or "
+                "/dev/shm was full; lower loader_workers or the batch size"
+            ) from error
 
 
 class _Parts(Dataset[Part]):

@@ -1,6 +1,6 @@
 """Turns draws into pixels on a CPU: OpenCV on uint8, one image after the other.
 
-What is rendered (render_gpu.py computes the same, see tests/stages/pretrain/test_renderers.py): along each axis on its
+What is rendered (render_gpu.py computes the same, see tests/stages/pretrain/views/test_renderers.py): along each axis on its
 own, a crop that is finer than its view is averaged over each view pixel's exact area, a coarser one interpolated
 (bilinear or bicubic, edge repeated). What lies outside the image is black. Then the colour operations, in the draw's
 order.
