@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import re
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from pipeline.errors import StoreError
@@ -48,15 +48,21 @@ def differences(stage: str, old: Entry, new: Entry) -> list[str]:
     before, now = old["identity"], new["identity"]
     if before["uses"] != now["uses"]:
         return [f"stages.{stage}.uses {before['uses']} -> {now['uses']}"]
-    reasons = _changed(before["settings"], now["settings"], f"stages.{stage}")
-    reasons += _rewired(stage, (old["inputs"], before["inputs"]), (new["inputs"], now["inputs"]), "input")
-    reasons += _rewired(stage, (old["sources"], before["sources"]), (new["sources"], now["sources"]), "source")
+    reasons = _changed(_as_written(old, new), _as_written(new, new), f"stages.{stage}")
+    for word, names, was, is_now in (
+        ("input", (old["inputs"], new["inputs"]), before["inputs"], now["inputs"]),
+        ("source", (old["sources"], new["sources"]), before["sources"], now["sources"]),
+    ):
+        for path, name in names[1].items():
+            if name == names[0].get(path) and was.get(path) != is_now.get(path):
+                reasons.append(f"{word} {name} changed")
+    reasons = list(dict.fromkeys(reasons))  # two fields may read one stage
     if before["version"] != now["version"]:
         reasons.append(f"version {before['version']} -> {now['version']}")
     for name in sorted(before["packages"].keys() | now["packages"].keys()):
-        was, is_now = before["packages"].get(name, "not counted"), now["packages"].get(name, "not counted")
-        if was != is_now:
-            reasons.append(f"{name} {was} -> {is_now}")
+        old_version, new_version = (side["packages"].get(name, "not counted") for side in (before, now))
+        if old_version != new_version:
+            reasons.append(f"{name} {old_version} -> {new_version}")
     if not reasons and old["fingerprint"] != new["fingerprint"]:
         reasons.append("fingerprints are made in a new way")
     return reasons
@@ -72,27 +78,34 @@ def _changed(old: Any, new: Any, path: str) -> list[str]:
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = enumerate(zip(old, new, strict=True))
         return [reason for i, (was, now) in pairs for reason in _changed(was, now, f"{path}.{i}")]
-    if (old is _UNSET and new is None) or (old is None and new is _UNSET):
-        return []  # an input that was set or unset: reported as an input
     return [f"{path} {_shown(old)} -> {_shown(new)}"] if old != new or type(old) is not type(new) else []
 
 
-def _rewired(
-    stage: str, old: tuple[Mapping[str, str], Mapping[str, str]], new: tuple[Mapping[str, str], Mapping[str, str]],
-    word: str,
-) -> list[str]:  # fmt: skip
-    """Inputs or sources, each (path -> name, path -> identity): same name and new content, or another name."""
-    (old_names, old_ids), (new_names, new_ids) = old, new
-    reasons = []
-    for path in [*new_ids, *(path for path in old_ids if path not in new_ids)]:
-        if old_ids.get(path) == new_ids.get(path):
-            continue
-        was, now = old_names.get(path), new_names.get(path)
-        if was == now:
-            reasons.append(f"{word} {now} changed")
-        else:
-            reasons.append(f"stages.{stage}.{path} {was or 'unset'} -> {now or 'unset'}")
-    return list(dict.fromkeys(reasons))
+def _as_written(entry: Entry, newer: Entry) -> Any:
+    """An entry's settings with the names of stages and the addresses back in their places.
+
+    A name that changed while what it stands for did not is no difference: the newer one is put in both.
+    """
+    settings = copy.deepcopy(entry["identity"]["settings"])
+    for names, newer_names, ours, theirs in (
+        (entry["inputs"], newer["inputs"], entry["identity"]["inputs"], newer["identity"]["inputs"]),
+        (entry["sources"], newer["sources"], entry["identity"]["sources"], newer["identity"]["sources"]),
+    ):
+        for path, name in names.items():
+            if path in ours:  # not in a field that never counts
+                same = ours[path] == theirs.get(path)
+                _put(settings, path.split("."), newer_names.get(path, name) if same else name)
+    return settings
+
+
+def _put(settings: Any, path: list[str], name: str) -> None:
+    *parents, last = path
+    for key in parents:
+        settings = settings[int(key)] if isinstance(settings, list) else settings.setdefault(key, {})
+    if isinstance(settings, list):
+        settings[int(last)] = name
+    else:
+        settings[last] = name
 
 
 class _Unset:

@@ -45,7 +45,7 @@ def source_digest(address: str, store: ArtifactStore, progress: Progress | None 
     """
     source = _open(address)
     name = f"source-{hashlib.sha256(source.address.encode()).hexdigest()[:24]}"
-    listing = source.list()
+    listing = source.look()
     memo = store.read_record(name) or {}
     if memo.get("listing") == _listing_digest(listing):
         return SourceDigest(memo["digest"], memo["files"], memo["bytes"])
@@ -57,13 +57,13 @@ def source_digest(address: str, store: ArtifactStore, progress: Progress | None 
         stale = [path for path, entry in listing.items() if tags.get(path) != entry.tag]
         contents |= _hash_all(source, stale, progress)
         tags |= {path: listing[path].tag for path in stale}
-        if source.list() == listing:
+        if source.look() == listing:
             break
     else:
         raise SourceError(f"source {mask(address)} keeps changing while it is read (wait until it is complete)")
     digest = hashlib.sha256()
     for path in sorted(listing):
-        digest.update(f"{path}\0{contents[path]}\n".encode(errors="surrogateescape"))
+        digest.update(f"{path}\0{contents[path]}\n".encode())
     found = SourceDigest(digest.hexdigest(), len(listing), sum(entry.size for entry in listing.values()))
     with contextlib.suppress(StoreError):  # without the memo the next plan reads the source again, and no harm done
         # The files first: whoever finds the short record may rely on the long one.
@@ -87,7 +87,7 @@ class _Local:
         self.address = str(path)
         self.newest_ns = 0
 
-    def list(self) -> dict[str, _Entry]:
+    def look(self) -> dict[str, _Entry]:
         self.newest_ns = 0
         try:
             if not self.path.is_dir():
@@ -105,12 +105,12 @@ class _Local:
 
     def settled(self) -> dict[str, _Entry]:
         """The listing, once the clock has moved past its newest time: a later write cannot get the same time then."""
-        listing = self.list()
+        listing = self.look()
         coarse = self.newest_ns % 1_000_000_000 == 0  # a file system that keeps whole seconds
         wait = self.newest_ns / 1e9 + (2.0 if coarse else 0.05) - time.time()
         if 0 < wait <= 2.0:  # a time in the future comes from another clock: waiting would not help
             time.sleep(wait)
-            listing = self.list()
+            listing = self.look()
         return listing
 
     def digest(self, path: str) -> str:
@@ -122,6 +122,8 @@ class _Local:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
+                if any("\udc80" <= letter <= "\udcff" for letter in entry.name):  # how Python keeps other bytes
+                    raise SourceError(f"{entry.path!r}: a file's name must be UTF-8 (rename it)")
                 if entry.is_dir():
                     stat = entry.stat()
                     if (stat.st_dev, stat.st_ino) not in above:  # a link to a folder above it has no end
@@ -141,9 +143,9 @@ class _Bucket:
     def __init__(self, objects: Objects) -> None:
         self.objects, self.address = objects, objects.address
 
-    def list(self) -> dict[str, _Entry]:
+    def look(self) -> dict[str, _Entry]:
         try:
-            found = {f.path: _Entry(f.size, f.tag) for f in self.objects.list() if not _hidden(f.path)}
+            found = {f.path: _Entry(f.size, f.tag) for f in self.objects.walk() if not _hidden(f.path)}
             if not found and (single := self._single()):
                 found = {"": single}
         except StoreError as error:
@@ -152,7 +154,7 @@ class _Bucket:
             raise SourceError(f"nothing is at {self.address} (names that begin with a dot do not count)")
         return found
 
-    settled = list
+    settled = look
 
     def digest(self, path: str) -> str:
         digest = hashlib.sha256()
@@ -180,7 +182,9 @@ def _open(address: str) -> _Local | _Bucket:
     try:
         objects = Objects(address)
     except StoreError as error:
-        raise SourceError(str(error).replace("store", "source", 1)) from error
+        raise SourceError(
+            str(error).replace("store", "source", 1).replace("no kind of store", "no kind of source")
+        ) from error
     return _Local(address, objects.folder) if objects.folder is not None else _Bucket(objects)
 
 
@@ -210,7 +214,7 @@ def _listing_digest(listing: dict[str, _Entry]) -> str:
     digest = hashlib.sha256()
     for path in sorted(listing):
         entry = listing[path]
-        digest.update(f"{path}\0{entry.size}\0{entry.tag}\n".encode(errors="surrogateescape"))
+        digest.update(f"{path}\0{entry.size}\0{entry.tag}\n".encode())
     return digest.hexdigest()
 
 

@@ -1,15 +1,29 @@
-"""The workshop, for tests of the runner and the command line; fixtures of the tests of configs and plans."""
+"""The workshop, for tests of the runner and the command line; pipelines.py, for those of configs and plans."""
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from pipeline import registry
 from tests.pipeline.pipelines import load, registered, scenes, write  # noqa: F401 - fixtures
-from tests.pipeline.workshop import Workshop
+from tests.pipeline.workshop import FAKES, Workshop
 
 
 @pytest.fixture
-def workshop(tmp_path: Path) -> Workshop:
-    return Workshop(tmp_path)
+def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workshop]:
+    """A workshop in which this process stands, with the fake package installed."""
+    workshop = Workshop(tmp_path)
+    for name, value in workshop.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(FAKES)
+    handler = signal.getsignal(signal.SIGTERM)
+    registry._entries.cache_clear()
+    yield workshop
+    registry._entries.cache_clear()
+    signal.signal(signal.SIGTERM, handler)

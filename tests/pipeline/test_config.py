@@ -116,7 +116,11 @@ def test_plain_is_what_a_file_without_extends_would_say(load: Load, write: Calla
             "p.yaml:6: stages.scenes.layout: must be 'folder', 'masks' or 'coco', got 'mask' (did you mean 'masks'?)",
         ),
         ("    source: scenes\n", "", "p.yaml:3: stages.scenes.source: 'source' is missing (folder of images)"),
-        ("    embeddings: embeddings\n", "", "stages.near.embeddings: 'embeddings' is missing (name a stage of kind embeddings)"),
+        (
+            "    embeddings: embeddings\n",
+            "",
+            "near.embeddings: 'embeddings' is missing (name a stage of kind embeddings)",
+        ),
         (
             "uses: superpixels",
             "uses: superpixel",
