@@ -49,9 +49,10 @@ class SelectiveSearch(Stage["SelectiveSearch.Config"]):
         images, settings = context.inputs["images"], self.config.model_copy(update={"resources": Resources()})
         done = map_shards(context, images, propose_row, arguments=(settings,), schema=SCHEMAS["boxes"])
         context.output.put_file("preview.png", show_boxes(images, settings))
+        boxes, whole = done.counts["total_boxes"], done.counts["whole_image"]
         return Outcome(
-            metrics={"boxes_per_image": done.counts["boxes"] / done.images},
-            counts={"images": done.images, "failed": done.failed, **done.counts},
+            metrics={"boxes_per_image": boxes / done.images},
+            counts={"images": done.images, "failed": done.failed, "boxes": boxes, "only_whole_image": whole},
             problems=done.problems,
             preview="preview.png",
         )
