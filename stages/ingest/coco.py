@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import posixpath
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,9 +19,10 @@ from numpy.typing import NDArray
 from pipeline.errors import SourceError
 from stages.images import ImageError
 from stages.ingest.files import read_file
-from stages.ingest.layout import Found, Item, Layout, Listing, Raw, Vocabulary
+from stages.ingest.layout import SPLITS, Found, Item, Layout, Listing, Raw, Vocabulary
 
 BACKGROUND = "background"
+_INSTANCES = re.compile(r"(?:annotations/)?instances_(\w+)\.json")  # instances_train2017.json
 
 
 class _Annotation(NamedTuple):
@@ -36,7 +38,10 @@ class _Annotation(NamedTuple):
 
 
 class Coco(Layout):
-    """Images of split S lie in `source/S/`, or in `source/` where there is no such folder."""
+    """Images of split S lie in `S/` or `images/S/`, or in `images/` or the source itself where there is no such folder.
+
+    Without `annotations`, the source's own are taken: `instances_S.json`, in it or in its folder `annotations`.
+    """
 
     has_objects: ClassVar[bool] = True
 
@@ -44,12 +49,12 @@ class Coco(Layout):
         items: dict[str, Item] = {}
         problems: list[dict[str, str]] = []
         categories: dict[int, tuple[str, str]] = {}
-        for split, address in self._annotation_files():
+        for split, name_there, address in self._annotation_files():
             content = _load(address)
             categories |= {c["id"]: (c["name"], c.get("supercategory", c["name"])) for c in content["categories"]}
             annotations, orphans = _by_image(content, categories, address)
             problems += orphans
-            folder = self._folder(split)
+            folder = self._folder(name_there)
             for image in content["images"]:
                 name = str(image["file_name"])
                 key = posixpath.normpath(f"{folder}{name}")
@@ -109,16 +114,32 @@ class Coco(Layout):
                 drawn[rasterise(entry.mask, width, height)] = value
         return drawn
 
-    def _annotation_files(self) -> list[tuple[str, str]]:
-        given = self.config.annotations
+    def _annotation_files(self) -> list[tuple[str, str, str]]:
+        """(split, what the source calls it, address of its json), sorted. Raises SourceError when there is none."""
+        given, wanted = self.config.annotations, self.config.split_folders or {}
         if isinstance(given, str):
-            return [(self.config.split, given)]
-        wanted = self.config.split_folders
-        return sorted((split, file) for split, file in (given or {}).items() if wanted is None or split in wanted)
+            files = [(self.config.split, self.config.split, given)]
+        elif given:
+            files = [(split, wanted.get(split, split), address) for split, address in given.items()]
+        else:
+            names = {match[1]: path for path in self.files.sizes if (match := _INSTANCES.fullmatch(path))}
+            called = {folder: split for split, folder in wanted.items()}
+            files = [
+                (called.get(name) or SPLITS.get(name.rstrip("0123456789"), name), name, f"{self.files.address}/{path}")
+                for name, path in names.items()
+            ]
+        files = sorted(file for file in files if not wanted or file[0] in wanted)
+        if not files:
+            raise SourceError(
+                f"source {self.config.source} is not of layout coco: no instances_<split>.json in it or in its folder "
+                "annotations (name the json with `annotations`)"
+            )
+        return files
 
-    def _folder(self, split: str) -> str:
-        folder = (self.config.split_folders or {}).get(split, split)
-        return f"{folder}/" if any(path.startswith(f"{folder}/") for path in self.files.sizes) else ""
+    def _folder(self, name: str) -> str:
+        """Of the images of a split, with a slash; empty when they lie in the source itself."""
+        choices = (f"{name}/", f"images/{name}/", "images/")
+        return next((folder for folder in choices if any(path.startswith(folder) for path in self.files.sizes)), "")
 
     def _mask_classes(self, categories: Sequence[tuple[str, str]]) -> tuple[str, ...] | None:
         if self.config.masks_from != "polygons":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from pipeline.errors import SourceError, StoreError
 from pipeline.store import Objects
@@ -74,13 +75,15 @@ class Files:
             raise ImageError("cannot be read: the object is gone")
         return data
 
-    def open(self, path: str) -> Any:
+    def open(self, path: str) -> IO[bytes]:
         """A seekable binary file, for readers that need parts of it only."""
         if self.folder is not None:
             return (self.folder / path).open("rb")
-        import obstore
-
-        return obstore.open_reader(_bucket(self.address), path)
+        with _as_source_error():
+            found = self._objects.head(path)
+        if found is None:
+            raise SourceError(f"source {self._objects.join(path)} is gone")
+        return io.BufferedReader(_BucketFile(self.address, path, found.size), 1 << 20)
 
 
 def read_file(address: str) -> bytes:
@@ -110,10 +113,37 @@ def _objects(address: str) -> Objects:
         return Objects(address)
 
 
-def _bucket(address: str) -> Any:
-    from obstore.store import from_url
+class _BucketFile(io.RawIOBase):
+    """An object in a bucket, read by ranges."""
 
-    return from_url(address)
+    def __init__(self, address: str, path: str, size: int) -> None:
+        from obstore.store import from_url
+
+        self._store, self._path, self._size, self._at = from_url(address), path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        import obstore
+
+        end = min(self._at + len(buffer), self._size)
+        if end <= self._at:
+            return 0
+        data = obstore.get_range(self._store, self._path, start=self._at, end=end)
+        buffer[: len(data)] = memoryview(data)
+        self._at += len(data)
+        return len(data)
 
 
 def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int]]:

@@ -105,7 +105,8 @@ class Parquet(Layout):
         count = metadata.num_rows
         size = sum(metadata.row_group(g).total_byte_size for g in range(metadata.num_row_groups)) // max(count, 1)
         none = [None] * count
-        names = [cell["path"] for cell in table[columns.image].to_pylist()] if table and "path" in str(read) else none
+        cells = table[columns.image].to_pylist() if table and columns.image in table.column_names else none
+        names = [cell and cell["path"] for cell in cells]  # the cell itself may be null
         labels = table[label].to_pylist() if table and label else none
         splits = table[columns.split].to_pylist() if table and columns.split else none
         default = self._split_of(path)

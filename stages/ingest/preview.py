@@ -14,6 +14,7 @@ from stages.ingest.write import spread
 from stages.pictures import class_colours, colour_mask, draw_boxes, grid
 
 CELLS = 12
+_BOXES = 8  # the largest of an image: more of them hide it
 _LEGEND = 24  # names that a legend can hold and still be read
 
 
@@ -37,8 +38,15 @@ def _picture(row: Row, classes: Sequence[str], ignore_index: int, max_pixels: in
     picture = decode(row["image"], max_pixels=max_pixels)
     if row["mask"] is not None:
         mask = decode_mask(row["mask"], max_pixels=max_pixels)
-        picture = colour_mask(mask, classes, ignore_index=ignore_index, image=picture)
+        coloured = colour_mask(mask, classes, ignore_index=ignore_index, image=picture)
+        background = (mask == 0)[:, :, None] & (classes[:1] == ("background",))
+        picture = np.where(background, picture, coloured)
     if row["objects"]:
-        boxes = np.array([entry["box"] for entry in row["objects"]], np.float32)
-        picture = draw_boxes(picture, boxes, [entry["category"] for entry in row["objects"]])
+        largest = sorted(row["objects"], key=lambda entry: _area(entry["box"]), reverse=True)[:_BOXES]
+        boxes = np.array([entry["box"] for entry in largest], np.float32)
+        picture = draw_boxes(picture, boxes, [entry["category"] for entry in largest])
     return picture
+
+
+def _area(box: Sequence[float]) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])

@@ -72,7 +72,7 @@ class IngestConfig(StageConfig):
         "source", description="an image's label: as the source has it, none, or the category of its largest object"
     )
     annotations: Source | dict[str, Source] | None = Field(
-        None, description="coco: the json file, or split -> json file"
+        None, description="coco: the json file, or split -> json file; default: instances_<split>.json in the source"
     )
     masks_from: Literal["none", "polygons"] = Field(
         "none", description="coco: polygons draws a mask of class indices, 0 for background"
@@ -108,8 +108,6 @@ class IngestConfig(StageConfig):
         for name in sorted(self.model_fields_set):
             if name in _BELONGS and self.layout not in _BELONGS[name]:
                 raise ValueError(f"{name} is for layout {' or '.join(_BELONGS[name])}, this is {self.layout}")
-        if self.layout == "coco" and not self.annotations:
-            raise ValueError("layout coco needs annotations: a json file, or split: json file for each split")
         if self.label == "largest_object" and self.layout not in ("coco", "voc"):
             raise ValueError(f"label: largest_object needs a layout with objects (coco, voc), this is {self.layout}")
         return self
