@@ -39,16 +39,15 @@ def assemble(
             f"batch_size / accumulate is {share}, which {world_size} workers do not divide: change resources.workers"
         )
     sources = image_sources(config, inputs)
-    images = sum(len(source.ids) for source in sources)
+    images = sum(len(source.chosen) for source in sources)
     total_steps, steps_per_epoch = config.total_steps(images), config.steps_per_epoch(images)
 
     # Student, heads and queues start the same on every rank and in every world size.
     torch.manual_seed(config.seed)
-    encoder = Encoder.load(inputs["init"]) if config.init else Encoder.build(_backbone(config))
+    encoder = Encoder.load(inputs["init"]) if config.backbone is None else Encoder.build(config.backbone)
     method = config.method.build(
         encoder, total_steps=total_steps, steps_per_epoch=steps_per_epoch, global_batch=config.batch_size
     )
-    renderer = config.renderer if config.renderer != "auto" else ("gpu" if device.type == "cuda" else "cpu")
     data = TrainData(
         sources,
         method.view_plan(),
@@ -57,7 +56,8 @@ def assemble(
         rank=rank,
         world_size=world_size,
         workers=loader_workers,
-        renderer=renderer,
+        renderer=config.renderer,
+        device=device,
         mean=encoder.mean,
         std=encoder.std,
     )
@@ -73,7 +73,7 @@ def image_sources(config: PretrainConfig, inputs: Mapping[str, Artifact]) -> lis
         mine = {a.kind: Table.open(a) for a in tables.values() if made_from(a, artifact)}
         sources.append(
             ImageSource(
-                images=Table.open(artifact),
+                images=Table.open(artifact, columns=["image_id", "key", "image", "width", "height"]),
                 ids=_split_ids(artifact, config.split, path),
                 weight=mix.weight,
                 role=mix.role,
@@ -99,8 +99,3 @@ def _split_ids(artifact: Artifact, split: str | None, path: str) -> list[int]:
     if not ids:
         raise SourceError(f"{path}: no image of split {wanted!r}; there are {', '.join(sorted(set(splits)))}")
     return ids
-
-
-def _backbone(config: PretrainConfig):  # type: ignore[no-untyped-def]
-    assert config.backbone is not None  # the config's validator saw to it
-    return config.backbone

@@ -1,0 +1,75 @@
+"""An `images` artifact of small made-up photographs, and a context to run the pre-train stage in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipeline.stage import Context, Outcome
+from pipeline.store import Artifact, ArtifactStore
+from stages.pretrain.stage import Pretrain, PretrainConfig
+from stages.tables import SCHEMAS
+from tests.conftest import encode, smooth_pixels
+
+SMALL = {
+    "images": "images",
+    "backbone": {
+        "name": "vit_tiny_patch16_224",
+        "img_size": 32,
+        "patch_size": 8,
+        "kwargs": {"depth": 2, "embed_dim": 32, "num_heads": 2},
+    },
+    "method": {
+        "name": "dino",
+        "global_crops": {"size": 32, "count": 2, "scale": [0.4, 1.0]},
+        "local_crops": {"size": 16, "count": 2, "scale": [0.05, 0.4]},
+        "head": {"prototypes": 32, "hidden": 32, "bottleneck": 16},
+    },
+    "batch_size": 4,
+    "log_every": 1,
+    "loader_workers": 0,
+}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def images(store: ArtifactStore) -> Artifact:
+    """24 photographs of 48x40, in two parts."""
+    writer = store.begin("images", "0" * 24)
+    for part in range(2):
+        rows = []
+        for i in range(part * 12, part * 12 + 12):
+            row = dict.fromkeys(SCHEMAS["images"].names) | {"image_id": i, "key": f"{i:03d}.jpg", "split": "train"}
+            rows.append(row | {"image": encode(smooth_pixels(48, 40, i)), "width": 48, "height": 40, "sha256": ""})
+        writer.put_table(part, pa.Table.from_pylist(rows, schema=SCHEMAS["images"]))
+    return writer.commit()
+
+
+RunStage = Callable[..., tuple[Outcome, Artifact]]
+
+
+@pytest.fixture
+def run_stage(store: ArtifactStore, images: Artifact) -> RunStage:
+    """`run_stage(fingerprint, {"steps": 4, ...}, on_row)` runs the stage and commits its artifact."""
+
+    def run(
+        fingerprint: str,
+        settings: Mapping[str, Any],
+        on_row: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None,
+    ) -> tuple[Outcome, Artifact]:
+        config = PretrainConfig.model_validate({**SMALL, **settings})
+        output = store.begin("encoder", fingerprint)
+        inputs = {"images": images}
+        context = Context("train", fingerprint, inputs, output, config.resources, log_metrics=on_row)
+        outcome = Pretrain(config).run(context)
+        return outcome, output.commit(metrics=outcome.metrics, counts=outcome.counts, preview=outcome.preview)
+
+    return run

@@ -1,0 +1,75 @@
+"""Whole training runs: in the driver's process, on Ray Train workers, and with workers killed on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Mapping
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.errors import ClusterError
+from pipeline.store import Artifact
+from stages.models.encoder import Encoder
+from tests.stages.pretrain.conftest import RunStage
+
+ALONE = {"resources": {"workers": 0}}
+TERMS = ("align_image", "total", "grad_norm", "lr")
+
+
+def curve(artifact: Artifact) -> list[list[float]]:
+    return [[row["step"], *(row[name] for name in TERMS)] for row in json.loads(artifact.read("curves.json"))]
+
+
+def test_the_artifact_holds_encoder_curves_and_picture(run_stage: RunStage) -> None:
+    rows: list[int] = []
+    outcome, artifact = run_stage("a" * 24, {"steps": 6, **ALONE}, lambda metrics, step: rows.append(step))
+    assert rows == [1, 2, 3, 4, 5, 6]
+    assert {"encoder.safetensors", "encoder.json", "curves.parquet", "preview.png"} <= {
+        entry.name for entry in artifact.manifest.files
+    }
+    assert outcome.metrics["total"] == pytest.approx(curve(artifact)[-1][2])
+    encoder = Encoder.load(artifact)
+    assert encoder(torch.zeros(1, 3, 32, 32)).map.shape == (1, 32, 4, 4)
+
+
+@pytest.mark.slow
+def test_ray_train_gives_the_terms_of_a_plain_process(run_stage: RunStage, ray_local: None) -> None:
+    _, alone = run_stage("b" * 24, {"steps": 4, **ALONE})
+    _, on_ray = run_stage("c" * 24, {"steps": 4, "resources": {"workers": 1, "cpus": 1}})
+    torch.testing.assert_close(torch.tensor(curve(on_ray)), torch.tensor(curve(alone)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_killed_training_worker_changes_nothing(run_stage: RunStage, ray_local: None) -> None:
+    settings = {"steps": 16, "checkpoint_every": 4, "resources": {"workers": 2, "cpus": 0.5}}
+    _, whole = run_stage("d" * 24, settings)
+    killed: list[int] = []
+
+    def kill_once(metrics: Mapping[str, float], step: int) -> None:
+        if step >= 6 and not killed:
+            worker = next(iter(train_workers()))
+            killed.append(worker.pid)
+            os.kill(worker.pid, signal.SIGKILL)
+
+    _, cut = run_stage("e" * 24, settings, kill_once)
+    assert killed
+    assert curve(cut) == curve(whole)
+    for name, value in load_file(whole.local("encoder.safetensors")).items():
+        assert torch.equal(value, load_file(cut.local("encoder.safetensors"))[name]), name
+
+
+@pytest.mark.slow
+def test_more_cpus_than_the_cluster_has_are_refused(run_stage: RunStage, ray_local: None) -> None:
+    with pytest.raises(ClusterError, match=r"2 workers with 64 CPUs each need 128, the cluster has"):
+        run_stage("f" * 24, {"steps": 1, "resources": {"workers": 2, "cpus": 64}})
+
+
+def train_workers() -> list[psutil.Process]:
+    """Ray Train's worker processes that belong to this test process's own Ray."""
+    family = psutil.Process().children(recursive=True)
+    return [child for child in family if "TrainWorker" in " ".join(child.cmdline()[:1])]
