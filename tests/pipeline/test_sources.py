@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline import sources
 from pipeline.errors import SourceError
+from pipeline.objects import Objects
 from pipeline.sources import source_digest
 from pipeline.store import ArtifactStore
 
@@ -250,53 +248,30 @@ def test_digests_are_equal_exactly_when_contents_are(
 # -- buckets ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """The name of a bucket on an S3 server of this process, reachable through the usual environment variables."""
-    moto_server = pytest.importorskip("moto.server")
-    from werkzeug.serving import make_server
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = make_server("127.0.0.1", port, moto_server.DomainDispatcherApplication(moto_server.create_backend_app))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    patch = pytest.MonkeyPatch()
-    patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    patch.setenv("AWS_ALLOW_HTTP", "true")
-    patch.setenv("AWS_ACCESS_KEY_ID", "test")
-    patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    patch.setenv("AWS_REGION", "us-east-1")
-    import boto3
-
-    name = f"sources-{int(time.time())}"
-    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1")
-    client.create_bucket(Bucket=name)
+@pytest.fixture
+def bucket(s3_address: str) -> str:
+    """The address of a prefix in a bucket with a few objects under it."""
+    objects = Objects(s3_address)
     for key, body in {"in/a.jpg": b"first", "in/sub/b.jpg": b"second", "in/.hidden": b"x", "inner/c": b"y"}.items():
-        client.put_object(Bucket=name, Key=key, Body=body)
-    yield name
-    patch.undo()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+        objects.put(key, body)
+    return s3_address
 
 
 def test_a_bucket_prefix_has_the_digest_of_the_same_folder(
     bucket: str, scenes: Path, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = source_digest(f"s3://{bucket}/in", store)
+    found = source_digest(f"{bucket}/in", store)
     assert found == source_digest(str(scenes), store)
     monkeypatch.setattr(sources._Bucket, "digest", lambda self, path: pytest.fail("read again"))
-    assert source_digest(f"s3://{bucket}/in/", store) == found
+    assert source_digest(f"{bucket}/in/", store) == found
 
 
 def test_one_object_of_a_bucket(bucket: str, scenes: Path, store: ArtifactStore) -> None:
-    assert source_digest(f"s3://{bucket}/in/a.jpg", store) == source_digest(str(scenes / "a.jpg"), store)
+    assert source_digest(f"{bucket}/in/a.jpg", store) == source_digest(str(scenes / "a.jpg"), store)
 
 
 def test_a_bucket_without_the_prefix_and_no_bucket(bucket: str, store: ArtifactStore) -> None:
-    with pytest.raises(SourceError, match=rf"nothing is at s3://{bucket}/nowhere"):
-        source_digest(f"s3://{bucket}/nowhere", store)
+    with pytest.raises(SourceError, match=rf"nothing is at {bucket}/nowhere"):
+        source_digest(f"{bucket}/nowhere", store)
     with pytest.raises(SourceError, match="no-such-bucket"):
         source_digest("s3://no-such-bucket/in", store)

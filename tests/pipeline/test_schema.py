@@ -1,0 +1,82 @@
+"""The JSON schema accepts what loads and refuses what an editor should underline."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from pipeline.schema import pipeline_schema
+from tests.pipeline.pipelines import PIPELINE
+
+
+@pytest.fixture
+def schema(registered: None) -> dict[str, Any]:
+    return pipeline_schema()
+
+
+def errors(schema: dict[str, Any], text: str) -> list[str]:
+    validator = jsonschema.Draft202012Validator(schema)
+    return [
+        ".".join(map(str, leaf.absolute_path)) + ": " + leaf.message
+        for error in validator.iter_errors(yaml.safe_load(text))
+        for leaf in (error.context or [error])
+    ]
+
+
+def test_it_is_a_schema_and_json(schema: dict[str, Any]) -> None:
+    jsonschema.Draft202012Validator.check_schema(schema)
+    json.dumps(schema)
+
+
+def test_a_pipeline_passes(schema: dict[str, Any]) -> None:
+    assert errors(schema, PIPELINE) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "extends: base.yaml",
+        "{extends: [a.yaml, b.yaml], stages: {slic: {region_size: 9}}}",
+        "{extends: base.yaml, stages: {slic: ~}}",
+        "{tracking: ~, stages: {s: {uses: ingest, source: x}}}",
+        "{stages: {p: {uses: pretrain, images: a, method: {name: near, neighbors: n, host: {name: plain}}}}}",
+    ],
+)
+def test_differences_nulls_and_nested_methods_pass(schema: dict[str, Any], text: str) -> None:
+    assert errors(schema, text) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place"),
+    [
+        ("store: somewhere", "stor: x", "'stor' was unexpected"),
+        ("uses: superpixels", "uses: superpixel", "stages.slic.uses: 'superpixel' is not one of"),
+        ("region_size: 20", "region_sise: 20", "stages.slic: Additional properties are not allowed ('region_sise'"),
+        ("region_size: 20", "region_size: big", "stages.slic.region_size: 'big' is not of type 'integer'"),
+        ("name: near\n", "name: nea\n", "stages.cotap.method.name: 'nea' is not one of ['near', 'plain']"),
+        ("neighbors: near", "neighbours: near", "stages.cotap.method: "),
+        ("{name: plain}", "{name: plain, host: {name: plain}}", "stages.warmup.method: "),
+        ("{from: scenes, weight: 2}", "{form: scenes}", "stages.cotap.images"),
+        ("  slic:", "  SLIC:", "does not match"),
+    ],
+)
+def test_what_does_not_load_is_refused(schema: dict[str, Any], old: str, new: str, place: str) -> None:
+    found = errors(schema, PIPELINE.replace(old, new, 1))
+    assert any(place in line for line in found), found
+
+
+def test_inputs_and_sources_describe_themselves(schema: dict[str, Any]) -> None:
+    text = json.dumps(schema)
+    assert "the name of a stage of kind neighbors" in text
+    assert "folder of images" in text
+
+
+def test_the_installed_stages_have_a_schema() -> None:
+    schema = pipeline_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    found = errors(schema, "{stages: {p: {uses: pretrain, images: a, init: b, method: {name: dino, wat: 1}}}}")
+    assert any("wat" in line and line.startswith("stages.p.method") for line in found), found
