@@ -61,6 +61,9 @@ class Artifact:
         """Size of its data files together."""
         return self.manifest.size
 
+    def __hash__(self) -> int:
+        return hash((self.objects, self.manifest.name, self.manifest.checksum))
+
     def __repr__(self) -> str:
         return f"Artifact({self.address!r})"
 

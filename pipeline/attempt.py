@@ -111,7 +111,7 @@ def begin(objects: Objects, artifact: str) -> Attempt:
     """A new attempt that continues where dead ones stopped, and takes their place."""
     others = [Attempt(objects, artifact, name) for name in objects.folders(attempts_folder(artifact))]
     dead = [other for other in others if not is_live(other)]
-    attempt = Attempt(objects, artifact, f"{time.strftime('%Y%m%d%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}")
+    attempt = Attempt(objects, artifact, f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}")
     files: dict[str, Finished] = {}
     records: dict[str, dict[str, Any]] = {}
     for other in sorted(dead, key=lambda other: other.id):  # by age: the youngest has the last word

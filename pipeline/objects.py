@@ -61,6 +61,12 @@ class Objects:
     def __reduce__(self) -> tuple[type[Objects], tuple[str]]:
         return Objects, (self.address,)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Objects) and other.address == self.address
+
+    def __hash__(self) -> int:
+        return hash(self.address)
+
     def __repr__(self) -> str:
         return f"Objects({self.address!r})"
 

@@ -137,7 +137,8 @@ class ArtifactWriter:
         `replace` puts ours in its place (recomputing on purpose). Raises: StoreError when a file is missing.
         """
         files = self._attempt.files()
-        if not self._attempt.exists():
+        taken = not replace and self._objects.get(f"{self.name}/{MANIFEST}") is not None
+        if taken or not self._attempt.exists():
             return self._adopt(files)
         listing = {found.path: found for found in self._objects.walk(self.name)}
         for finished in files.values():
