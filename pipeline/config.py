@@ -96,7 +96,8 @@ def load_pipeline(
     stages = _stages(root, types, complaints, file)
     _check_edges(stages, root, types, complaints)
     if complaints:
-        raise ConfigError(sorted(complaints, key=lambda p: (p.file, p.line or 0)))
+        once = dict.fromkeys(complaints)  # a file that two others extend is read twice
+        raise ConfigError(sorted(once, key=lambda problem: (problem.file, problem.line or 0)))
     return Pipeline(
         name=settings["name"] or file.stem,
         file=file,

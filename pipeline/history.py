@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from pipeline.store import ArtifactStore
 
 
+NEW_FORMAT = "fingerprints are made in a new way"
+
+
 class Entry(TypedDict):
     """One stage of one pipeline as it was last run or found cached by a run."""
 
@@ -28,6 +31,8 @@ def recall(store: ArtifactStore, pipeline: str, stage: str) -> Entry | None:
     """The last known state; None when the stage was never run under this name in this store."""
     found = store.read_record(_record(pipeline, stage))
     if found is None or not found.keys() >= Entry.__annotations__.keys():
+        return None
+    if not isinstance(found["identity"], dict) or not found["identity"].keys() >= Identity.__annotations__.keys():
         return None
     return Entry(**found)  # type: ignore[typeddict-item]
 
@@ -46,6 +51,8 @@ def differences(stage: str, old: Entry, new: Entry) -> list[str]:
     "version 1 -> 2", "opencv-contrib-python-headless 5.0 -> 5.1".
     """
     before, now = old["identity"], new["identity"]
+    if before["format"] != now["format"]:
+        return [NEW_FORMAT]
     if before["uses"] != now["uses"]:
         return [f"stages.{stage}.uses {before['uses']} -> {now['uses']}"]
     reasons = _changed(_as_written(old, new), _as_written(new, new), f"stages.{stage}")
@@ -64,7 +71,7 @@ def differences(stage: str, old: Entry, new: Entry) -> list[str]:
         if old_version != new_version:
             reasons.append(f"{name} {old_version} -> {new_version}")
     if not reasons and old["fingerprint"] != new["fingerprint"]:
-        reasons.append("fingerprints are made in a new way")
+        reasons.append(NEW_FORMAT)
     return reasons
 
 

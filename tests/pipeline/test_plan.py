@@ -185,6 +185,16 @@ def test_history_is_by_pipeline_and_stage_and_survives_nonsense(load: Load, stor
     assert recalled["fingerprint"] == "a b/../c"
     store.write_record(history._record("p", "scenes"), {"old": "format"})
     assert history.recall(store, "p", "scenes") is None
+    store.write_record(history._record("p", "scenes"), {**entry, "identity": {}})
+    assert history.recall(store, "p", "scenes") is None
+
+
+def test_a_new_way_to_make_fingerprints_is_said(
+    load: Load, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute(load(), store)
+    monkeypatch.setattr("pipeline.fingerprint.FORMAT", 2)
+    assert states(make_plan(load(), store)) == {name: [history.NEW_FORMAT] for name in ALL}
 
 
 # -- sources ---------------------------------------------------------------------------------------------------------
