@@ -1,0 +1,135 @@
+"""What gc removes, what it leaves alone, and what a dry run says about both; on a local folder and on S3."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from pipeline.lease import Holder, lease_path
+from pipeline.owner import Owner, machine, this_process
+from pipeline.store import Artifact, ArtifactStore
+from pipeline.writer import scratch_root
+
+NOW = timedelta(0)
+HOUR = timedelta(hours=1)
+DEAD = Owner(machine(), "here", 2**22 + 1, "1")
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ArtifactStore:
+    monkeypatch.setenv("TESSERA_CACHE", str(tmp_path / "cache"))
+    if request.param == "local":
+        return ArtifactStore(tmp_path / "store")
+    return ArtifactStore(request.getfixturevalue("s3_address"))
+
+
+def make(store: ArtifactStore, fingerprint: str = "abc") -> Artifact:
+    writer = store.begin("encoder", fingerprint)
+    writer.put_file("encoder.bin", fingerprint.encode())
+    return writer.commit()
+
+
+def collect(store: ArtifactStore, older_than: timedelta = NOW, keep: set[tuple[str, str]] | None = None) -> list[str]:
+    """Paths that gc removes; a dry run must have announced the same, and removed nothing."""
+    before = [found.path for found in store.objects.walk()]
+    announced = store.gc(keep, older_than=older_than, dry_run=True)
+    assert [found.path for found in store.objects.walk()] == before
+    removed = store.gc(keep, older_than=older_than)
+    assert removed == announced
+    return [item.path for item in removed]
+
+
+def test_a_store_in_order_holds_no_garbage(store: ArtifactStore) -> None:
+    artifact = make(store)
+    assert collect(store) == []
+    assert store.verify(artifact) == []
+    assert collect(ArtifactStore(store.address + "/nowhere")) == []
+
+
+def test_uncommitted_leftovers_go_once_they_are_old_and_their_writer_is_gone(store: ArtifactStore) -> None:
+    writer = store.begin("encoder", "abc")
+    writer.put_file("encoder.bin", b"x")
+    writer.record("epoch", {"loss": 1})
+    (writer.progress / "checkpoint").write_bytes(b"y")
+    assert collect(store) == []  # this process is still at it
+    writer.close()
+    assert collect(store, HOUR) == []  # somebody may come back for it
+    removed = store.gc(older_than=NOW)
+    assert [(item.path, item.reason) for item in removed] == [("encoder/abc", "never committed")]
+    assert removed[0].bytes > 0
+    assert store.objects.walk("encoder") == []
+    assert store.objects.walk("encoder/abc.progress") == []
+
+
+def test_what_is_leased_stays(store: ArtifactStore) -> None:
+    store.objects.put("encoder/abc/part-00000.0123.bin", b"x")
+    with store.lease("encoder", "abc"):
+        assert collect(store) == []
+    assert collect(store) == ["encoder/abc"]
+
+
+def test_files_that_no_manifest_knows_go_and_the_artifact_stays(store: ArtifactStore) -> None:
+    artifact = make(store)
+    store.objects.put("encoder/abc/part-00009.0123456789ab.bin", b"loser")
+    store.objects.put("encoder/abc.progress/checkpoint", b"killed while cleaning up")
+    assert collect(store, HOUR) == []
+    assert collect(store) == ["encoder/abc/part-00009.0123456789ab.bin", "encoder/abc.progress"]
+    assert store.verify(artifact) == []
+    assert store.find("encoder", "abc") == artifact
+
+
+def test_remains_of_an_interrupted_write_go(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    artifact = make(store)
+    (tmp_path / "encoder" / "abc" / "encoder.0123456789ab.bin#1").write_bytes(b"hal")  # what a killed local put leaves
+    assert collect(store) == ["encoder/abc/encoder.0123456789ab.bin#1"]
+    assert store.verify(artifact) == []
+
+
+def test_with_keep_only_what_is_needed_stays(store: ArtifactStore) -> None:
+    kept = make(store)
+    make(store, "def")
+    assert collect(store, HOUR, {("encoder", "abc")}) == []  # just made: perhaps for a pipeline that runs now
+    assert collect(store, NOW, {("encoder", "abc")}) == ["encoder/def"]
+    assert [artifact.name for artifact in store.artifacts()] == [kept.name]
+    assert store.objects.walk(".tessera/memo/encoder/def.json") == []
+
+
+def test_a_broken_manifest_goes_with_its_files(store: ArtifactStore) -> None:
+    make(store)
+    store.objects.put("encoder/abc/manifest.json", b"{")
+    assert collect(store, HOUR) == []
+    assert collect(store) == ["encoder/abc"]
+    assert list(store.damaged()) == []
+
+
+def test_leases_of_the_dead_memos_of_the_gone_and_their_scratch_go(store: ArtifactStore) -> None:
+    store.objects.put(lease_path("encoder/abc"), Holder("token", DEAD, 0.0, 0.0).to_bytes())
+    store.objects.put(".tessera/memo/encoder/abc.json", b"{}")
+    store.write_record("history/pipeline", {"kept": True})
+    folders = []
+    for owner in (DEAD, this_process()):
+        folder = scratch_root(store.objects) / f"attempt-{owner.pid}"
+        folder.mkdir(parents=True)
+        (folder / ".owner.json").write_text(json.dumps(owner.to_dict()))
+        (folder / "big").write_bytes(b"x" * 100)
+        folders.append(folder)
+    assert len(collect(store)) == 3
+    assert not folders[0].exists()
+    assert folders[1].exists()
+    assert store.read_record("history/pipeline") == {"kept": True}
+    assert store.objects.walk(".tessera/memo") == []
+
+
+def test_age_counts_from_the_last_change_of_anything_beside_it(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    store.objects.put("encoder/abc/part-00000.0123456789ab.bin", b"x")
+    os.utime(tmp_path / "encoder/abc/part-00000.0123456789ab.bin", (1, 1))
+    store.objects.put("encoder/abc.progress/checkpoint", b"fresh")
+    assert collect(store, HOUR) == []
+    os.utime(tmp_path / "encoder/abc.progress/checkpoint", (1, 1))
+    assert collect(store, HOUR) == ["encoder/abc"]
