@@ -12,6 +12,11 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 
+def at_least_float32(value: Tensor) -> Tensor:
+    """Half precision widened, float32 and float64 as they are: where autocast's rounding would change a loss."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
 class ProjectionHead(nn.Module):
     """An MLP with GELU, l2 normalisation, then cosines with K prototypes.
 
@@ -56,14 +61,14 @@ class ProjectionHead(nn.Module):
     def embed(self, features_C: Tensor) -> Tensor:
         """(..., C) -> unit embeddings (..., D), in float32 or wider also under autocast."""
         embeddings_D: Tensor = self.mlp(features_C)
-        return functional.normalize(embeddings_D.to(torch.promote_types(embeddings_D.dtype, torch.float32)), dim=-1)
+        return functional.normalize(at_least_float32(embeddings_D), dim=-1)
 
     def score(self, embeddings_D: Tensor) -> Tensor:
         """Unit embeddings (..., D) -> cosines with the prototypes, times their gain, (..., K)."""
         if self.prototypes is None:
             return embeddings_D
         unit_KD = functional.normalize(self.prototypes, dim=1)
-        scores_K = functional.linear(embeddings_D, unit_KD).float()
+        scores_K = at_least_float32(functional.linear(embeddings_D, unit_KD))
         return scores_K if self.gain is None else scores_K * self.gain
 
     def forward(self, features_C: Tensor) -> Tensor:

@@ -85,10 +85,10 @@ class ObjectAwareFilter(nn.Module):
         per_head = self.attention_width // self.heads
         query_BEhw = functional.conv2d(map_BChw, self.query.weight[:, :, None, None])
         # (M, k, k, E) -> H groups of M kernels with E/H channels each.
-        kernels = self.key(self.prototypes).permute(0, 3, 1, 2).unflatten(1, (self.heads, per_head))
-        kernels = kernels.transpose(0, 1).flatten(0, 1)
+        kernels = self.key(self.prototypes).permute(0, 3, 1, 2)
+        kernels = kernels.unflatten(1, (self.heads, per_head)).transpose(0, 1).flatten(0, 1)
         mu = functional.conv2d(query_BEhw, kernels.to(query_BEhw.dtype), padding=self.kernel // 2, groups=self.heads)
-        return mu.unflatten(1, (self.heads, -1)).flatten(3).transpose(2, 3)
+        return mu.reshape(len(mu), self.heads, len(self.prototypes), -1).transpose(2, 3)
 
     def attend(self, map_BChw: Tensor) -> Tensor:
         """softmax(mu / sqrt(E / H)) times the prototypes' mean values, before any out-projection: (B, E, h, w)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -14,5 +15,6 @@ def correspondence_bce(p_BN: Tensor, q_BN: Tensor, *, margin: float = 1e-6) -> T
 
     Source: CoTAP, Eq. 8.
     """
-    p_BN, q_BN = p_BN.float().clamp(margin, 1 - margin), q_BN.detach().float()
+    wide = torch.promote_types(p_BN.dtype, torch.float32)
+    p_BN, q_BN = p_BN.to(wide).clamp(margin, 1 - margin), q_BN.detach().to(wide)
     return -(q_BN * p_BN.log() + (1 - q_BN) * (1 - p_BN).log()).mean(dim=1)

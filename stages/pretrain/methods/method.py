@@ -7,7 +7,7 @@ A method is registered under the entry-point group `tessera.methods` by its *set
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -45,6 +45,10 @@ class Method(nn.Module, ABC):
     def view_plan(self) -> ViewPlan:
         """Crops, photometric operations and tables."""
 
+    def use_sources(self, roles: Sequence[str]) -> None:
+        """Once, before training: the role ("objects" or "scenes") of each image source, by `Batch.source`."""
+        return
+
     @abstractmethod
     def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
         """Named, unweighted scalar terms, equal on every rank only in expectation: each rank returns its own
@@ -57,11 +61,11 @@ class Method(nn.Module, ABC):
 
     def start_step(self, step: Step) -> None:
         """Before a step: set teacher temperatures and whatever else follows a schedule."""
-        return None
+        return
 
     def before_update(self, step: Step) -> None:
         """After backward, before the optimiser: e.g. drop the last layer's gradients in the first epoch."""
-        return None
+        return
 
     @abstractmethod
     def after_step(self, step: Step) -> None:

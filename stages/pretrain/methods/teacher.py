@@ -1,0 +1,118 @@
+"""Self-distillation without its losses: a student, a teacher that is its moving average, and crops through both.
+
+Shape legend: V views of one kind, B images, D width, K prototypes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from stages.models.encoder import Encoder, Features
+from stages.models.heads import ProjectionHead
+from stages.pretrain.batch import Batch
+from stages.pretrain.methods.method import Method, Step
+from stages.pretrain.schedules import cosine
+from stages.pretrain.settings.parts import HeadSettings, TeacherSettings
+
+
+class Branch(nn.Module):
+    """An encoder and its named heads."""
+
+    def __init__(self, encoder: Encoder, heads: dict[str, ProjectionHead]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.heads = nn.ModuleDict(heads)
+
+    def head(self, name: str) -> ProjectionHead:
+        head = self.heads[name]
+        assert isinstance(head, ProjectionHead)
+        return head
+
+    def encode(self, views: Iterable[Tensor]) -> list[Features]:
+        """One forward pass for each stack of views (V, B, 3, S, S); one Features a view, in order."""
+        features = []
+        for view_VB3SS in views:
+            vector, maps = self.encoder(view_VB3SS.flatten(0, 1))
+            count = len(view_VB3SS)
+            features += [Features(*pair) for pair in zip(vector.chunk(count), maps.chunk(count), strict=True)]
+        return features
+
+    def embed_map(self, name: str, map_BDhw: Tensor) -> Tensor:
+        """A head's unit embedding of every cell, (B, d, h, w)."""
+        embeddings_BNd = self.head(name).embed(map_BDhw.flatten(2).transpose(1, 2))
+        return embeddings_BNd.transpose(1, 2).reshape(len(map_BDhw), -1, *map_BDhw.shape[2:])
+
+    def score_map(self, name: str, embeddings_Bdhw: Tensor) -> Tensor:
+        """A head's scores of every embedded cell, (B, K, h, w)."""
+        scores_BNK = self.head(name).score(embeddings_Bdhw.flatten(2).transpose(1, 2))
+        return scores_BNK.transpose(1, 2).reshape(len(embeddings_Bdhw), -1, *embeddings_Bdhw.shape[2:])
+
+
+def make_teacher(student: Branch) -> Branch:
+    """A copy that needs no gradient; its encoder has no stochastic depth."""
+    return Branch(
+        student.encoder.teacher(), {name: copy.deepcopy(student.head(name)) for name in student.heads}
+    ).requires_grad_(False)
+
+
+def make_head(width: int, settings: HeadSettings, *, prototypes: int | None = None) -> ProjectionHead:
+    return ProjectionHead(
+        width,
+        settings.prototypes if prototypes is None else prototypes,
+        hidden=settings.hidden,
+        bottleneck=settings.bottleneck,
+        fixed_gain=settings.fixed_gain,
+    )
+
+
+@torch.no_grad()
+def move_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- m teacher + (1 - m) student; parameters only, batch norms keep their own statistics (0.5)."""
+    moving: list[Tensor] = list(teacher.parameters())
+    target: list[Tensor] = list(student.parameters())
+    torch._foreach_lerp_(moving, target, 1 - momentum)
+
+
+class SelfDistillation(Method):
+    """Base of `dino`, `dino_dense` and `cotap`: what happens around the terms."""
+
+    def __init__(self, student: Branch, settings: TeacherSettings) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = make_teacher(student)
+        self.teacher_settings = settings
+
+    def student_features(self, batch: Batch) -> list[Features]:
+        """All crops, globals first: one forward pass for each size."""
+        return self.student.encode(batch.views[name] for name in ("global", "local") if name in batch.views)
+
+    @torch.no_grad()
+    def teacher_features(self, batch: Batch, *extra: str) -> list[Features]:
+        """Global crops, then the views named in `extra` (of the same size), in one forward pass."""
+        return self.teacher.encode([torch.cat([batch.views["global"], *(batch.views[name] for name in extra)])])
+
+    def after_step(self, step: Step) -> None:
+        for head in self.student.heads.values():
+            assert isinstance(head, ProjectionHead)
+            head.renormalise()
+        settings = self.teacher_settings
+        momentum = cosine(step.index, step.total, settings.momentum, settings.momentum_end)
+        move_teacher(self.teacher, self.student, momentum)
+
+    def encoder(self) -> Encoder:
+        return self.teacher.encoder
+
+
+def entropy(probabilities_NK: Tensor) -> Tensor:
+    """Mean entropy of the rows, in nats."""
+    return -torch.special.xlogy(probabilities_NK, probabilities_NK).sum(dim=-1).mean()
+
+
+def usage(probabilities_NK: Tensor) -> Tensor:
+    """exp(entropy of the mean row) / K: 1 when all prototypes are used alike, 1 / K when one takes all."""
+    mean_K = probabilities_NK.flatten(0, -2).mean(dim=0)
+    return (-torch.special.xlogy(mean_K, mean_K).sum()).exp() / mean_K.numel()

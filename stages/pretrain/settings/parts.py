@@ -1,0 +1,51 @@
+"""Settings that several methods share: crops, heads, the teacher's schedule. Torch-free."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from pipeline.stage import Settings
+
+if TYPE_CHECKING:
+    from stages.pretrain.views.plan import Photometric
+
+
+class Crops(Settings):
+    """`count` random resized crops of one size."""
+
+    size: int = Field(gt=0, description="side in pixels; a multiple of the ViT's patch")
+    count: int = Field(ge=0)
+    scale: tuple[float, float] = Field(description="area of a crop as a fraction of the image's")
+
+
+class HeadSettings(Settings):
+    """A projection head: width -> hidden -> hidden -> bottleneck, l2, prototypes."""
+
+    prototypes: int = Field(gt=0, description="K, the number of scores")
+    hidden: int = Field(2048, gt=0)
+    bottleneck: int = Field(256, gt=0, description="width of the l2-normalised embedding")
+    fixed_gain: bool = Field(True, description="prototypes have length 1 (DINO's norm_last_layer)")
+
+
+class TeacherSettings(Settings):
+    """The teacher's momentum, a cosine from `momentum` to `momentum_end` over the run."""
+
+    momentum: float = Field(0.996, ge=0, le=1)
+    momentum_end: float = Field(1.0, ge=0, le=1)
+
+
+class TeacherTemperature(Settings):
+    """DINO's teacher temperature: linear by epoch from start to end, then constant."""
+
+    start: float = Field(0.04, gt=0)
+    end: float = Field(0.07, gt=0)
+    epochs: int = Field(30, ge=0, description="warm-up epochs")
+
+
+def jitter(strength: tuple[float, float, float, float], *, blur_p: float, solarize_p: float = 0.0) -> Photometric:
+    """The colour operations of the DINO family: jitter p 0.8, grey p 0.2, blur sigma U(0.1, 2)."""
+    from stages.pretrain.views.plan import Photometric
+
+    return Photometric(jitter=strength, jitter_p=0.8, gray_p=0.2, blur_p=blur_p, solarize_p=solarize_p)
