@@ -9,18 +9,21 @@ import json
 import posixpath
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import SourceError
 from stages.images import ImageError
 from stages.ingest.files import Files, split_address
 from stages.ingest.layout import SPLITS, Item, Layout, Listing, Raw, Vocabulary
 
+if TYPE_CHECKING:
+    from stages.ingest.stage import IngestConfig
+
 
 class Parquet(Layout):
     """Listing reads labels, paths and splits only; a shard's images are read when the shard is made."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: IngestConfig) -> None:
         self.config = config
         folder, self._only = split_address(config.source)
         self.files = Files(folder)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from pipeline.store import Artifact, ArtifactStore
 from stages.ingest import write
 from stages.ingest.layout import Item, Raw
 from stages.ingest.stage import Ingest, IngestConfig, make_layout
+from tests.conftest import ROOT
 from tests.stages.ingest.conftest import FINGERPRINT
 
 Make = Callable[..., Path]
@@ -61,35 +65,47 @@ def source(tmp_path: Path, make_image: Make) -> Path:
 
 def run(store: ArtifactStore, source: Path, **settings: Any) -> tuple[Outcome, Artifact]:
     writer = store.begin("images", FINGERPRINT)
-    try:
-        config = IngestConfig(source=str(source), shard_rows=3, **settings)
-        outcome = Ingest(config).run(Context("images", FINGERPRINT, {}, writer, Resources()))
-        return outcome, writer.commit({"counts": outcome.counts, "problems": outcome.problems})
-    finally:
-        writer.close()  # as after a kill: whatever is finished stays
+    config = IngestConfig(source=str(source), shard_rows=3, **settings)
+    outcome = Ingest(config).run(Context("images", FINGERPRINT, {}, writer, Resources()))
+    return outcome, writer.commit({"counts": outcome.counts, "problems": outcome.problems})
 
 
 def content(artifact: Artifact) -> list[tuple[str, str]]:
     return [(entry.name, entry.sha256) for entry in artifact.shards()]
 
 
+_DIES_AT_THE_THIRD_SHARD = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.store import ArtifactStore
+from stages.ingest import write
+from tests.stages.ingest.test_write import run
+
+check_all = write.check_all
+
+def dies(layout, vocabulary, items, threads):
+    if items[0].key == "06.jpg":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return check_all(layout, vocabulary, items, threads)
+
+write.check_all = dies
+run(ArtifactStore(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
 def test_a_killed_ingest_reads_nothing_twice(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, whole = run(ArtifactStore(str(tmp_path / "whole")), source)
     store, seen = ArtifactStore(str(tmp_path / "store")), []
+    command = [sys.executable, "-c", _DIES_AT_THE_THIRD_SHARD, store.address, str(source)]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert store.find("images", FINGERPRINT) is None
     check_all = write.check_all
-
-    def dies_at_the_third(layout: Any, vocabulary: Any, items: Sequence[Item], threads: int) -> Any:
-        if items[0].key == "06.jpg":
-            raise KeyboardInterrupt
-        return check_all(layout, vocabulary, items, threads)
 
     def watched(layout: Any, vocabulary: Any, items: Sequence[Item], threads: int) -> Any:
         seen.extend(item.key for item in items)
         return check_all(layout, vocabulary, items, threads)
 
-    monkeypatch.setattr(write, "check_all", dies_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        run(store, source)
     monkeypatch.setattr(write, "check_all", watched)
     outcome, artifact = run(store, source)
     assert seen == [f"{i:02d}.jpg" for i in range(6, 12)]  # the shard without a usable image is not read again either
