@@ -208,12 +208,14 @@ class _Assembly:
 
 def _cause(error: BaseException) -> TesseraError:
     """The error of ours inside what Ray wraps around it, or one that names the innermost."""
+    from ray.exceptions import RayError
+
     seen: BaseException | None = error
     innermost = error
     while seen is not None:
         if isinstance(seen, TesseraError):
             return seen
-        if not type(seen).__module__.startswith("ray."):
+        if not isinstance(seen, RayError):
             innermost = seen
         cause = getattr(seen, "cause", None)
         seen = cause if isinstance(cause, BaseException) else seen.__cause__

@@ -102,7 +102,7 @@ def pairwise_iou(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
     return shared / (area[:, None] + area[None] - shared)
 
 
-def show_boxes(images: Artifact, settings: Settings, pictures: int = 8, boxes: int = 8) -> bytes:
+def show_boxes(images: Artifact, settings: Settings, pictures: int = 8, boxes: int = 5) -> bytes:
     """A contact sheet: the first few boxes of some photographs."""
     from stages.pictures import draw_boxes, grid
     from stages.tables import sample

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,7 @@ import pytest
 
 from pipeline.errors import ArtifactDamaged, ClusterError, SourceError, StageFailed
 from pipeline.stage import Context
-from pipeline.store import Artifact
+from pipeline.store import Artifact, ArtifactStore
 from stages.images import ImageError
 from stages.shards import _pieces, map_shards
 from stages.tables import open_shard
@@ -205,3 +209,52 @@ def test_pieces_cover_every_row_once(images: Callable[..., Artifact]) -> None:
             assert all(piece.whole == (len(own) == 1) for piece in own)
         if parts == [100]:
             assert len(pieces) == 8
+
+
+def slowly(row: dict[str, Any], folder: str) -> dict[str, Any]:
+    time.sleep(0.05)
+    return measure(row, folder)
+
+
+def test_after_kill_9_of_the_driver_only_missing_parts_are_computed(
+    ray_local: None,
+    images: Callable[..., Artifact],
+    context: Callable[..., Context],
+    store: ArtifactStore,
+    tmp_path: Path,
+) -> None:
+    import ray
+
+    source = images(files(60), [6] * 10)
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    driver = textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import test_shards
+        from ray import cloudpickle
+        from pipeline import cluster
+        from pipeline.stage import Context, Resources
+        from pipeline.store import ArtifactStore
+        cloudpickle.register_pickle_by_value(test_shards)
+        cluster.start({ray.get_runtime_context().gcs_address!r})
+        store = ArtifactStore({store.address!r})
+        source = store.find("images", {source.fingerprint!r})
+        context = Context("sizes", "ba9876543210", {{}}, store.begin("sizes", "ba9876543210"), Resources())
+        folder = {str(tmp_path / "first")!r}
+        test_shards.map_shards(context, source, test_shards.slowly, schema=test_shards.SCHEMA, arguments=(folder,))
+    """)
+    output = tmp_path / "store" / "sizes" / "ba9876543210"
+    with subprocess.Popen([sys.executable, "-c", driver]) as process:
+        deadline = time.monotonic() + 120
+        while len(list(output.glob("part-*"))) < 2 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    time.sleep(1)  # Ray ends what the dead driver had started
+    ctx = context("sizes")
+    summary = map_shards(ctx, source, measure, schema=SCHEMA, arguments=(str(tmp_path / "second"),))
+    assert 2 <= summary.resumed < 10
+    assert len(list((tmp_path / "second").iterdir())) == 60 - 6 * summary.resumed
+    assert (summary.images, summary.failed) == (60, 0)
+    assert rows_of(ctx.output.commit()) == [list(range(at, at + 6)) for at in range(0, 60, 6)]
