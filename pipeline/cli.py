@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -74,6 +75,8 @@ def run(
     except runner.RunFailed as failure:
         if as_json:
             print_json(failure.result.to_json())
+        if failure.is_bug:
+            traceback.print_exception(failure.__cause__)
         raise
     if as_json:
         print_json(result.to_json())

@@ -80,9 +80,10 @@ class RunResult:
 class RunFailed(StageFailed):
     """A stage stopped the run; `result` says what was reached, the cause hangs on `__cause__`."""
 
-    def __init__(self, stage: str, reason: str, result: RunResult) -> None:
+    def __init__(self, stage: str, cause: BaseException, result: RunResult) -> None:
         self.stage, self.result = stage, result
-        super().__init__(f"stage '{stage}' failed: {reason}")
+        self.is_bug = on_purpose(cause) is None  # then a reader needs the traceback
+        super().__init__(f"stage '{stage}' failed: {explain(cause)}")
 
 
 def run(
@@ -135,7 +136,7 @@ class _Run:
                     result.state = "done"
         except Exception as error:
             result.state, result.error = "failed", explain(error)
-            raise RunFailed(planned.name, result.error, self.result) from error
+            raise RunFailed(planned.name, error, self.result) from error
         finally:
             result.seconds = time.monotonic() - started
             self.display.end(*_ending(result))
@@ -265,19 +266,23 @@ class _Run:
         return tracked
 
 
-def explain(error: BaseException) -> str:
-    """The sentence of the error that a stage raised on purpose, wherever Ray has wrapped it; else the last of a bug.
+def on_purpose(error: BaseException) -> TesseraError | None:
+    """The error that a stage raised on purpose, wherever Ray has wrapped it; None for a bug."""
+    if isinstance(
+        getattr(error, "cause", None), BaseException
+    ):  # Ray's wrapper: it poses as its cause
+        return on_purpose(error.cause)  # type: ignore[attr-defined]
+    if isinstance(error, TesseraError):
+        return error
+    return on_purpose(error.__cause__) if error.__cause__ is not None else None
 
-    Ray puts an exception of a worker into its own, with a page of traceback in the message.
-    """
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        cause = getattr(current, "cause", None)  # RayTaskError's own field
-        if isinstance(current, TesseraError) and not isinstance(cause, BaseException):
-            return str(current)
-        current = cause if isinstance(cause, BaseException) else current.__cause__
+
+def explain(error: BaseException) -> str:
+    """One sentence for what stopped a stage: its own message, or a bug's last line without Ray's page of traceback."""
+    if (known := on_purpose(error)) is not None:
+        return str(known)
+    while isinstance(cause := getattr(error, "cause", None), BaseException):
+        error = cause
     return "".join(traceback.format_exception_only(error)).strip()
 
 

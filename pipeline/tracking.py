@@ -236,7 +236,7 @@ def masked(uri: str) -> str:
 
 def how_to_open(uri: str) -> str:
     """What the user types, or opens, to see the runs."""
-    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {masked(uri)}"
+    return masked(uri) if uri.startswith("http") else f"mlflow ui --backend-store-uri {masked(uri)}"
 
 
 def database_file(uri: str) -> Path | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -10,6 +12,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pipeline.cli import main
 
 FAKES = Path(__file__).parent / "fakes"
 PIPELINE = """
@@ -21,6 +25,14 @@ stages:
   encoder: {{uses: fake_encoder, numbers: scaled}}
   score: {{uses: fake_score, of: encoder}}
 """
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a command printed."""
+
+    stdout: str
+    stderr: str
 
 
 @dataclass
@@ -48,29 +60,39 @@ class Workshop:
         return [line.removeprefix("run ") for line in log.read_text().split("\n") if line] if log.exists() else []
 
     def environment(self) -> dict[str, str]:
-        own = {
+        return {
             "PYTHONPATH": str(FAKES),
             "TESSERA_FAKES_LOG": str(self.folder / "log"),
             "TESSERA_FAKES_HOLD": str(self.hold),
             "TESSERA_CACHE": str(self.folder / "cache"),
         }
-        return {**{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, **own, **self.extra}
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """The command in a process of its own."""
         return subprocess.Popen(
             [sys.executable, "-m", "pipeline.cli", *arguments],
             cwd=self.folder,
-            env=self.environment(),
+            env={**os.environ, **self.environment(), **self.extra},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def tessera(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    def outside(self, *arguments: str, code: int = 0, seconds: float = 120.0) -> Shown:
+        """Run the command in a process of its own to its end."""
         process = self.start(*arguments)
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=seconds)
         assert process.returncode == code, f"exit {process.returncode}, expected {code}\n{output}\n{errors}"
-        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+        return Shown(output, errors)
+
+    def tessera(self, *arguments: str, code: int = 0) -> Shown:
+        """Run the command in this process, which is in the folder already (the fixture sees to it)."""
+        output, errors = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            returned = main(arguments)
+        shown = Shown(output.getvalue(), errors.getvalue())
+        assert returned == code, f"exit {returned}, expected {code}\n{shown.stdout}\n{shown.stderr}"
+        return shown
 
     def json(self, *arguments: str, code: int = 0) -> Any:
         return json.loads(self.tessera(*arguments, "--json", code=code).stdout)

@@ -1,0 +1,248 @@
+"""The command line as a user or a program sees it: exit codes, JSON on standard output, speed."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.workshop import Workshop
+
+
+@pytest.fixture
+def done(workshop: Workshop) -> Workshop:
+    """A workshop whose pipeline has run."""
+    workshop.tessera("run", "p.yaml")
+    return workshop
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[random.randrange(len(data))] ^= 64
+    file.write_bytes(bytes(data))
+
+
+def files_of(workshop: Workshop, kind: str) -> list[Path]:
+    return sorted(path for path in (workshop.folder / "store" / kind).rglob("*") if path.is_file())
+
+
+def test_help_answers_within_half_a_second() -> None:
+    command = Path(sys.executable).with_name("tessera")
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        shown = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - start)
+    assert all(verb in shown.stdout for verb in ("run", "plan", "artifacts", "lineage", "export", "schema", "doctor"))
+    # Issue 2's limit is 0.5 s on a quiet machine (0.09 s measured); the best of five is what a busy one still shows.
+    assert min(times) < 0.5, times
+    assert statistics.median(times) < 1.5, times
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = ("rich", "pydantic", "ray", "torch", "mlflow", "numpy", "pyarrow", "obstore", "yaml")
+    code = f"import sys, pipeline.cli; print([m for m in {heavy!r} if m in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
+
+
+def test_plan_json_has_the_documented_shape(workshop: Workshop) -> None:
+    plan = workshop.json("plan", "p.yaml")
+    assert plan.keys() == {"pipeline", "stages"}
+    keys = {"name", "uses", "kind", "fingerprint", "state", "reasons", "inputs"}
+    assert all(stage.keys() == keys for stage in plan["stages"])
+    assert [stage["name"] for stage in plan["stages"]] == ["numbers", "scaled", "encoder", "score"]
+    assert plan["stages"][3]["inputs"] == {"of": "encoder"}
+    assert {stage["state"] for stage in plan["stages"]} == {"run"}
+    assert workshop.ran == []
+
+
+def test_run_json_has_states_artifacts_and_metrics(workshop: Workshop) -> None:
+    first = workshop.json("run", "p.yaml")
+    assert [stage["state"] for stage in first["stages"]] == ["done"] * 4
+    assert all(Path(stage["artifact"]).is_dir() and stage["seconds"] > 0 for stage in first["stages"])
+    assert first["stages"][3]["metrics"] == {"bytes": 3.0}
+    assert "metrics" not in first["stages"][0]
+    again = workshop.json("run", "p.yaml")
+    assert [stage["state"] for stage in again["stages"]] == ["cached"] * 4
+    assert again["stages"][3]["metrics"] == {"bytes": 3.0}
+    assert [stage["artifact"] for stage in again["stages"]] == [stage["artifact"] for stage in first["stages"]]
+
+
+def test_a_setting_changes_what_depends_on_it_only(done: Workshop) -> None:
+    plan = done.json("plan", "p.yaml", "--set", "stages.encoder.width=4")
+    assert {s["name"]: s["reasons"] for s in plan["stages"] if s["state"] == "run"} == {
+        "encoder": ["stages.encoder.width 3 -> 4"],
+        "score": ["input encoder changed"],
+    }
+    assert set(done.states("plan", "p.yaml", "--set", "stages.scaled.resources.cpus=1").values()) == {"cached"}
+
+
+def test_selections(done: Workshop) -> None:
+    assert done.states("run", "p.yaml", "--only", "scaled", "--force", "scaled") == {
+        "numbers": "cached",
+        "scaled": "done",
+    }
+    assert done.states("run", "p.yaml", "--from", "encoder", "--set", "stages.encoder.width=5") == {
+        "scaled": "cached",
+        "encoder": "done",
+        "score": "done",
+    }
+
+
+def test_nothing_but_json_on_standard_output(workshop: Workshop) -> None:
+    result = workshop.tessera("run", "p.yaml", "--json")
+    assert json.loads(result.stdout)
+    assert "scaled" in result.stderr
+
+
+def test_usage_errors_exit_with_2(workshop: Workshop, tmp_path: Path) -> None:
+    for arguments in (
+        ["run"],
+        ["run", "p.yaml", "--nonsense"],
+        ["nonsense"],
+        ["run", "missing.yaml"],
+        ["run", "p.yaml", "--set", "stages.scaled.faktor=3"],
+        ["run", "p.yaml", "--set", "stages.scaled.numbers=score"],
+        ["run", "p.yaml", "--only", "nobody"],
+        ["plan", "p.yaml", "--set", "stages.numbers.source=nowhere.txt"],
+        ["artifacts", "gc", "--unused", "--store", "store"],
+        ["export", "numbers", "p.yaml", "--to", "out", "--store", "empty", "extra"],
+    ):
+        result = workshop.tessera(*arguments, code=2)
+        assert result.stdout == ""
+        assert "Traceback" not in result.stderr, result.stderr
+    assert workshop.ran == []
+
+
+def test_a_failed_stage_exits_with_1_and_still_prints_the_run(workshop: Workshop) -> None:
+    result = workshop.tessera("run", "p.yaml", "--set", "stages.scaled.fail=purpose", "--json", code=1)
+    stages = json.loads(result.stdout)["stages"]
+    assert [stage["state"] for stage in stages] == ["done", "failed", "run", "run"]
+    assert stages[1]["error"] == "the numbers are too odd (take even ones)"
+    assert "stage 'scaled' failed: the numbers are too odd" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_bug_in_a_stage_shows_its_traceback(workshop: Workshop) -> None:
+    result = workshop.tessera("run", "p.yaml", "--set", "stages.scaled.fail=bug", code=1)
+    assert "stage 'scaled' failed: ZeroDivisionError: a bug" in result.stderr
+    assert "tessera_fakes.py" in result.stderr
+
+
+def test_artifacts_ls_and_show(done: Workshop) -> None:
+    rows = done.json("artifacts", "ls", "p.yaml")
+    keys = {"kind", "fingerprint", "stage", "bytes", "rows", "created", "address"}
+    assert all(row.keys() == keys for row in rows)
+    assert [row["stage"] for row in rows] == ["numbers", "scaled", "encoder", "score"]
+    assert sorted(r["address"] for r in done.json("artifacts", "ls", "--store", "store")) == sorted(
+        r["address"] for r in rows
+    )
+    shown = done.tessera("artifacts", "show", "p.yaml", "encoder").stdout
+    assert "made by stage 'encoder' (fake_encoder, version 1)" in shown
+    preview = next(path for path in files_of(done, "encoder") if path.name.startswith("preview."))
+    assert str(preview) in shown
+    assert "line 9: not a number" in done.tessera("artifacts", "show", "numbers", "p.yaml").stdout
+    address = rows[2]["address"]
+    (by_address,) = done.json("artifacts", "show", address)
+    (by_start,) = done.json("artifacts", "show", f"encoder/{rows[2]['fingerprint'][:6]}", "--store", "store")
+    assert by_address == by_start
+    assert by_address["inputs"] == {"numbers": f"numbers/{rows[1]['fingerprint']}"}
+    assert "nothing in" in done.tessera("artifacts", "show", "nobody", "p.yaml", code=1).stderr
+
+
+def test_verify_names_a_flipped_byte_in_any_file(done: Workshop) -> None:
+    assert done.json("artifacts", "verify", "p.yaml") == {"checked": 4, "damaged": []}
+    for kind in ("numbers", "encoder", "metrics"):
+        for file in files_of(done, kind):
+            good = file.read_bytes()
+            flip(file)
+            for target in (["p.yaml"], ["--store", "store"]):
+                report = done.json("artifacts", "verify", *target, code=1)
+                assert [damage["file"] for damage in report["damaged"]] == [file.name]
+                assert report["damaged"][0]["artifact"] == f"{kind}/{file.parent.name}"
+                assert report["checked"] == 4
+            file.write_bytes(good)
+
+
+def test_a_damaged_artifact_is_planned_and_made_again(done: Workshop) -> None:
+    for victim in ("metrics.", "manifest."):
+        file = next(path for path in files_of(done, "metrics") if path.name.startswith(victim))
+        flip(file)
+        plan = {stage["name"]: stage for stage in done.json("plan", "p.yaml")["stages"]}
+        assert plan["score"]["state"] == "run"
+        assert plan["score"]["reasons"] == [f"artifact damaged: {file.name}"]
+        assert done.states("run", "p.yaml") == {
+            "numbers": "cached",
+            "scaled": "cached",
+            "encoder": "cached",
+            "score": "done",
+        }
+        assert done.json("artifacts", "verify", "p.yaml")["damaged"] == []
+
+
+def test_verify_finds_artifacts_when_the_source_is_gone(done: Workshop) -> None:
+    (done.folder / "numbers.txt").unlink()
+    assert done.json("artifacts", "verify", "p.yaml")["checked"] == 4
+    assert len(done.json("artifacts", "ls", "p.yaml")) == 4
+    assert done.json("lineage", "score", "p.yaml")["nodes"]
+
+
+def test_gc_keeps_what_a_pipeline_needs(done: Workshop) -> None:
+    done.tessera("run", "p.yaml", "--set", "stages.encoder.width=4")
+    assert len(done.json("artifacts", "ls", "--store", "store")) == 6
+    would = done.json("artifacts", "gc", "p.yaml", "--unused", "--older-than", "0", "--dry-run")
+    assert len(done.json("artifacts", "ls", "--store", "store")) == 6
+    gone = done.json("artifacts", "gc", "p.yaml", "--unused", "--older-than", "0")
+    assert [row["path"] for row in would["removed"]] == [row["path"] for row in gone["removed"]]
+    assert set(done.states("plan", "p.yaml").values()) == {"cached"}
+    assert len(done.json("artifacts", "ls", "--store", "store")) == 4
+
+
+def test_export_copies_plain_names_and_overwrites_nothing(done: Workshop) -> None:
+    done.tessera("export", "encoder", "p.yaml", "--to", "out")
+    out = done.folder / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["encoder.json", "encoder.safetensors"]
+    assert (out / "encoder.safetensors").read_bytes() == bytes([2, 4, 6])
+    assert "already" in done.tessera("export", "encoder", "p.yaml", "--to", "out", code=2).stderr
+    assert "expected encoder" in done.tessera("export", "scaled", "p.yaml", "--to", "out2", code=2).stderr
+    file = next(path for path in files_of(done, "encoder") if path.suffix == ".safetensors")
+    flip(file)
+    assert file.name in done.tessera("export", "encoder", "p.yaml", "--to", "out3", code=1).stderr
+
+
+def test_lineage_walks_back_to_the_source_and_forward(done: Workshop) -> None:
+    done.tessera("run", "p.yaml", "--set", "stages.encoder.width=4")  # a sibling that is nobody's ancestor
+    graph = done.json("lineage", "score", "p.yaml")
+    assert [node["stage"] or node["id"] for node in graph["nodes"]] == [
+        "score",
+        "encoder",
+        "scaled",
+        "numbers",
+        "source:numbers.txt",
+    ]
+    assert {(edge["from"].split("/")[0], edge["field"]) for edge in graph["edges"]} == {
+        ("encoder", "of"),
+        ("numbers", "numbers"),
+        ("source:numbers.txt", "source"),
+    }
+    forward = done.json("lineage", "scaled", "p.yaml")
+    assert len([node for node in forward["nodes"] if node["kind"] == "metrics"]) == 2
+    drawn = done.tessera("lineage", "score", "p.yaml").stdout
+    assert all(word in drawn for word in ("score", "encoder", "scaled", "numbers.txt"))
+
+
+def test_schema_is_a_json_schema(workshop: Workshop) -> None:
+    schema = json.loads(workshop.tessera("schema").stdout)
+    assert schema["type"] == "object"
+    assert "fake_scaled" in json.dumps(schema)
+
+
+def test_the_console_script_returns_the_code(workshop: Workshop) -> None:
+    assert "there is no such pipeline file" in workshop.outside("plan", "nowhere.yaml", code=2).stderr

@@ -1,0 +1,147 @@
+"""Ray as the runner starts it: quiet, bounded, gone afterwards, also when its driver is killed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import cluster
+from pipeline.errors import ClusterError
+from tests.pipeline.workshop import Workshop
+
+ON_RAY = """
+store: store
+tracking: {tracking}
+stages:
+  numbers: {{uses: fake_numbers, source: numbers.txt}}
+  scaled: {{uses: fake_on_ray, numbers: numbers}}
+"""
+
+
+def ray_processes(temp: Path) -> list[int]:
+    """Ids of the Ray processes whose command line names the temporary folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if os.fsencode(temp) in command and (b"raylet" in command or b"gcs_server" in command):
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.fixture
+def short(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A temporary folder for Ray of this test's own, short enough for its sockets."""
+    import shutil
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
+    workshop.extra["RAY_TMPDIR"] = str(folder)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_local_ray_leaves_nothing_behind(workshop: Workshop, short: Path) -> None:
+    workshop.write(ON_RAY)
+    shown = workshop.outside("run", "p.yaml")
+    assert "on a local Ray with" in shown.stderr
+    assert "Traceback" not in shown.stderr
+    assert "INFO" not in shown.stderr
+    (manifest,) = workshop.json("artifacts", "show", "scaled", "p.yaml")
+    assert manifest["notes"]["cwd"] == str(workshop.folder)  # relative paths mean the same to a worker
+    end = time.monotonic() + 15
+    while ray_processes(short) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert ray_processes(short) == []
+    assert [path for path in short.rglob("session_*") if not path.is_symlink()] == []
+
+
+@pytest.mark.slow
+def test_a_killed_driver_takes_its_ray_along(workshop: Workshop, short: Path) -> None:
+    workshop.write(ON_RAY)
+    workshop.hold.touch()
+    process = workshop.start("run", "p.yaml")
+    workshop.wait_for("scaled")
+    end = time.monotonic() + 60
+    while not ray_processes(short):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 30
+    while ray_processes(short):
+        assert time.monotonic() < end, "Ray outlives its driver"
+        time.sleep(0.2)
+    workshop.hold.unlink()
+    # Its task's error, and what the worker said, reach the user of the next run as one sentence.
+    shown = workshop.outside("run", "p.yaml", "--set", "stages.scaled.fail=no", code=1)
+    assert "stage 'scaled' failed: worker says no (do better)\n" in shown.stderr
+    assert "Traceback" not in shown.stderr
+
+
+def test_an_address_where_nobody_answers_fails_at_once(workshop: Workshop) -> None:
+    workshop.write(ON_RAY)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    start = time.monotonic()
+    shown = workshop.tessera("run", "p.yaml", "--address", address, code=1)
+    assert time.monotonic() - start < 15
+    assert f"no Ray cluster answers at {address}" in shown.stderr
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265", "head", ":6379", "head:port"])
+def test_an_address_that_cannot_be_joined_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in cluster.QUIET:
+        monkeypatch.setenv(name, cluster.QUIET[name])
+    with pytest.raises(ClusterError, match="host:port"):
+        cluster.start(address)
+
+
+def test_a_temporary_folder_too_long_for_sockets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "x" * 60)
+    with pytest.raises(ClusterError, match="RAY_TMPDIR"):
+        cluster.temp_dir()
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/x")
+    assert cluster.temp_dir() == Path(f"/tmp/x/tessera-{os.getuid()}")
+
+
+def test_the_environment_stays_quiet_and_local_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*cluster.QUIET, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")  # so that the test's end restores what was there
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
+    cluster.prepare_environment()
+    assert os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0"
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "1"
+    assert "RAY_AUTH_MODE" not in os.environ
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    cluster.prepare_environment()
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
+def test_the_object_store_is_bounded() -> None:
+    assert 0 < cluster.object_store_bytes() <= 2 << 30
+    assert cluster.object_store_bytes() <= 0.3 * cluster.memory_limit()
+
+
+def test_remains_of_killed_runs_are_cleared(tmp_path: Path) -> None:
+    dead, alive = tmp_path / "session_x_999999999", tmp_path / f"session_x_{os.getpid()}"
+    for session in (dead, alive):
+        (session / "ray_spilled_objects_1").mkdir(parents=True)
+        (session / "logs").mkdir()
+    cluster._remove_remains(tmp_path)
+    assert sorted(path.name for path in dead.iterdir()) == ["logs"]
+    assert len(list(alive.iterdir())) == 2
+    os.utime(dead, (1.0, 1.0))
+    cluster._remove_remains(tmp_path)
+    assert not dead.exists()
+    assert alive.exists()
