@@ -1,0 +1,114 @@
+"""The doctor says what is wrong before a long run finds out, and never hangs or falls over itself."""
+
+from __future__ import annotations
+
+import socket
+import time
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from pipeline import cluster, doctor, tracking
+from pipeline.doctor import FAIL, OK, WARN, Check
+from pipeline.store import ArtifactStore
+from tests.pipeline.workshop import Workshop
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**tracking.QUIET, **cluster.QUIET}.items():
+        monkeypatch.setenv(name, value)
+
+
+def by_name(checks: list[Check]) -> dict[str, Check]:
+    return {check.name: check for check in checks}
+
+
+def test_every_failure_and_warning_has_a_remedy(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "RAY_SECONDS", 0.01)
+    monkeypatch.setattr(doctor, "NO_DISK", 1 << 60)
+    monkeypatch.setattr(doctor, "LOW_MEMORY", 1 << 60)
+    monkeypatch.setattr(doctor, "OPEN_FILES", 1 << 40)
+    checks = list(doctor.examine(ArtifactStore("store"), "http://127.0.0.1:1", None))
+    found = by_name(checks)
+    assert found["store disk"].state == found["spill disk"].state == found["tracking"].state == FAIL
+    assert found["memory"].state == found["open files"].state == WARN
+    assert found["ray cluster"].state == FAIL
+    assert "no answer within" in found["ray cluster"].detail
+    assert all(check.remedy for check in checks if check.state != OK)
+    assert not any(check.remedy for check in checks if check.state == OK)
+
+
+@pytest.mark.slow
+def test_a_healthy_machine_passes(workshop: Workshop) -> None:
+    workshop.write(tracking="sqlite:///mlflow.db")
+    report = workshop.json("doctor", "p.yaml")
+    states = {check["name"]: check["state"] for check in report["checks"]}
+    assert FAIL not in states.values(), report
+    assert {
+        "python",
+        "ray",
+        "mlflow",
+        "torch",
+        "store",
+        "store disk",
+        "spill disk",
+        "tracking",
+        "gpus",
+    } <= states.keys()
+    detail = next(check["detail"] for check in report["checks"] if check["name"] == "ray cluster")
+    assert "CPUs" in detail
+    assert not (workshop.folder / "store" / "numbers").exists()
+    assert list((workshop.folder / "store").rglob("probe-*")) == []
+
+
+def test_old_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "timm":
+            raise metadata.PackageNotFoundError(name)
+        return {"mlflow": "3.17.1", "ray": "2.60.0", "torch": "2.10.0+cu128"}.get(name, "99")
+
+    monkeypatch.setattr(metadata, "version", version)
+    found = by_name(list(doctor._versions()))
+    assert found["mlflow"].state == FAIL
+    assert "3.17.2" in found["mlflow"].remedy
+    assert found["timm"].detail == "not installed"
+    assert {found[name].state for name in ("ray", "torch", "python", "opencv-contrib-python-headless")} == {OK}
+
+
+def test_a_store_that_cannot_be_written_fails(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    found = by_name(list(doctor._store(ArtifactStore(str(tmp_path / "file" / "store")))))
+    assert found["store"].state == FAIL
+
+
+def test_an_address_without_a_cluster_fails_in_time() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    start = time.monotonic()
+    (check,) = doctor._ray(address)
+    assert check.state == FAIL
+    assert address in check.detail
+    assert time.monotonic() - start < 30
+
+
+def test_uploads_and_statistics_that_are_turned_on_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {check.state for check in doctor._environment()} == {OK}
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "1")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
+    found = by_name(list(doctor._environment()))
+    assert found["uv run"].state == found["usage statistics"].state == WARN
+    assert "RAY_USAGE_STATS_ENABLED" in found["usage statistics"].detail
+
+
+def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken() -> None:
+        raise OSError("no such device")
+
+    monkeypatch.setattr(cluster, "memory_limit", broken)
+    monkeypatch.setattr(doctor, "RAY_SECONDS", 0.01)
+    checks = list(doctor.examine(ArtifactStore(str(tmp_path)), None, None))
+    assert Check("memory", FAIL, "OSError: no such device", "see the message") in checks
+    assert checks[-1].name == "ray cluster"
