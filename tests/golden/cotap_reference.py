@@ -56,32 +56,35 @@ def training_loss(p: Tensor, q: Tensor, tau1: float, tau2: float) -> Tensor:
 
 
 class RowChunked(torch.autograd.Function):
-    """Eq. 12 as a double loop over rows of the n x n matrix, recomputed in backward: the benchmark's alternative."""
+    """Eq. 12 as a double loop over rows of the n x n matrix, recomputed in backward: the benchmark's alternative.
+
+    `stop` ends both loops after that many rows, to time a part.
+    """
 
     @staticmethod
-    def forward(ctx, p: Tensor, q: Tensor, tau1: float, tau2: float, rows: int) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, p: Tensor, q: Tensor, tau1: float, tau2: float, rows: int, stop: int | None = None) -> Tensor:  # type: ignore[no-untyped-def]
         n, total = len(p), p.new_zeros(())
-        weight = torch.empty_like(p)
-        for i in range(0, n, rows):
+        weight = torch.zeros_like(p)
+        for i in range(0, stop or n, rows):
             d = p[i : i + rows, None] - p[None]
             smaller = q[None] < q[i : i + rows, None]
             inner = torch.where(smaller, surrogate(d, tau2), 0).sum(1)
-            psi_rows = 1 / (~smaller & (d <= 0)).sum(1)
+            psi_rows = 1 / (~smaller & (d <= 0)).sum(1).to(p.dtype)
             gain = (q[i : i + rows] - tau1).clamp(min=0)
             weight[i : i + rows] = gain * psi_rows / (1 + psi_rows * inner) ** 2
             total += (gain * g(psi_rows * inner)).sum()
         ctx.save_for_backward(p, q, weight)
-        ctx.tau2, ctx.rows = tau2, rows
+        ctx.tau2, ctx.rows, ctx.stop = tau2, rows, stop or n
         return total / n
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         p, q, weight = ctx.saved_tensors
         out = torch.zeros_like(p)
-        for i in range(0, len(p), ctx.rows):
+        for i in range(0, ctx.stop, ctx.rows):
             d = p[i : i + ctx.rows, None] - p[None]
             slope = torch.where(d < 0, 1.0, (1 - d / ctx.tau2).clamp(min=0)) * (-2 / ctx.tau2)
             slope = torch.where(q[None] < q[i : i + ctx.rows, None], slope, 0) * weight[i : i + ctx.rows, None]
             out[i : i + ctx.rows] += slope.sum(1)
             out -= slope.sum(0)
-        return grad * out / len(p), None, None, None, None
+        return grad * out / len(p), None, None, None, None, None

@@ -100,6 +100,15 @@ def test_float32_is_exact_to_five_digits() -> None:
     assert (p.grad - wide.grad).norm() <= 1e-5 * wide.grad.norm()
 
 
+def test_the_benchmarks_row_chunked_loop_is_the_same_loss() -> None:
+    golden = tensors("cotap_n400")
+    p = golden["p"].requires_grad_()
+    loss = reference.RowChunked.apply(p, golden["q"], golden["tau1"].item(), golden["tau2"].item(), 7)
+    loss.backward()
+    assert_close(loss, golden["eq12_loss"], 1e-10)
+    assert_close(p.grad, golden["eq12_grad_p"], 1e-10)
+
+
 def test_dominated_sums_count_what_they_say() -> None:
     generator = torch.Generator().manual_seed(3)
     level = torch.randint(0, 37, (2, 37), generator=generator)

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Patch pairs worked on at once: what fits a CPU core's cache, what fills a GPU.
+CHUNK = {"cpu": 1 << 14}
+GPU_CHUNK = 1 << 21
 RADIX_BITS = 2  # digits of a rank looked at per level; 2 was the fastest of 1, 2, 3 (tests/benchmarks/RESULTS.md)
 
 
@@ -51,11 +54,17 @@ def cotap_ranking_loss(p_BN: Tensor, q_BN: Tensor, *, tau1: float = -0.2, tau2: 
 class _Ranking(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p_BN: Tensor, q_BN: Tensor, tau1: float, tau2: float) -> Tensor:
+        losses: list[Tensor] = []
+        grads: list[Tensor] = []
+        pairs = max(1, CHUNK.get(p_BN.device.type, GPU_CHUNK) // max(1, p_BN.shape[1]))
         with torch.autocast(p_BN.device.type, enabled=False):
-            loss_B, grad_BN = _loss_and_gradient(p_BN, q_BN, tau1, tau2, ctx.needs_input_grad[0])
-        if grad_BN is not None:
-            ctx.save_for_backward(grad_BN)
-        return loss_B.to(torch.promote_types(p_BN.dtype, torch.float32))
+            for p, q in zip(torch.split(p_BN, pairs), torch.split(q_BN, pairs), strict=True):
+                loss_B, grad_BN = _loss_and_gradient(p, q, tau1, tau2, ctx.needs_input_grad[0])
+                losses.append(loss_B)
+                grads += [] if grad_BN is None else [grad_BN]
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.cat(grads))
+        return torch.cat(losses).to(torch.promote_types(p_BN.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
