@@ -7,7 +7,6 @@ found in order. Those tags are the memo; it lies in the store, and losing it cos
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,10 +16,13 @@ from pipeline.errors import ArtifactDamaged, StoreError
 from pipeline.manifest import MANIFEST, FileEntry
 from pipeline.nodecache import WRONG_CONTENT, wrong_size
 from pipeline.objects import GRAIN_NS, Found, Objects
+from pipeline.sealed import SealBroken, seal, unseal
+
+MEMOS = ".tessera/memo"
 
 
 def memo_path(artifact: str) -> str:
-    return f".tessera/memo/{artifact}.json"
+    return f"{MEMOS}/{artifact}.json"
 
 
 def check(artifact: Artifact) -> list[Damage]:
@@ -92,14 +94,14 @@ def content_reason(objects: Objects, path: str, entry: FileEntry) -> str:
 def _read_memo(artifact: Artifact) -> dict[str, str]:
     data = artifact.objects.get(memo_path(artifact.name))
     try:
-        memo = json.loads(data or b"{}")
-        return dict(memo["files"]) if memo.get("manifest") == artifact.manifest.checksum else {}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        memo = unseal(data) if data else {}
+    except SealBroken:
         return {}
+    return dict(memo["files"]) if memo.get("manifest") == artifact.manifest.checksum else {}
 
 
 def write_memo(artifact: Artifact, tags: dict[str, str]) -> None:
     """Best effort: planning against a store that cannot be written must work."""
     memo = {"manifest": artifact.manifest.checksum, "files": tags}
     with suppress(StoreError):
-        artifact.objects.put(memo_path(artifact.name), json.dumps(memo).encode(), durable=False)
+        artifact.objects.put(memo_path(artifact.name), seal(memo), durable=False)

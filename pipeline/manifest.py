@@ -5,8 +5,6 @@ It carries a checksum over its own bytes, so that a damaged manifest is never be
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -14,9 +12,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from pipeline.sealed import BLANK, SealBroken, seal, unseal
+
 MANIFEST = "manifest.json"
 FORMAT = 1  # raised when an older Tessera could not read what a newer one writes
-_BLANK = "0" * 64  # stands in the checksum's place while the checksum is computed
 
 
 class ManifestBroken(ValueError):
@@ -44,7 +43,7 @@ class Manifest(BaseModel):
     format: int = FORMAT
     kind: str
     fingerprint: str
-    checksum: str = _BLANK  # sha256 over the file's bytes with 64 zeros in this field
+    checksum: str = BLANK  # sha256 over the file's bytes with 64 zeros in this field
     stage: str = ""  # the stage's name in the pipeline that made it
     uses: str = ""  # the stage's type
     version: int = 1  # of the stage's type
@@ -89,24 +88,15 @@ class Manifest(BaseModel):
 
     def to_bytes(self) -> bytes:
         """JSON with the checksum filled in."""
-        fields = plain(self.model_dump(exclude={"checksum"}))
-        text = json.dumps({"checksum": _BLANK, **fields}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        checksum = hashlib.sha256(text.encode()).hexdigest()
-        return text.replace(_BLANK, checksum, 1).encode()
+        return seal(plain(self.model_dump(exclude={"checksum"})))
 
     @classmethod
     def from_bytes(cls, data: bytes, kind: str, fingerprint: str) -> Manifest:
         """Read back what `to_bytes` wrote, for the folder it lies in. Raises: ManifestBroken with the reason."""
         try:
-            raw = json.loads(data)
-            checksum = raw["checksum"]
-        except (ValueError, KeyError, TypeError):
-            raise ManifestBroken("it is not a manifest, or only a part of one") from None
-        if not isinstance(checksum, str) or len(checksum) != 64:
-            raise ManifestBroken("its checksum is missing")
-        blank = data.replace(f'"checksum": "{checksum}"'.encode(), f'"checksum": "{_BLANK}"'.encode(), 1)
-        if hashlib.sha256(blank).hexdigest() != checksum:
-            raise ManifestBroken("its content differs from its own checksum")
+            raw = unseal(data)
+        except SealBroken as error:
+            raise ManifestBroken(str(error)) from None
         if raw.get("format") != FORMAT:
             raise ManifestBroken(f"it has format {raw.get('format')}, this Tessera reads {FORMAT} (upgrade Tessera)")
         try:

@@ -9,7 +9,6 @@ Without a valid manifest there is no artifact. A crash at any moment leaves a wh
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -26,6 +25,7 @@ from pipeline.garbage import Removed
 from pipeline.lease import Holder, Lease, held_token, live_holder
 from pipeline.manifest import FileEntry, Manifest, plain
 from pipeline.objects import Conflict, Objects, mask
+from pipeline.sealed import SealBroken, seal, unseal
 from pipeline.writer import ArtifactWriter
 
 __all__ = [
@@ -40,6 +40,9 @@ __all__ = [
     "Removed",
     "mask",
 ]
+
+RECORDS = ".tessera/records"
+NOTES = (RECORDS, integrity.MEMOS)
 
 
 class ArtifactStore:
@@ -117,15 +120,23 @@ class ArtifactStore:
         """A small JSON note of the store's, or None; one that cannot be read counts as not there."""
         data = self.objects.get(_record_path(name))
         try:
-            value = json.loads(data) if data else None
-        except ValueError:
+            return dict(unseal(data)["note"]) if data else None
+        except SealBroken:
             return None
-        return value if isinstance(value, dict) else None
 
     def write_record(self, name: str, value: dict[str, Any]) -> None:
         """Replace a note in one atomic step."""
-        data = json.dumps(plain(value, name), indent=1, ensure_ascii=False).encode()
+        data = seal({"note": plain(value, name)})
         self.objects.put(_record_path(name), data, durable=False)
+
+    def damaged_notes(self) -> Iterator[Damage]:
+        """Notes of the store's own (records, memos) that cannot be read. They are made anew; no artifact needs them."""
+        for folder in NOTES:
+            for found in self.objects.walk(folder):
+                try:
+                    unseal(self.objects.get(found.path) or b"")
+                except SealBroken as error:
+                    yield Damage(".tessera", found.path.removeprefix(".tessera/"), str(error))
 
     def lease(self, kind: str, fingerprint: str, waiting: Callable[[Holder], None] | None = None) -> Lease:
         """The right to compute an artifact: `with store.lease(kind, fingerprint, waiting=...):`.
@@ -180,4 +191,4 @@ def _require_names(kind: str, fingerprint: str) -> None:
 
 
 def _record_path(name: str) -> str:
-    return ".tessera/records/" + "/".join(attempts.safe_name(part) for part in name.split("/")) + ".json"
+    return f"{RECORDS}/" + "/".join(attempts.safe_name(part) for part in name.split("/")) + ".json"

@@ -158,7 +158,7 @@ def test_artifacts_ls_and_show(done: Workshop) -> None:
 
 
 def test_verify_names_a_flipped_byte_in_any_file(done: Workshop) -> None:
-    assert done.json("artifacts", "verify", "p.yaml") == {"checked": 4, "damaged": []}
+    assert done.json("artifacts", "verify", "p.yaml") == {"checked": 4, "damaged": [], "notes": []}
     for kind in ("numbers", "encoder", "metrics"):
         for file in files_of(done, kind):
             good = file.read_bytes()
@@ -169,6 +169,21 @@ def test_verify_names_a_flipped_byte_in_any_file(done: Workshop) -> None:
                 assert report["damaged"][0]["artifact"] == f"{kind}/{file.parent.name}"
                 assert report["checked"] == 4
             file.write_bytes(good)
+
+
+def test_damaged_notes_of_the_store_are_named_and_change_nothing(done: Workshop) -> None:
+    before = done.json("plan", "p.yaml")
+    notes = sorted((done.folder / "store" / ".tessera").rglob("*.json"))
+    assert len(notes) >= 4 + 4 + 2  # history and memo of four stages, the source's digest and files
+    for note in notes:
+        good = note.read_bytes()
+        flip(note)
+        report = done.json("artifacts", "verify", "p.yaml")
+        assert report["damaged"] == []
+        assert [row["file"].rsplit("/", 1)[1] for row in report["notes"]] == [note.name]
+        flip(note)
+        assert done.json("plan", "p.yaml") == before
+        note.write_bytes(good)
 
 
 def test_a_damaged_artifact_is_planned_and_made_again(done: Workshop) -> None:
