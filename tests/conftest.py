@@ -8,8 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
+
+# A busy machine makes an example slow, not wrong.
+settings.register_profile("tessera", deadline=None)
+settings.load_profile("tessera")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.pretrain.views.geometry import crop_affine, rectangle
 from stages.pretrain.views.plan import Draw, Drawn, ImageRow, Photometric, ViewPlan, ViewSpec
 
 OVERLAP_TRIES = 100  # crops drawn for `min_overlap` before the one that overlaps most is taken
@@ -63,7 +62,7 @@ def draw_views(specs: Sequence[ViewSpec], rng: np.random.Generator, width: int, 
             mine.append(rect)
             flip = bool(rng.random() < spec.flip_p)
             colour = draw_colour(_photometric(spec, i), rng)
-            affine = crop_affine(np.asarray(rect, np.float64), spec.size, flip)
+            affine = _affine(rect, spec.size, flip)
             draws.append(Draw(spec.name, affine, spec.size, colour, spec.labels, spec.of, spec.interpolation))
     return draws
 
@@ -72,7 +71,8 @@ def reduction(draws: Sequence[Draw]) -> int:
     """The coarsest scale (1, 2, 4 or 8) at which an image may be decoded so that no view loses resolution."""
     finest = float(MAX_REDUCTION)
     for item in draws:
-        finest = min(finest, abs(float(item.affine[0, 0])), abs(float(item.affine[1, 1])))
+        (sx, _, _), (_, sy, _) = item.affine.tolist()
+        finest = min(finest, abs(sx), abs(sy))
     return _power_of_two(finest)
 
 
@@ -87,7 +87,7 @@ def random_crop(
     """
     w, h = _sides(rng, width, height, scale, ratio)
     w, h = max(1, min(width, round(w))), max(1, min(height, round(h)))
-    x, y = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+    x, y = int(rng.random() * (width - w + 1)), int(rng.random() * (height - h + 1))
     step = _power_of_two(min(w, h) / size)
     return x // step * step, y // step * step, (x // step + w // step) * step, (y // step + h // step) * step
 
@@ -97,7 +97,7 @@ def nested_crop(
 ) -> Rect:
     """A crop of the view (`size` x `size`) that shows `parent`, in whole image pixels and never outside `parent`."""
     w, h = _sides(rng, size, size, scale, ratio)
-    x, y = rng.uniform(0, size - w), rng.uniform(0, size - h)
+    x, y = _between(rng, 0, size - w), _between(rng, 0, size - h)
     fx, fy = (parent[2] - parent[0]) / size, (parent[3] - parent[1]) / size
     step = _power_of_two(min(w * fx, h * fy) / own)
     x0, x1 = _inward(parent[0] + x * fx, parent[0] + (x + w) * fx, step)
@@ -116,8 +116,8 @@ def _sides(
 ) -> tuple[float, float]:
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(low, high))
+        area = width * height * _between(rng, *scale)
+        aspect = math.exp(_between(rng, low, high))
         w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
         if w <= width + 1e-6 and h <= height + 1e-6:
             return min(w, width), min(h, height)
@@ -160,9 +160,23 @@ def _power_of_two(scale: float) -> int:
     return max(1, min(MAX_REDUCTION, 1 << (max(1, int(scale + 1e-9)).bit_length() - 1)))
 
 
-def shown(item: Draw) -> NDArray[np.float64]:
-    """The rectangle (4,) of the image that a draw shows."""
-    return rectangle(item.affine, item.size)
+def _affine(rect: Rect, size: int, flip: bool) -> NDArray[np.float64]:
+    """`geometry.crop_affine` of one crop, on plain numbers: this runs for every view of every image."""
+    x0, y0, x1, y1 = rect
+    row_x = [(x0 - x1) / size, 0.0, x1] if flip else [(x1 - x0) / size, 0.0, x0]
+    return np.array([row_x, [0.0, (y1 - y0) / size, y0]], np.float64)
+
+
+def shown(item: Draw) -> Rect:
+    """The rectangle of the image that a draw shows (`geometry.rectangle` on plain numbers)."""
+    (sx, _, tx), (_, sy, ty) = item.affine.tolist()
+    ex, ey = tx + sx * item.size, ty + sy * item.size
+    return min(tx, ex), min(ty, ey), max(tx, ex), max(ty, ey)
+
+
+def _between(rng: np.random.Generator, low: float, high: float) -> float:
+    """`rng.uniform` at a third of its price."""
+    return low + (high - low) * rng.random()
 
 
 # ---------------------------------------------------------------------------------------------------------- colour
@@ -173,9 +187,9 @@ def draw_colour(photometric: Photometric, rng: np.random.Generator) -> dict[str,
         names = ("brightness", "contrast", "saturation", "hue")
         for name, strength in zip(names, p.jitter, strict=True):
             if strength and name == "hue":
-                colour[name] = float(rng.uniform(-strength, strength))
+                colour[name] = _between(rng, -strength, strength)
             elif strength:
-                colour[name] = float(rng.uniform(max(0.0, 1 - strength), 1 + strength))
+                colour[name] = _between(rng, max(0.0, 1 - strength), 1 + strength)
         colour["order"] = tuple(names[i] for i in rng.permutation(4) if names[i] in colour)
     if rng.random() < p.gray_p:
         colour["gray"] = True
@@ -186,7 +200,7 @@ def draw_colour(photometric: Photometric, rng: np.random.Generator) -> dict[str,
         else:
             blur_p = 0.1  # methods.md 3.3
     if rng.random() < blur_p:
-        colour["blur"] = float(rng.uniform(*p.blur_sigma))
+        colour["blur"] = _between(rng, *p.blur_sigma)
     if rng.random() < solarize_p:
         colour["solarize"] = p.solarize_threshold
     return colour

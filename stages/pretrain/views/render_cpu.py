@@ -1,9 +1,9 @@
 """Turns draws into pixels on a CPU: OpenCV on uint8, one image after the other.
 
-What is rendered (render_gpu.py computes the same, see tests/stages/pretrain/views/test_renderers.py): along each axis on its
-own, a crop that is finer than its view is averaged over each view pixel's exact area, a coarser one interpolated
-(bilinear or bicubic, edge repeated). What lies outside the image is black. Then the colour operations, in the draw's
-order.
+What is rendered: along each axis on its own, a crop that is finer than its view is averaged over each view pixel's
+exact area, a coarser one interpolated (bilinear or bicubic, edge repeated). What lies outside the image is black. Then
+the colour operations, in the draw's order. render_gpu.py computes the same (compared in
+tests/stages/pretrain/views/test_renderers.py).
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def render(image: Pixels, item: Draw, reduced: int = 1) -> Pixels:
 
 def cut(image: Pixels, item: Draw, reduced: int = 1) -> Pixels:
     """The view's pixels before any colour operation: (size, size, 3) uint8."""
-    rect = shown(item) / reduced
-    whole = np.rint(rect)
+    rect = [edge / reduced for edge in shown(item)]
+    x0, y0, x1, y1 = whole = [round(edge) for edge in rect]
     height, width = image.shape[:2]
-    if np.abs(rect - whole).max() < 1e-6 and whole[:2].min() >= 0 and whole[2] <= width and whole[3] <= height:
-        x0, y0, x1, y1 = whole.astype(int)
+    on_pixels = max(abs(a - b) for a, b in zip(rect, whole, strict=True)) < 1e-6
+    if on_pixels and x0 >= 0 and y0 >= 0 and x1 <= width and y1 <= height:
         view = _resize(image[y0:y1, x0:x1], item.size, item.interpolation)
     else:
-        view = _cut_anywhere(image, rect, item)
+        view = _cut_anywhere(image, np.array(rect), item)
     return cv2.flip(view, 1) if item.affine[0, 0] < 0 else view
 
 

@@ -45,7 +45,7 @@ def render(
         sizes: (height, width) of each image in it.
         draws: N draws of one size; `of` names the image of each, `reduced` (one an image) the scale it was decoded at.
     """
-    rects = np.stack([shown(item) / reduced[b] for item, b in zip(draws, of, strict=True)])
+    rects = np.array([shown(item) for item in draws]) / np.array([[reduced[b]] for b in of])
     heights, widths = np.array([sizes[b][0] for b in of]), np.array([sizes[b][1] for b in of])
     cubic = np.array([item.interpolation == "bicubic" for item in draws])
     mirrored = np.array([item.affine[0, 0] < 0 for item in draws])

@@ -10,15 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.pretrain.views.draw import draw_colour, draw_views, generator, reduction, shown
-from stages.pretrain.views.geometry import area, intersect
-from stages.pretrain.views.plan import Photometric, ViewSpec
+from stages.pretrain.views.draw import draw_colour, draw_views, generator, reduction
+from stages.pretrain.views.geometry import area, intersect, rectangle
+from stages.pretrain.views.plan import Draw, Photometric, ViewSpec
 
 FULL = Photometric(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5, solarize_p=0.2)
 PLAN = (
     ViewSpec("global", 224, 2, (0.25, 1.0), flip_p=0.5, photometric=FULL),
     ViewSpec("local", 96, 4, (0.05, 0.25), photometric=FULL, min_overlap=0.01, overlap_with="global"),
 )
+
+
+def shown(item: Draw) -> np.ndarray:
+    return rectangle(item.affine, item.size)
 
 
 def test_same_numbers_same_draws() -> None:
