@@ -54,12 +54,12 @@ def fit(
     torch.nn.init.normal_(weight_KD, std=0.01, generator=torch.Generator().manual_seed(seed))
     probe = Probe(weight_KD.to(device).requires_grad_(True), torch.zeros(classes, device=device, requires_grad=True))
     optimizer = torch.optim.Adam([probe.weight, probe.bias], lr=lr)
-    side = labels_nSS.shape[1]
+    enlarge_h, enlarge_w = (_enlarging(side, labels_nSS.shape[1]).to(device) for side in maps_nDhw.shape[2:])
     done = 0
     for chosen in _draws(rows, samples, batch_size, seed):
         maps_BDhw = torch.from_numpy(maps_nDhw[chosen]).to(device).float()
         labels_BSS = torch.from_numpy(labels_nSS[chosen]).to(device).long()
-        logits = functional.interpolate(probe.logits(maps_BDhw), (side, side), mode="bilinear")
+        logits = enlarge_h @ probe.logits(maps_BDhw) @ enlarge_w.T
         total = functional.cross_entropy(logits, labels_BSS, ignore_index=-1, reduction="sum")
         loss = total / (labels_BSS >= 0).sum().clamp(min=1)  # a batch of void alone must not divide by zero
         optimizer.zero_grad(set_to_none=True)
@@ -68,6 +68,12 @@ def fit(
         done += len(chosen)
         progress(done)
     return Probe(probe.weight.detach(), probe.bias.detach())
+
+
+def _enlarging(small: int, large: int) -> Tensor:
+    """(large, small): linear interpolation of one side as a matrix. Two products enlarge a map exactly as
+    `interpolate(mode="bilinear")` does, at half its cost on a CPU, forward and backward."""
+    return functional.interpolate(torch.eye(small)[None], large, mode="linear")[0].T.contiguous()
 
 
 def _draws(rows: NDArray[np.int64], samples: int, batch_size: int, seed: int) -> Iterator[NDArray[np.int64]]:

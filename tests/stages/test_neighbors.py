@@ -1,0 +1,140 @@
+"""Nearest neighbours: exact against brute force, ties by id, never the image itself, recall, the stage's files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from pipeline.errors import SourceError
+from pipeline.stage import Context, Resources
+from pipeline.store import Artifact, ArtifactStore
+from stages.nearest import IndexSettings, Neighbourhood, recall
+from stages.neighbors import Neighbors, NeighborsConfig
+from stages.tables import SCHEMAS, Table
+from tests.conftest import encode, smooth_pixels
+
+
+def unit(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def brute_force(vectors: NDArray[np.float32], ids: NDArray[np.int64], k: int) -> NDArray[np.int64]:
+    """All pairs, one query at a time, sorted by (similarity, id)."""
+    rows = []
+    for i, query in enumerate(vectors):
+        similarity = (vectors.astype(np.float64) * query.astype(np.float64)).sum(axis=1).astype(np.float32)
+        order = sorted((j for j in range(len(ids)) if j != i), key=lambda j: (-similarity[j], ids[j]))
+        rows.append(ids[order[:k]])
+    return np.array(rows)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**32 - 1), st.integers(3, 60), st.integers(1, 8), st.booleans())
+def test_flat_equals_brute_force_also_where_vectors_repeat(seed: int, count: int, k: int, repeats: bool) -> None:
+    generator = np.random.default_rng(seed)
+    vectors = unit(generator.normal(size=(count, 5)))
+    if repeats:  # groups of equal vectors larger than k: the cut goes through a tie
+        vectors = vectors[generator.integers(0, 3, count)]
+    ids = np.sort(generator.choice(1000, count, replace=False)).astype(np.int64)
+    k = min(k, count - 1)
+    found, similarities = Neighbourhood(vectors, ids, IndexSettings()).search(np.arange(count), k)
+    np.testing.assert_array_equal(found, brute_force(vectors, ids, k))
+    assert (np.diff(similarities, axis=1) <= 0).all()
+
+
+def test_a_thousand_equal_vectors_are_in_the_order_of_their_ids() -> None:
+    vectors = unit(np.ones((1500, 4)))
+    found, _ = Neighbourhood(vectors, np.arange(1500), IndexSettings()).search(np.array([0, 700]), 3)
+    assert found.tolist() == [[1, 2, 3], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("index", ["ivf", "hnsw"])
+def test_approximate_indexes_are_repeatable_and_their_recall_is_measured(index: str) -> None:
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(20, 16)) * 2
+    vectors = unit(centres[generator.integers(0, 20, 2000)] + generator.normal(size=(2000, 16)))
+    settings = IndexSettings(index, nlist=40, nprobe=2, m=8, ef_construction=20, ef_search=12)
+    first, second = (Neighbourhood(vectors, np.arange(2000), settings) for _ in range(2))
+    rows = np.arange(0, 2000, 13)
+    np.testing.assert_array_equal(first.search(rows, 10)[0], second.search(rows, 10)[0])
+    measured = recall(first, 10, sample=300)
+    assert 0.5 < measured < 1.0, "a weak index must not look exact"
+    thorough = IndexSettings(index, nlist=40, nprobe=40, m=32, ef_construction=200, ef_search=400)
+    assert recall(Neighbourhood(vectors, np.arange(2000), thorough), 10, sample=300) > max(0.98, measured)
+
+
+def test_a_cell_with_too_few_vectors_is_completed() -> None:
+    vectors = unit(np.random.default_rng(0).normal(size=(200, 8)))
+    index = Neighbourhood(vectors, np.arange(200), IndexSettings("ivf", nlist=5, nprobe=1))
+    found, similarities = index.search(np.arange(200), 150)
+    assert (found >= 0).all()
+    assert np.isfinite(similarities).all()
+    assert all(len(set(row)) == 150 and i not in row for i, row in enumerate(found.tolist()))
+
+
+# -- the stage ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def embeddings(store: ArtifactStore, images: Callable[..., Artifact]) -> Artifact:
+    """Twelve photographs and their embeddings in parts of 5, 0 and 7, made from `images` in the same store."""
+    source = images({f"{i:02d}.jpg": encode(smooth_pixels(40, 30, i)) for i in range(12)}, [5, 7])
+    vectors = unit(np.random.default_rng(1).normal(size=(12, 6)))
+    writer = store.begin("embeddings", "e1")
+    for part, ids in enumerate((range(5), range(0), range(5, 12))):
+        rows = [{"image_id": i, "embedding": vectors[i]} for i in ids]
+        writer.put_table(part, pa.Table.from_pylist(rows, schema=SCHEMAS["embeddings"]))
+    return writer.commit(inputs={"images": source.name})
+
+
+def run(store: ArtifactStore, embeddings: Artifact, **config: object) -> tuple[object, Artifact]:
+    writer = store.begin("neighbors", "n1")
+    stage = Neighbors(NeighborsConfig.model_validate({"embeddings": "embeddings", **config}))
+    outcome = stage.run(Context("near", "n1", {"embeddings": embeddings}, writer, Resources()))
+    return outcome, writer.commit(notes=outcome.notes, preview=outcome.preview)
+
+
+def test_the_table_and_the_picture(store: ArtifactStore, embeddings: Artifact) -> None:
+    outcome, made = run(store, embeddings, k=4)
+    vectors = Table.open(embeddings).column("embedding")
+    table = Table.open(made)
+    np.testing.assert_array_equal(table.column("neighbors"), brute_force(vectors, np.arange(12), 4))
+    assert table.schema.field("similarities").type == pa.list_(pa.float32())
+    assert [entry.rows for entry in made.shards()] == [5, 0, 7]
+    assert made.read("preview.png").startswith(b"\x89PNG")
+    assert outcome.notes["k"] == 4
+
+
+def test_parts_that_are_there_are_not_computed_again(store: ArtifactStore, embeddings: Artifact) -> None:
+    writer = store.begin("neighbors", "n1")
+    row = {"image_id": 0, "neighbors": [7], "similarities": [0.5]}
+    writer.put_table(0, pa.Table.from_pylist([row], schema=SCHEMAS["neighbors"]))
+    writer.close()
+    _, made = run(store, embeddings, k=1)
+    assert Table.open(made).row(0)["neighbors"].tolist() == [7], "the finished part stays as it was"
+
+
+def test_without_the_images_there_is_a_table_but_no_picture(store: ArtifactStore, embeddings: Artifact) -> None:
+    store.discard("images", embeddings.manifest.inputs["images"].split("/")[1])
+    outcome, made = run(store, embeddings, k=2)
+    assert outcome.preview is None
+    assert made.rows == 12
+
+
+def test_more_neighbours_than_images_is_an_error_with_the_numbers(store: ArtifactStore, embeddings: Artifact) -> None:
+    with pytest.raises(
+        SourceError, match=r"k is 12, but each of the 12 images has only 11 others: set stages\.near\.k"
+    ):
+        run(store, embeddings, k=12)
+
+
+def test_recall_of_an_approximate_index_is_in_the_manifest(store: ArtifactStore, embeddings: Artifact) -> None:
+    outcome, made = run(store, embeddings, k=3, index="hnsw", recall_sample=5)
+    assert made.manifest.notes["recall"] == outcome.metrics["recall"] == 1.0
+    assert made.manifest.notes["recall_sample"] == 5
