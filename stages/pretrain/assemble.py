@@ -48,6 +48,7 @@ def assemble(
     method = config.method.build(
         encoder, total_steps=total_steps, steps_per_epoch=steps_per_epoch, global_batch=config.batch_size
     )
+    method.use_sources([source.role for source in sources])
     data = TrainData(
         sources,
         method.view_plan(),
@@ -61,7 +62,7 @@ def assemble(
         mean=encoder.mean,
         std=encoder.std,
     )
-    return Run(method, data, config, config.method.weights, total_steps, steps_per_epoch, device)
+    return Run(method, data, config, config.method.term_weights(), total_steps, steps_per_epoch, device)
 
 
 def image_sources(config: PretrainConfig, inputs: Mapping[str, Artifact]) -> list[ImageSource]:

@@ -58,6 +58,18 @@ def gather(value: Tensor) -> Tensor:
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
 
+def gather_with_gradient(value: Tensor) -> Tensor:
+    """Rows of all ranks, (ranks * n, ...), in rank order. Every rank holds the same number of rows.
+
+    The backward pass sums the ranks' gradients of a row. A loss of all rows that every rank computes alike, or whose
+    share each rank computes as in `Method.compute_terms`, then gets the gradient of one process with the whole batch.
+    """
+    if world_size() == 1:
+        return value
+    rows: Tensor = _RowsOfAllRanks.apply(value)
+    return rows
+
+
 def _reduced(value: Tensor, operation: Any) -> Tensor:
     if world_size() == 1:
         return value.detach()
@@ -74,3 +86,17 @@ class _MeanOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return all_reduce_sum(grads[0]) / world_size()
+
+
+class _RowsOfAllRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.count = len(value)
+        parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(world_size())]
+        dist.all_gather(parts, value.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        start = rank() * ctx.count
+        return all_reduce_sum(grads[0].contiguous())[start : start + ctx.count]

@@ -55,7 +55,7 @@ def _write(config: PretrainConfig, context: Context, method: Any, progress: Prog
     context.output.put_file("curves.parquet", curves_table(progress.curves))
     context.output.put_file("preview.png", preview_png(encoder, progress.curves, config, context.inputs))
     last = progress.curves[-1]
-    terms = [name for name in (*config.method.terms, "total") if name in last]
+    terms = [name for name in (*config.method.term_weights(), "total") if name in last]
     return Outcome(
         metrics={**{name: last[name] for name in terms}, "images_per_s": last["images_per_s"]},
         counts={"steps": progress.step, **{f"skipped: {reason}": n for reason, n in progress.skipped.items()}},

@@ -75,6 +75,11 @@ class Method(nn.Module, ABC):
     def encoder(self) -> Encoder:
         """What is evaluated and exported: the teacher where there is one."""
 
+    def representation(self) -> nn.Module | None:
+        """What turns the student's views into `Features`, where it is not the encoder that `build` was given (MAE's
+        sees a part of the image). A regulariser around the method listens to its forward passes (dsa.py)."""
+        return None
+
     def diagnostics(self) -> dict[str, float]:
         """Cheap numbers about the last step worth a curve: teacher entropy, prototype usage, ..."""
         return {}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.stage import Settings
 
@@ -20,15 +21,33 @@ class MethodSettings(Settings):
 
     variant_group: ClassVar[str | None] = "tessera.methods"
     terms: ClassVar[tuple[str, ...]]  # the names that `weights` may scale
+    default_weights: ClassVar[Mapping[str, float]] = {}  # where a paper's weights are not 1; the config's come on top
 
     name: str = Field(description="entry point in the group tessera.methods")
-    weights: dict[str, float] = Field(default_factory=dict, description="term -> weight; unnamed terms weigh 1")
+    weights: dict[str, float] = Field(
+        default_factory=dict,
+        validate_default=True,
+        description="term -> weight; the others keep the method's own, 1 unless it says otherwise",
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _on_top_of_the_defaults(cls, weights: dict[str, float]) -> dict[str, float]:
+        return {**cls.default_weights, **weights}  # all of them: what weighed a term belongs to the fingerprint
 
     @model_validator(mode="after")
     def _weights_name_terms(self) -> MethodSettings:
         unknown = sorted(set(self.weights) - set(self.terms))
         if unknown:
             raise ValueError(f"weights: no such term {', '.join(unknown)}; {self.name} has {', '.join(self.terms)}")
+        return self
+
+    def term_weights(self) -> dict[str, float]:
+        """Every term with its weight, in the method's order: what the loop sums."""
+        return {term: self.weights.get(term, 1.0) for term in self.terms}
+
+    def as_host(self) -> MethodSettings:
+        """These settings where a regulariser that compares two views of an image wraps the method (DSA)."""
         return self
 
     @abstractmethod
