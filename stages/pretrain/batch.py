@@ -22,7 +22,6 @@ class Batch:
     labels: dict[str, Tensor] = field(default_factory=dict)  # name -> (V, B, S, S) int64, -1 outside
     extras: dict[str, Tensor] = field(default_factory=dict)  # whatever the method's drawer stacked, (B, ...)
     neighbor_ids: Tensor | None = None  # (B,) int64: the image behind views of="neighbor"; -1 where none
-    roles: tuple[str, ...] = ("objects",)  # of each source: "objects" or "scenes"
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> images replaced while this batch was made
     seed: int = 0  # of this step, equal on all ranks: for random choices inside compute_terms
     offset: int = 0  # index of this rank's first row in the global batch
@@ -44,10 +43,6 @@ class Batch:
             extras={name: move(extra) for name, extra in self.extras.items()},
             neighbor_ids=None if self.neighbor_ids is None else move(self.neighbor_ids),
         )
-
-    def has_role(self, role: str) -> Tensor:
-        """(B,) bool: the images whose source has this role."""
-        return torch.tensor([name == role for name in self.roles], device=self.source.device)[self.source]
 
     def generator(self, image_id: int | None = None) -> torch.Generator:
         """A CPU generator for this step (or this step and image): the same on every rank and world size."""

@@ -77,7 +77,6 @@ class TrainData:
         self.reader = Reader(sources, plan, seed, render=renderer == "cpu")
         self.share, self.offset = global_batch // world_size, rank * (global_batch // world_size)
         self.seed, self.workers, self.renderer = seed, workers, renderer
-        self.roles = tuple(source.role for source in sources)
         self.mean, self.std = tuple(float(x) for x in mean), tuple(float(x) for x in std)
         self.skipped: dict[str, int] = {}
         self.problems: dict[str, str] = {}
@@ -109,7 +108,7 @@ class TrainData:
                 if len(self.problems) < MAX_PROBLEMS:
                     self.problems[skip.key] = skip.detail or skip.reason
         batch.seed = _step_seed(self.seed, parts[0].step)
-        batch.offset, batch.roles = self.offset, self.roles
+        batch.offset = self.offset
         return batch
 
     def _parts(self, start: int, stop: int) -> Iterator[Part]:

@@ -1,0 +1,64 @@
+"""A contact sheet of one batch: every image's views side by side, with the rectangles that they share drawn in.
+
+Each image is one row. Its first view carries a numbered rectangle for every other view, and that view carries the
+same rectangle under the same number: equal numbers must show the same thing (mirrored where the caption says so).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stages.pictures import draw_boxes, grid
+from stages.pretrain.batch import Batch
+from stages.pretrain.views.geometry import flipped, overlap
+from stages.pretrain.views.plan import ViewPlan
+
+
+def view_sheet(
+    batch: Batch,
+    plan: ViewPlan,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    images: int = 4,
+    side: int = 200,
+    title: str | None = None,
+) -> bytes:
+    """PNG of the views of the batch's first `images` images; `mean` and `std` are those they were normalised with."""
+    neighbors = {spec.name for spec in plan.views if spec.of == "neighbor"}
+    names = [(name, v) for name, views in batch.views.items() for v in range(len(views))]
+    first = next((name, v) for name, v in names if name not in neighbors)
+    pictures, captions = [], []
+    for b in range(min(images, len(batch))):
+        anchor = batch.affines[first[0]][first[1], b].cpu()
+        anchor_size = batch.views[first[0]].shape[-1]
+        numbered: list[tuple[str, NDArray[np.float32]]] = []
+        row = []
+        for number, (name, v) in enumerate(names):
+            affine, size = batch.affines[name][v, b].cpu(), batch.views[name].shape[-1]
+            caption = f"{name} {v}{', mirrored' if flipped(affine) else ''}"
+            boxes = []
+            if (name, v) != first and name not in neighbors:
+                there, here, valid = overlap(anchor, affine, anchor_size, size)
+                if valid:
+                    numbered.append((str(number), there.numpy()))
+                    boxes = [(str(number), here.numpy())]
+            if name in neighbors and batch.neighbor_ids is not None:
+                caption = f"{name}: image {int(batch.neighbor_ids[b])}"
+            row.append((_pixels(batch.views[name][v, b], mean, std), boxes, caption))
+        at = names.index(first)
+        row[at] = (row[at][0], numbered, f"image {int(batch.image_ids[b])}: {row[at][2]}")
+        for picture, shared, caption in row:
+            corners = np.array([box for _, box in shared], np.float32).reshape(-1, 4)
+            pictures.append(draw_boxes(picture, corners, [number for number, _ in shared], side=side))
+            captions.append(caption)
+    return grid(pictures, len(names), captions, cell=side, title=title)
+
+
+def _pixels(view_3SS: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
+    values = view_3SS.detach().float().cpu().permute(1, 2, 0).numpy() * np.array(std) + np.array(mean)
+    return np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)

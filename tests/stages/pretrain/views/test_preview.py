@@ -1,0 +1,36 @@
+"""The contact sheet opens, and marks what two views share."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from stages.images import decode
+from stages.pretrain.batch import Batch
+from stages.pretrain.views.geometry import crop_affine
+from stages.pretrain.views.plan import ViewPlan, ViewSpec
+from stages.pretrain.views.preview import view_sheet
+
+
+def test_a_sheet_shows_every_view_and_the_overlaps() -> None:
+    whole = crop_affine(torch.tensor([0.0, 0, 64, 64]), 32)
+    part = crop_affine(torch.tensor([16.0, 16, 48, 48]), 16, flip=True)
+    views = {"global": torch.zeros(1, 2, 3, 32, 32), "local": torch.zeros(2, 2, 3, 16, 16)}
+    views["neighbor"] = torch.ones(1, 2, 3, 32, 32)
+    affines = {
+        "global": whole.expand(1, 2, 2, 3),
+        "local": part.expand(2, 2, 2, 3),
+        "neighbor": whole.expand(1, 2, 2, 3),
+    }
+    ids = torch.arange(2)
+    batch = Batch(ids, torch.zeros(2, dtype=torch.int64), views, affines, neighbor_ids=ids)
+    plan = ViewPlan((ViewSpec("global", 32), ViewSpec("local", 16, 2), ViewSpec("neighbor", 32, of="neighbor")))
+    marked = decode(view_sheet(batch, plan, (0, 0, 0), (1, 1, 1)))
+    far = crop_affine(torch.tensor([70.0, 70, 90, 90]), 16)
+    batch.affines["local"] = far.expand(2, 2, 2, 3)
+    plain = decode(view_sheet(batch, plan, (0, 0, 0), (1, 1, 1)))
+    assert marked.shape == plain.shape
+    assert marked.shape[1] > 4 * 200
+    changed = np.abs(marked.astype(int) - plain).max(2) > 60
+    assert changed[:, : marked.shape[1] // 4].any()  # in the first view
+    assert changed[:, marked.shape[1] // 4 :].any()  # and in the local ones
