@@ -172,8 +172,11 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
             [pixels[test.ids[i]] for i in shown],
             [[pixels[train.ids[row]] for row in near] for near in voters],
             [[classes[int(train.labels[row])] for row in near] for near in voters],
-            query_captions=[f"{classes[int(test.labels[i])]} -> {classes[int(result.predictions[i])]}" for i in shown],
-            title="Test images (truth -> prediction) and the train images nearest to them",
+            query_captions=[
+                f"{truth} (right)" if truth == given else f"{truth} -> {given}"
+                for truth, given in ((classes[int(test.labels[i])], classes[int(result.predictions[i])]) for i in shown)
+            ],
+            title="Test images (truth -> prediction), each beside the train images that voted most",
         )
         context.output.put_file("preview.png", sheet)
 

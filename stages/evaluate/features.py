@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import SourceError
 from stages.images import ImageError
-from stages.tables import iter_batches
+from stages.tables import iter_batches, open_shard
 
 if TYPE_CHECKING:
     from pipeline.store import Artifact
@@ -23,12 +23,21 @@ Row = Mapping[str, Any]
 
 
 def rows(images: Artifact, columns: Sequence[str], wanted: set[int] | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of an `images` artifact in the order of their ids, streamed; `wanted` keeps those ids only."""
+    """Rows of an `images` artifact in the order of their ids, streamed.
+
+    `wanted` keeps those ids only; pixels of parts that hold none of them are never read.
+    """
     names = ["image_id", *(name for name in columns if name != "image_id")]
     for entry in images.shards():
-        for batch in iter_batches(images, entry, names):
-            ids = batch.column("image_id").to_pylist()
-            for i, image_id in enumerate(ids):
+        span = None
+        if wanted is not None:
+            ids = open_shard(images, entry, ["image_id"])["image_id"].to_pylist()
+            held = [row for row, image_id in enumerate(ids) if image_id in wanted]
+            if not held:
+                continue
+            span = held[0], held[-1] + 1
+        for batch in iter_batches(images, entry, names, rows=span):
+            for i, image_id in enumerate(batch.column("image_id").to_pylist()):
                 if wanted is None or image_id in wanted:
                     yield {name: batch.column(name)[i].as_py() for name in names}
 

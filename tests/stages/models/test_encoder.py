@@ -14,6 +14,7 @@ from torch import nn
 
 from pipeline.errors import SourceError, UsageError
 from stages.models.encoder import Encoder
+from stages.models.object_aware_filter import ObjectAwareFilter
 from stages.models.settings import Backbone
 
 TINY = {"embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -232,3 +233,22 @@ def test_rules_of_backbones(backbone, rule) -> None:
 def test_settings_import_no_torch() -> None:
     code = "import sys, stages.models.settings; assert not {'torch', 'timm', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("placement", ["post", "pre_last"])
+def test_filter_travels_with_the_encoder(placement, tmp_path) -> None:
+    encoder = Encoder.build(VIT)
+    bare = features_of(encoder, 64, 64)
+    encoder.filter = ObjectAwareFilter(48, prototypes=5, heads=3, placement=placement)
+    filtered = features_of(encoder, 64, 64)
+    assert encoder.width == filtered.map.shape[1] == (96 if placement == "post" else 48)
+    assert filtered.vector.shape[1] == encoder.vector_width
+    assert torch.equal(filtered.map[:, :48], bare.map) == (placement == "post")
+    files = encoder.save(tmp_path)
+    assert [file.name for file in files] == ["encoder.safetensors", "encoder.json", "filter.safetensors"]
+    loaded = Encoder.load(tmp_path)
+    assert torch.equal(features_of(loaded, 64, 64).map, filtered.map)
+    assert torch.equal(features_of(loaded, 64, 64).vector, filtered.vector)
+    twin = encoder.untrained_twin(0)
+    assert twin.width == encoder.width
+    assert not torch.equal(twin.filter.prototypes, encoder.filter.prototypes)
