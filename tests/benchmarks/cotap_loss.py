@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from stages.pretrain.losses.cotap_ranking import cotap_ranking_loss
+from tests.benchmarks.results import write_section
 from tests.golden.cotap_reference import RowChunked
 
 TAU1, TAU2, ROWS = -0.2, 0.5, 128
@@ -81,20 +82,31 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--full", action="store_true", help="time every row of the double loop at n = 38416")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--write", action="store_true", help="put the figures into RESULTS.md")
     arguments = parser.parse_args()
     device, repeats = arguments.device, arguments.repeats
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, best of {repeats}")
+    lines = []
+
+    def say(line: str) -> None:
+        lines.append(f"- {line}")
+        print(line, flush=True)
+
+    say(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, best of {repeats}")
     times = {}
     for n in (2401, 38416):
         times[n] = fast(n, 1, device, repeats)
         loop, whole = slow(n, device, min(repeats, 3), full=arguments.full)
         note = "" if whole else " (scaled from its first rows)"
-        print(f"n={n}: {times[n]:.2f} ms; double loop {loop:.1f} ms{note}: {loop / times[n]:.0f} times")
-    print(f"time(38416) / time(2401) = {times[38416] / times[2401]:.1f}")
+        say(f"n={n}: {times[n]:.2f} ms; double loop {loop:.1f} ms{note}: {loop / times[n]:.0f} times")
+    say(f"time(38416) / time(2401) = {times[38416] / times[2401]:.1f}")
     batch = fast(2401, 32, device, repeats)
-    print(f"32 pairs of n=2401: {batch:.1f} ms = {batch / times[2401]:.1f} times one pair")
+    say(f"32 pairs of n=2401: {batch:.1f} ms = {batch / times[2401]:.1f} times one pair")
     if device == "cpu":
-        print(f"extra memory at n=38416: {extra_memory_mib(38416):.0f} MiB")
+        say(f"extra memory at n=38416: {extra_memory_mib(38416):.0f} MiB")
+    if arguments.write:
+        write_section(
+            "CoTAP ranking loss", f"python -m tests.benchmarks.cotap_loss --device {device}", "\n".join(lines)
+        )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 # Patch pairs worked on at once: what fits a CPU core's cache, what fills a GPU.
@@ -77,19 +78,21 @@ def _loss_and_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     n = p_BN.shape[1]
     # From here on everything is in the order of p, in units of the margin, around the mean (smaller squares).
-    sorted_p_BN, order_BN = p_BN.double().sort(dim=1)
+    sorted_p_BN, order_BN = p_BN.sort(dim=1)
+    sorted_p_BN = sorted_p_BN.double()
     y_BN = (sorted_p_BN - sorted_p_BN.mean(dim=1, keepdim=True)) / tau2
     q_BN = q_BN.gather(1, order_BN)
-    sorted_q_BN = q_BN.sort(dim=1).values
+    sorted_q_BN, by_q_BN = q_BN.sort(dim=1)
     smaller_q_BN = torch.searchsorted(sorted_q_BN, q_BN)  # #{j: q_j < q_i}
-    here_BN = torch.searchsorted(y_BN, y_BN)  # #{j: p_j < p_i}
+    here_BN = torch.searchsorted(sorted_p_BN, sorted_p_BN)  # #{j: p_j < p_i}
     below_BN = torch.searchsorted(y_BN, y_BN - 1, right=True)  # #{j: p_j <= p_i - tau2}: h is 0 for those
 
     ones_BN = torch.ones_like(y_BN)
     summands_BSN = torch.stack([ones_BN, y_BN, y_BN * y_BN], dim=1)
     here_BSN, below_BSN = dominated_sums(smaller_q_BN, summands_BSN, torch.stack([here_BN, below_BN]))
     # Split {q_j < q_i} at p_i: the linear branch has p_j >= p_i, the quadratic one p_i - tau2 < p_j < p_i.
-    all_y_BN = _sum_of_smaller(y_BN, q_BN, smaller_q_BN)
+    running_y_BN = functional.pad(y_BN.gather(1, by_q_BN).cumsum(dim=1), (1, 0))
+    all_y_BN = running_y_BN.gather(1, smaller_q_BN)  # sum of y_j over {q_j < q_i}
     count_BN, linear_y_BN = smaller_q_BN - here_BSN[:, 0], all_y_BN - here_BSN[:, 1]
     count2_BN, y2_BN, yy2_BN = (here_BSN - below_BSN).unbind(1)
     u_BN = 1 - y_BN
@@ -119,13 +122,6 @@ def _loss_and_gradient(
     return loss_B, torch.zeros_like(grad_BN).scatter_(1, order_BN, grad_BN).to(p_BN.dtype)
 
 
-def _sum_of_smaller(value_BN: Tensor, q_BN: Tensor, smaller_BN: Tensor) -> Tensor:
-    """Sum of value_j over {j : q_j < q_i}, given how many those are."""
-    order_BN = q_BN.argsort(dim=1)
-    running_BN = torch.nn.functional.pad(value_BN.gather(1, order_BN).cumsum(dim=1), (1, 0))
-    return running_BN.gather(1, smaller_BN)
-
-
 def dominated_sums(level_BN: Tensor, summands_BSN: Tensor, ends_EBN: Tensor) -> Tensor:
     """For every i and end e: the sums over {j < e_i : level_j < level_i}. Shape (E, B, S, N).
 
@@ -139,43 +135,43 @@ def dominated_sums(level_BN: Tensor, summands_BSN: Tensor, ends_EBN: Tensor) -> 
         ends_EBN: integers in [0, N].
     """
     ends, (batch, terms, n) = len(ends_EBN), summands_BSN.shape
-    radix, device = 1 << RADIX_BITS, level_BN.device
+    radix, device, stride = 1 << RADIX_BITS, level_BN.device, n + 1
     digits = max(1, -(-max(1, (n - 1).bit_length()) // RADIX_BITS))
-    sums_EBSN = summands_BSN.new_zeros(ends, batch, terms, n)
+    # Both ends side by side, so that one gather looks up all queries of an image pair.
+    ends_BX = ends_EBN.transpose(0, 1).flatten(1)
+    sums_BSX = summands_BSN.new_zeros(batch, terms, ends * n)
     # What lies before a block of equal leading digits is subtracted at the end, once for each level value.
     before_BSV = summands_BSN.new_zeros(batch, terms, radix**digits)
     starts_BK = level_BN.new_zeros(batch, 1)  # where each block starts, blocks in the order of their digits
-    all_digits = torch.arange(radix, device=device)[:, None]
-    row_B = torch.arange(batch, device=device)[:, None] * (radix * (n + 1))
-    element_BN, ends_EBN = level_BN, ends_EBN.clone()
-    less_BSRN = summands_BSN.new_zeros(batch, terms, radix, n + 1)
-    moved_BRN = level_BN.new_zeros(batch, radix, n + 1)
+    digit_R1 = torch.arange(radix, device=device)[:, None]
+    index_N = torch.arange(n, device=device)
+    element_BN = level_BN
+    # Before position x: the sum over smaller digits [d, x], and where the elements with that digit go to [d, x].
+    less_BSRN = summands_BSN.new_zeros(batch, terms, radix, stride)
+    moved_BRN = level_BN.new_zeros(batch, radix, stride)
     for shift in range(RADIX_BITS * (digits - 1), -1, -RADIX_BITS):
         digit_BN = (element_BN >> shift) & (radix - 1)
         for d in range(1, radix):
-            masked = summands_BSN * (digit_BN < d)[:, None]
-            torch.cumsum(masked, dim=2, out=less_BSRN[:, :, d, 1:])
-        query_BN = row_B + ((level_BN >> shift) & (radix - 1)) * (n + 1)
-        where_EBN = query_BN + ends_EBN
-        tables_SX = less_BSRN.transpose(0, 1).reshape(terms, -1)
-        sums_EBSN += tables_SX[:, where_EBN.flatten()].reshape(terms, ends, batch, n).permute(1, 2, 0, 3)
-        # The same look-up at the block starts.
-        block = starts_BK.shape[1]
-        begin_BRK = (row_B[:, :, None] + all_digits[None] * (n + 1)) + starts_BK[:, None]
-        begun = tables_SX[:, begin_BRK.flatten()].reshape(terms, batch, radix, block).permute(1, 0, 3, 2)
-        before_BSV.view(batch, terms, block, radix, -1).add_(begun[..., None])
+            torch.cumsum(summands_BSN * (digit_BN < d)[:, None], dim=2, out=less_BSRN[:, :, d, 1:])
+        row_BX = (((level_BN >> shift) & (radix - 1)) * stride).repeat(1, ends)
+        where_BX = row_BX + ends_BX
+        begin_BY = (digit_R1 * stride + starts_BK[:, None]).flatten(1)  # the same look-up at the block starts
+        less_BSY = less_BSRN.flatten(2)
+        sums_BSX += less_BSY.gather(2, where_BX[:, None].expand(-1, terms, -1))
+        begun_BSRK = less_BSY.gather(2, begin_BY[:, None].expand(-1, terms, -1)).reshape(batch, terms, radix, -1)
+        before_BSV.view(batch, terms, starts_BK.shape[1], radix, -1).add_(begun_BSRK.transpose(2, 3)[..., None])
         if shift == 0:
             break
-        same_BRN = digit_BN[:, None] == all_digits
-        torch.cumsum(same_BRN, dim=2, out=moved_BRN[:, :, 1:])
+        torch.cumsum(digit_BN[:, None] == digit_R1, dim=2, out=moved_BRN[:, :, 1:])
+        moved_BRN[:, :, 0] = 0
         total_BR = moved_BRN[:, :, -1]
         moved_BRN += (total_BR.cumsum(dim=1) - total_BR)[:, :, None]
-        target_BN = moved_BRN.flatten()[row_B + digit_BN * (n + 1) + torch.arange(n, device=device)]
-        ends_EBN = moved_BRN.flatten()[where_EBN]
-        starts_BK = moved_BRN.flatten()[begin_BRK].transpose(1, 2).flatten(1)
+        moved_BY = moved_BRN.flatten(1)
+        target_BN = moved_BY.gather(1, digit_BN * stride + index_N)
+        ends_BX = moved_BY.gather(1, where_BX)
+        starts_BK = moved_BY.gather(1, begin_BY).reshape(batch, radix, -1).transpose(1, 2).flatten(1)
         element_BN = torch.empty_like(element_BN).scatter_(1, target_BN, element_BN)
-        summands_BSN = torch.empty_like(summands_BSN).scatter_(
-            2, target_BN[:, None].expand(-1, terms, -1), summands_BSN
-        )
-        moved_BRN[:, :, 0] = 0
-    return sums_EBSN - before_BSV.gather(2, level_BN[:, None].expand(-1, terms, -1))
+        target_BSN = target_BN[:, None].expand(-1, terms, -1)
+        summands_BSN = torch.empty_like(summands_BSN).scatter_(2, target_BSN, summands_BSN)
+    before_BSN = before_BSV.gather(2, level_BN[:, None].expand(-1, terms, -1))
+    return (sums_BSX.reshape(batch, terms, ends, n) - before_BSN[:, :, None]).permute(2, 0, 1, 3)
