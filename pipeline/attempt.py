@@ -110,8 +110,11 @@ def attempts_folder(artifact: str) -> str:
 def begin(objects: Objects, artifact: str) -> Attempt:
     """A new attempt that continues where dead ones stopped, and takes their place."""
     others = [Attempt(objects, artifact, name) for name in objects.folders(attempts_folder(artifact))]
-    dead = [other for other in others if not is_live(other)]
+    dead = [other for other in others if other.exists() and not is_live(other)]  # one without a marker is being made
     attempt = Attempt(objects, artifact, f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}")
+    LIVE[attempt.id] = 1
+    marker = {"owner": this_process().to_dict(), "lease": held_token(objects, artifact), "since": time.time()}
+    attempt._put("attempt.json", marker)  # before anything else: without it everybody takes the attempt for dead
     files: dict[str, Finished] = {}
     records: dict[str, dict[str, Any]] = {}
     for other in sorted(dead, key=lambda other: other.id):  # by age: the youngest has the last word
@@ -120,9 +123,6 @@ def begin(objects: Objects, artifact: str) -> Attempt:
     parts = _intact(objects, artifact, [file for name, file in files.items() if is_part(name)]) if files else []
     adopted = {"files": [part.to_dict() for part in parts], "records": records}
     attempt._put("adopted.json", adopted)
-    marker = {"owner": this_process().to_dict(), "lease": held_token(objects, artifact), "since": time.time()}
-    attempt._put("attempt.json", marker)
-    LIVE[attempt.id] = 1
     for other in dead:
         other.delete()
     return attempt

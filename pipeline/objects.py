@@ -87,6 +87,11 @@ class Objects:
                 tag = obstore.put(self._client(write=True), path, data, mode=mode)["e_tag"] or ""
             except obstore.exceptions.AlreadyExistsError:
                 raise Conflict(path) from None
+            except FileNotFoundError:
+                if self.folder is None or not isinstance(data, bytes):
+                    raise
+                # Somebody deleted the folder between its making and the file's: gc, or who cleans up after a commit.
+                tag = obstore.put(self._client(write=True), path, data, mode=mode)["e_tag"] or ""
             if self.folder is None:
                 return tag
             if durable:
@@ -210,8 +215,12 @@ class Objects:
         if self.folder is None:
             self.delete([found.path for found in self.walk(prefix)])
             return
-        with self._explained("delete", prefix), suppress(FileNotFoundError):
-            shutil.rmtree(self.folder / prefix)
+        with self._explained("delete", prefix):
+            for _ in range(20):  # others may be deleting, or still writing, in the same folder
+                shutil.rmtree(self.folder / prefix, ignore_errors=True)
+                if not (self.folder / prefix).exists():
+                    return
+            shutil.rmtree(self.folder / prefix)  # says why it cannot
 
     def _exists(self) -> bool:
         return self.folder is None or self.folder.is_dir()

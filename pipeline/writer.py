@@ -139,7 +139,7 @@ class ArtifactWriter:
         files = self._attempt.files()
         taken = not replace and self._objects.get(f"{self.name}/{MANIFEST}") is not None
         if taken or not self._attempt.exists():
-            return self._adopt(files)
+            return self._adopt()
         listing = {found.path: found for found in self._objects.walk(self.name)}
         for finished in files.values():
             reason = attempts.stored_reason(self._objects, self.name, finished, listing)
@@ -153,10 +153,10 @@ class ArtifactWriter:
         try:
             self._objects.put(f"{self.name}/{MANIFEST}", data, create=not replace)
         except Conflict:
-            return self._adopt(files)
+            return self._adopt()
         artifact = Artifact(self._objects, Manifest.from_bytes(data, self.kind, self.fingerprint))
         write_memo(artifact, _settled(artifact, listing))
-        self._clean_up(artifact, files)
+        self._clean_up(artifact)
         return artifact
 
     def close(self) -> None:
@@ -186,7 +186,7 @@ class ArtifactWriter:
         created = {"created": datetime.now(UTC).isoformat(timespec="seconds")}
         return Manifest.model_validate(plain({**created, **fields, **fixed}))
 
-    def _adopt(self, files: dict[str, Finished]) -> Artifact:
+    def _adopt(self) -> Artifact:
         """The artifact that another run committed first. Raises: ArtifactDamaged, or StoreError when there is none."""
         artifact = load(self._objects, self.kind, self.fingerprint)
         if artifact is None:
@@ -194,17 +194,15 @@ class ArtifactWriter:
                 f"{self.name} cannot be committed: its unfinished parts are gone from {self._objects.address} "
                 "(deleted while it was computed: by hand, or by `tessera artifacts gc`; run the same command again)"
             )
-        self._clean_up(artifact, files)
+        self._clean_up(artifact)
         return artifact
 
-    def _clean_up(self, artifact: Artifact, files: dict[str, Finished]) -> None:
+    def _clean_up(self, artifact: Artifact) -> None:
         """Remove what only this attempt needed, and all leftovers when nobody else is writing."""
         self.close()
         wanted = {entry.stored for entry in artifact.manifest.files} | {MANIFEST}
         others = attempts.live_attempts(self._objects, self.name, besides=self._attempt.id)
-        if others:
-            unwanted = [f.entry.stored for f in files.values() if f.entry.stored not in wanted]
-            self._objects.delete([f"{self.name}/{stored}" for stored in unwanted])
+        if others:  # they may have put files of the same name: the last one sweeps
             self._attempt.delete()
             return
         prefix = f"{self.name}/"

@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, StoreError
-from pipeline.store import Artifact, ArtifactStore, ArtifactWriter
+from pipeline.integrity import content_reason
+from pipeline.objects import Objects
+from pipeline.store import Artifact, ArtifactStore, ArtifactWriter, FileEntry
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -161,6 +163,40 @@ def test_a_manifest_in_another_artifacts_folder_is_not_believed(store: ArtifactS
     store.objects.put("images/def/manifest.json", data)
     with pytest.raises(ArtifactDamaged, match="it belongs to images/abc"):
         store.find("images", "def")
+
+
+def test_a_flip_within_one_tick_of_the_disks_clock_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.objects.file_tag", lambda stat: "the same tick")
+    store = ArtifactStore(tmp_path)
+    artifact = make(store)
+    assert store.check(artifact) == []
+    stored = spoil(artifact, "preview.png", flip)
+    assert [damage.file for damage in store.check(artifact)] == [stored]
+
+
+def test_a_check_reads_nothing_that_was_not_touched(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def counted(objects: Objects, path: str, entry: FileEntry) -> str:
+        read.append(entry.name)
+        return content_reason(objects, path, entry)
+
+    monkeypatch.setattr("pipeline.integrity.content_reason", counted)
+    for module in ("integrity", "writer"):  # files count as old enough for their tags to be trusted, without waiting
+        monkeypatch.setattr(f"pipeline.{module}.GRAIN_NS", -(10**18))
+    artifact = make(store)
+    assert store.check(artifact) == []
+    assert read == []  # what was just written needs no reading
+    spoil(artifact, "preview.png", lambda data: data)  # written anew, the same
+    assert store.check(artifact) == []
+    assert store.check(artifact) == []
+    bucket = store.address.startswith("s3://")  # whose tags are made of the content
+    assert read == ([] if bucket else ["preview.png"])
+    read.clear()
+    store.objects.delete([f".tessera/memo/{artifact.name}.json"])
+    assert store.check(artifact) == []
+    assert store.check(artifact) == []
+    assert len(read) == 4
 
 
 def test_a_damaged_artifact_is_discarded_and_made_again(store: ArtifactStore) -> None:

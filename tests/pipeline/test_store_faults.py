@@ -115,7 +115,7 @@ def test_the_lease_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> 
     process.send_signal(signal.SIGKILL)
     time.sleep(0.2)  # not waited for: it stays behind as a zombie, which counts as dead
     began = time.monotonic()
-    lease.acquire(lambda holder: waited_for.append(str(holder)))
+    lease.acquire(lambda holder: waited_for.append(str(holder)), timeout=10)
     assert time.monotonic() - began < 2.0
     lease.release()
     process.wait()
