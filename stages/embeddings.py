@@ -59,7 +59,7 @@ class Embeddings(Stage[EmbeddingsConfig]):
         from stages.tables import SCHEMAS
 
         config, images = self.config, context.inputs["images"]
-        source = context.inputs["encoder"] if config.backbone is None else config.backbone
+        source = context.inputs["encoder"] if config.backbone is None else config.backbone.anywhere()
         arguments: tuple[Any, ...] = (source, config.pooling, config.precision, config.seed, config.crop, context.name)
         fit = functools.partial(prepare, resize=config.resize, crop=config.crop)
         gpu = ray.cluster_resources().get("GPU", 0) >= 1

@@ -3,6 +3,7 @@ what did not match."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,17 +51,13 @@ def load_checkpoint(model: nn.Module, address: str, *, say: Callable[[str], None
 
 def read_weights(address: str) -> dict[str, Tensor]:
     """The flat name -> tensor mapping of a .safetensors or a torch file (weights only, nothing is executed)."""
-    if "://" in address:
-        raise SourceError(f"checkpoint {address}: weights are read from local files; copy it beside the config first")
-    path = Path(address)
-    if not path.is_file():
-        raise SourceError(f"checkpoint {address}: there is no such file; correct backbone.checkpoint")
+    data = _read(address)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+        if address.endswith(".safetensors"):
+            from safetensors.torch import load
 
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            return load(data)
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # every way a file can be broken ends in the same sentence
         raise SourceError(
             f"checkpoint {address}: not a readable file of weights ({type(error).__name__}: {_first_line(error)}); "
@@ -79,6 +76,20 @@ def read_weights(address: str) -> dict[str, Tensor]:
     if not found:
         raise SourceError(f"checkpoint {address}: holds no named tensors; save the network's state dict")
     return found
+
+
+def _read(address: str) -> bytes:
+    """The bytes of a local path, or of a file in a bucket (`s3://bucket/file.pth`). Raises: SourceError, StoreError."""
+    if "://" in address:
+        from pipeline.store import ArtifactStore
+
+        folder, _, name = address.rpartition("/")
+        data = ArtifactStore(folder).objects.get(name)
+    else:
+        data = Path(address).read_bytes() if Path(address).is_file() else None
+    if data is None:
+        raise SourceError(f"checkpoint {address}: there is no such file; correct backbone.checkpoint")
+    return data
 
 
 def strip_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +24,8 @@ from stages.models.checkpoints import load_checkpoint
 from stages.models.positions import interpolate_plus_tenth, sincos_table
 from stages.models.settings import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from stages.models.timm_names import timm_kwargs
+
+_LOG = logging.getLogger(__name__)
 
 
 class Features(NamedTuple):
@@ -231,10 +234,10 @@ class Encoder(nn.Module):
     # -- making --------------------------------------------------------------------------------------------
 
     @classmethod
-    def build(cls, backbone: Backbone, *, say: Callable[[str], None] = lambda line: None) -> Encoder:
+    def build(cls, backbone: Backbone, *, say: Callable[[str], None] = _LOG.warning) -> Encoder:
         """The encoder a config describes; random weights come from torch's global generator.
 
-        `say` hears which keys of a checkpoint did not match.
+        `say` hears which keys of a checkpoint did not match; by default it is a warning in the log.
         Raises: UsageError for a name or an option that timm does not have, SourceError for an unusable checkpoint.
         """
         kwargs = timm_kwargs(backbone)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -50,3 +51,9 @@ class Backbone(Settings):
     def untrained(self) -> Backbone:
         """The same shape without any weights to load."""
         return self.model_copy(update={"pretrained": False, "checkpoint": None})
+
+    def anywhere(self) -> Backbone:
+        """The same with an absolute checkpoint path: a worker's working folder is not the driver's."""
+        if self.checkpoint is None or "://" in self.checkpoint:
+            return self
+        return self.model_copy(update={"checkpoint": str(Path(self.checkpoint).absolute())})

@@ -196,6 +196,17 @@ def test_checkpoint_with_another_grid_is_interpolated(tmp_path) -> None:
     assert len(said) == 1, said
 
 
+def test_checkpoint_by_address_and_from_another_working_folder(tmp_path, monkeypatch) -> None:
+    trained = Encoder.build(VIT).model.state_dict()
+    save_file(trained, tmp_path / "w.safetensors")
+    by_address = VIT.model_copy(update={"checkpoint": f"file://{tmp_path}/w.safetensors"})
+    monkeypatch.chdir(tmp_path)
+    by_path = VIT.model_copy(update={"checkpoint": "w.safetensors"}).anywhere()
+    monkeypatch.chdir("/")
+    for backbone in (by_address, by_path):
+        assert torch.equal(Encoder.build(backbone).model.patch_embed.proj.weight, trained["patch_embed.proj.weight"])
+
+
 def test_checkpoint_where_nothing_fits_is_refused(tmp_path) -> None:
     save_file({"layer.weight": torch.zeros(3, 3)}, tmp_path / "w.safetensors")
     with pytest.raises(SourceError, match=r"none of its 1 tensors fits .*layer\.weight.*name the timm model"):
