@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from pydantic import ValidationError
 
+from stages.models.encoder import Encoder
 from stages.pretrain.batch import Batch
 from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.methods.overlap import resample, views_of
@@ -300,3 +301,19 @@ def test_two_ranks_give_the_terms_and_gradients_of_one(tmp_path: Path) -> None:
             scale = max(g.abs().max() for g in gradients)
             for mine, theirs in zip(gradients, two[key][1], strict=True):
                 torch.testing.assert_close(theirs, mine, rtol=rtol, atol=float(scale) * max(rtol, 1e-6))
+
+
+def test_the_exported_encoder_keeps_its_filter(tmp_path: Path) -> None:
+    method = build("cotap")
+    encoder = method.encoder().eval()
+    encoder.save(tmp_path, method="cotap")
+    loaded = Encoder.load(tmp_path).eval()
+    image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(image).map, encoder(image).map)
+    assert loaded.width == 2 * loaded.backbone_width
+    # A second run that starts from it keeps the filter, and says so if another one is asked for.
+    again = SETTINGS["cotap"].build(loaded, total_steps=1, steps_per_epoch=1, global_batch=8)
+    assert torch.isfinite(again(fake_batch())["proto"])
+    with pytest.raises(ValueError, match=r"method\.filter asks for"):
+        SETTINGS["cotap_pre_last"].build(loaded, total_steps=1, steps_per_epoch=1, global_batch=8)
