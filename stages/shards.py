@@ -7,6 +7,7 @@ An image that fails is named and left out; it never stops the others.
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -147,8 +148,9 @@ def _pool(cpus: float, gpus: float, concurrency: int | None, *, actors: bool) ->
 
 def _compute(job: Job, pieces: Sequence[Piece], pool: _Pool) -> Iterator[int]:
     """Runs the pieces; yields the number of images that are behind us, as reports come in."""
-    import ray
+    import ray.data
 
+    _only_to_its_file("ray.data")
     compute: Any
     worker: Any
     size = min(pool.workers, len(pieces))
@@ -183,6 +185,13 @@ def _compute(job: Job, pieces: Sequence[Piece], pool: _Pool) -> Iterator[int]:
         raise
     except Exception as error:
         raise _cause(error) from error
+
+
+def _only_to_its_file(logger: str) -> None:
+    """Ray Data's lines go to its log file; the terminal has our progress bar, and our error if it fails."""
+    for handler in logging.getLogger(logger).handlers:
+        if "File" not in type(handler).__name__:
+            handler.setLevel(logging.CRITICAL)
 
 
 class _Assembly:
