@@ -297,7 +297,8 @@ class Encoder(nn.Module):
             "width": self.width,
             "stride": self.stride,
             "method": method,
-            "backbone": self.backbone.model_dump(mode="json"),
+            # Where the first weights came from is the manifest's to say: here are all that is needed.
+            "backbone": self.backbone.untrained().model_dump(mode="json"),
             "filter": None if self.filter is None else self.filter.settings(),
         }
         files = [folder / "encoder.safetensors", folder / "encoder.json"]
@@ -317,8 +318,7 @@ class Encoder(nn.Module):
 
         facts = json.loads(find("encoder.json").read_text(encoding="utf-8"))
         normalisation = facts["normalisation"]
-        # The trained weights are here already: neither hub nor checkpoint file is needed again.
-        backbone = Backbone.model_validate(facts["backbone"]).untrained()
+        backbone = Backbone.model_validate(facts["backbone"])
         backbone = backbone.model_copy(
             update={"mean": tuple(normalisation["mean"]), "std": tuple(normalisation["std"])}
         )

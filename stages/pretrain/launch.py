@@ -29,6 +29,8 @@ from stages.pretrain.stage import PretrainConfig
 def pretrain(config: PretrainConfig, context: Context) -> Outcome:
     """Train (or continue), save the encoder, its curves and its picture."""
     rows = Rows(context)
+    if config.backbone is not None:  # the workers' working folder is not the driver's
+        config = config.model_copy(update={"backbone": config.backbone.anywhere()})
     if config.resources.workers == 0:
         checkpoints = CheckpointFolder(context.output.progress / "checkpoints", context.fingerprint, say=context.say)
         run = assemble(config, context.inputs, device=_device(), loader_workers=_loader_workers(config, _cpus()))
