@@ -24,6 +24,7 @@ from pipeline.errors import ArtifactDamaged, StoreError
 from pipeline.garbage import Removed
 from pipeline.lease import Holder, Lease, held_token, live_holder
 from pipeline.manifest import FileEntry, Manifest, plain
+from pipeline.nodecache import cache_folder
 from pipeline.objects import Conflict, Objects, mask
 from pipeline.sealed import SealBroken, seal, unseal
 from pipeline.writer import ArtifactWriter
@@ -38,6 +39,7 @@ __all__ = [
     "Manifest",
     "Objects",
     "Removed",
+    "cache_folder",
     "mask",
 ]
 

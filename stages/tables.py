@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import StoreError
+from pipeline.store import cache_folder
 
 if TYPE_CHECKING:
     from pipeline.store import Artifact, FileEntry
@@ -231,11 +232,6 @@ def _getter(kind: pa.DataType) -> Callable[[pa.Array, int], Any]:
 
 
 # ------------------------------------------------------------------------------------------------- the mapped copy
-def cache_folder() -> Path:
-    """Where this node keeps its copies: TESSERA_CACHE, else ~/.cache/tessera."""
-    return Path(os.environ.get("TESSERA_CACHE") or Path.home() / ".cache" / "tessera")
-
-
 def _mapped_copy(artifact: Artifact, columns: tuple[str, ...] | None) -> Path:
     """The folder of the node's copy, made if it is missing or not whole.
 
