@@ -283,6 +283,15 @@ def test_two_live_writers_never_share_parts_and_the_second_adopts(store: Artifac
     assert len(store.objects.walk("images")) == 2  # the loser's files are gone
 
 
+def test_who_is_late_adopts_even_when_its_own_files_were_swept(store: ArtifactStore) -> None:
+    first, second = store.begin("images", "abc"), store.begin("images", "abc")
+    first.put_file("a.bin", b"first")
+    entry = second.put_file("a.bin", b"second")
+    won = first.commit()
+    store.objects.delete([f"images/abc/{entry.stored}"])
+    assert second.commit() == won
+
+
 def test_replace_puts_a_new_artifact_in_place_of_the_old(store: ArtifactStore) -> None:
     make(store)
     writer = store.begin("images", "abc")
