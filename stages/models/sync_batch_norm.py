@@ -67,7 +67,7 @@ def convert(module: nn.Module) -> nn.Module:
     return module
 
 
-def _converted(norm: _BatchNorm) -> SyncBatchNorm:
+def _converted(norm: Any) -> SyncBatchNorm:
     kind = SyncBatchNormAct if isinstance(norm, BatchNormAct2d) else SyncBatchNorm
     sync = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     for name, parameter in norm._parameters.items():

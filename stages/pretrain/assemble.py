@@ -10,6 +10,7 @@ import torch
 from pipeline.errors import SourceError
 from pipeline.store import Artifact
 from stages.models.encoder import Encoder
+from stages.models.sync_batch_norm import convert
 from stages.pretrain.data import ImageSource, TrainData
 from stages.pretrain.loop import Run
 from stages.pretrain.stage import PretrainConfig
@@ -48,6 +49,8 @@ def assemble(
     method = config.method.build(
         encoder, total_steps=total_steps, steps_per_epoch=steps_per_epoch, global_batch=config.batch_size
     )
+    if world_size > 1:
+        convert(method)  # batch norms see the global batch
     method.use_sources([source.role for source in sources])
     data = TrainData(
         sources,
