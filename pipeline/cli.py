@@ -211,23 +211,30 @@ def _planned(
     return pipeline, opened, made
 
 
-def _terminated(signum: int, frame: object) -> NoReturn:
-    raise SystemExit(TERMINATED)  # unwinds like Ctrl-C: leases are given back, Ray is shut down
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
-    signal.signal(signal.SIGTERM, _terminated)
+    terminated = False
+
+    def terminate(signum: int, frame: object) -> NoReturn:
+        nonlocal terminated
+        terminated = True
+        raise SystemExit(TERMINATED)  # unwinds like Ctrl-C: leases are given back, Ray is shut down
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
         sys.stdout.flush()
+        if code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except TesseraError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and not terminated:
+            raise
         print("stopped; what was finished is kept, the same command continues", file=sys.stderr)
-        return INTERRUPTED
+        return TERMINATED if terminated else INTERRUPTED  # Ray turns a SystemExit of ours into one of its own
     except BrokenPipeError:  # `tessera plan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

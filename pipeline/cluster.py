@@ -36,6 +36,7 @@ QUIET = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DATA_LOG_LEVEL": "WARNING",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
 }
@@ -78,8 +79,9 @@ def start(address: str | None = None) -> Cluster:
         with contextlib.suppress(Exception):
             ray.shutdown()
         raise ClusterError(_explain(address, error)) from error
-    for name in ("ray.data", "ray.train", "ray.tune"):  # their progress is our progress bars' job
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # Ray's own progress is our bars' job; it warns of their absence once a process.
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     return Cluster(address, resources.get("CPU", 0.0), resources.get("GPU", 0.0), nodes, session)
 
 

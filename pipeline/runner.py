@@ -135,6 +135,8 @@ class _Run:
                     result.artifact = self._compute(planned)
                     result.state = "done"
         except Exception as error:
+            if (stop := stopped_by(error)) is not None:
+                raise stop from error
             result.state, result.error = "failed", explain(error)
             raise RunFailed(planned.name, error, self.result) from error
         finally:
@@ -189,8 +191,9 @@ class _Run:
             artifact = self._write(planned, entry, inputs, settings, tracked)
             tracked.log_output(planned.name, artifact)
             status = FINISHED
-        except KeyboardInterrupt:
-            status = KILLED
+        except BaseException as error:
+            if not isinstance(error, Exception) or stopped_by(error) is not None:
+                status = KILLED
             raise
         finally:
             tracked.finish(status)
@@ -266,11 +269,18 @@ class _Run:
         return tracked
 
 
+def stopped_by(error: BaseException) -> BaseException | None:
+    """The interrupt behind an error: cleaning up after Ctrl-C or SIGTERM goes wrong where Ray got it as well."""
+    while (error.__context__ or error.__cause__) is not None:
+        error = error.__context__ or error.__cause__  # type: ignore[assignment]
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            return error
+    return None
+
+
 def on_purpose(error: BaseException) -> TesseraError | None:
     """The error that a stage raised on purpose, wherever Ray has wrapped it; None for a bug."""
-    if isinstance(
-        getattr(error, "cause", None), BaseException
-    ):  # Ray's wrapper: it poses as its cause
+    if isinstance(getattr(error, "cause", None), BaseException):  # Ray's wrapper: it poses as its cause
         return on_purpose(error.cause)  # type: ignore[attr-defined]
     if isinstance(error, TesseraError):
         return error

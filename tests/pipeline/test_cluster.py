@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import time
 from pathlib import Path
@@ -85,6 +86,28 @@ def test_a_killed_driver_takes_its_ray_along(workshop: Workshop, short: Path) ->
     shown = workshop.outside("run", "p.yaml", "--set", "stages.scaled.fail=no", code=1)
     assert "stage 'scaled' failed: worker says no (do better)\n" in shown.stderr
     assert "Traceback" not in shown.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_that_ray_gets_as_well_is_clean(
+    workshop: Workshop, short: Path, sent: signal.Signals, code: int
+) -> None:
+    """A terminal sends Ctrl-C to the whole process group, and so does `timeout`."""
+    workshop.write(ON_RAY)
+    workshop.hold.touch()
+    process = workshop.start("run", "p.yaml", group=True)
+    workshop.wait_for("scaled")
+    time.sleep(2)  # into the task, or the wait after it
+    os.killpg(process.pid, sent)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    assert "stopped; what was finished is kept" in errors
+    end = time.monotonic() + 30
+    while ray_processes(short):
+        assert time.monotonic() < end, "Ray outlives its driver"
+        time.sleep(0.2)
 
 
 def test_an_address_where_nobody_answers_fails_at_once(workshop: Workshop) -> None:

@@ -15,7 +15,7 @@ from pipeline.config import load_pipeline
 from pipeline.display import RunDisplay
 from pipeline.errors import ArtifactDamaged, SourceError
 from pipeline.plan import make_plan
-from pipeline.runner import RunFailed, explain, on_purpose, run
+from pipeline.runner import RunFailed, explain, on_purpose, run, stopped_by
 from pipeline.store import ArtifactStore
 from tests.pipeline.workshop import Workshop
 
@@ -120,6 +120,7 @@ def test_an_interrupt_is_clean(workshop: Workshop, sent: signal.Signals, code: i
     assert process.returncode == code
     assert "Traceback" not in errors
     assert "scaled: stopped after" in errors
+    assert "stopped; what was finished is kept" in errors
     leases = list((workshop.folder / "store/.tessera/leases").rglob("*.json"))
     assert leases == []  # nobody has to wait for the lease of a run that was stopped
     assert committed(workshop) == ["numbers"]
@@ -185,6 +186,23 @@ class WrappedLikeRay(Exception):
     def __init__(self, cause: BaseException) -> None:
         self.cause = cause
         super().__init__("ray::task() (pid=1)\n  Traceback ...\n" + str(cause))
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt(), SystemExit(143)])
+def test_an_error_of_cleaning_up_after_an_interrupt_is_the_interrupt(interrupt: BaseException) -> None:
+    def interrupted() -> None:
+        try:
+            raise interrupt
+        finally:
+            try:
+                raise ConnectionError("Ray is gone")
+            except ConnectionError as error:
+                raise RuntimeError("no relay") from error
+
+    with pytest.raises(RuntimeError) as failure:
+        interrupted()
+    assert stopped_by(failure.value) is interrupt
+    assert stopped_by(ValueError("a bug")) is None
 
 
 def test_explain_finds_the_sentence_that_was_meant() -> None:

@@ -67,8 +67,8 @@ class Workshop:
             "TESSERA_CACHE": str(self.folder / "cache"),
         }
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """The command in a process of its own."""
+    def start(self, *arguments: str, group: bool = False) -> subprocess.Popen[str]:
+        """The command in a process of its own; with `group`, in a process group of its own too."""
         return subprocess.Popen(
             [sys.executable, "-m", "pipeline.cli", *arguments],
             cwd=self.folder,
@@ -76,6 +76,7 @@ class Workshop:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=group,
         )
 
     def outside(self, *arguments: str, code: int = 0, seconds: float = 120.0) -> Shown:
