@@ -61,7 +61,9 @@ class Neighbors(Stage[NeighborsConfig]):
         settings = IndexSettings(**config.model_dump(include=set(IndexSettings.__dataclass_fields__)))
         index = Neighbourhood(vectors, ids, settings, seed=config.seed)
         self._write(context, parts, index)
-        metrics, notes = {}, {"k": config.k, **index.facts}
+        # Which image set the ids are of: training refuses a table of another one.
+        origin = context.inputs["embeddings"].manifest.inputs.get("images")
+        metrics, notes = {}, {"k": config.k, "images": origin, **index.facts}
         if config.index != "flat":
             metrics["recall"] = recall(index, config.k, sample=config.recall_sample, seed=config.seed)
             notes |= {"recall": metrics["recall"], "recall_sample": min(config.recall_sample, len(ids))}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.errors import ClusterError, StageFailed
+from pipeline.errors import ClusterError, StageFailed, TesseraError
 from pipeline.stage import Context, Outcome
 from stages.pretrain.assemble import assemble
 from stages.pretrain.checkpoint import CheckpointFolder, Progress, is_complete, read_checkpoint, write_checkpoint
@@ -101,6 +101,9 @@ class Relay:
     def stop(self, why: str) -> None:
         self.fatal = why
 
+    def stopped(self) -> bool:
+        return self.fatal is not None
+
     def drain(self) -> tuple[list[dict[str, float]], int, str | None]:
         rows, self.rows = self.rows, []
         return rows, self.total, self.fatal
@@ -144,25 +147,29 @@ def _worker(job: dict[str, Any]) -> None:
     import ray.train.torch
 
     config, relay = PretrainConfig.model_validate(job["config"]), job["relay"]
+    if ray.get(relay.stopped.remote()):
+        return
     torch.set_num_threads(job["threads"])
     rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
-    run = assemble(
-        config,
-        job["inputs"],
-        rank=rank,
-        world_size=world_size,
-        device=ray.train.torch.get_device(),
-        loader_workers=_loader_workers(config, job["cpus"]),
-    )
-    report: Callable[[dict[str, float]], None] = lambda row: None  # noqa: E731
-    if rank == 0:
-        relay.start.remote(run.total_steps)
-        report = relay.push.remote
     try:
+        run = assemble(
+            config,
+            job["inputs"],
+            rank=rank,
+            world_size=world_size,
+            device=ray.train.torch.get_device(),
+            loader_workers=_loader_workers(config, job["cpus"]),
+        )
+        report: Callable[[dict[str, float]], None] = lambda row: None  # noqa: E731
+        if rank == 0:
+            relay.start.remote(run.total_steps)
+            report = relay.push.remote
         train(run, RayCheckpoints(job["run"], rank), report)
-    except StageFailed as error:
-        # Deterministic: starting the workers again would fail at the same step. The driver raises it instead.
+    except TesseraError as error:
+        # Raised, so that Ray Train ends the other ranks, which may wait for this one in a collective; noted first,
+        # so that the workers it then starts again return at once, and the driver says why.
         ray.get(relay.stop.remote(str(error)))
+        raise
 
 
 def _train_on_ray(config: PretrainConfig, context: Context, rows: Rows) -> Path:
