@@ -16,6 +16,8 @@ from stages.pretrain.loop import Run
 from stages.pretrain.stage import PretrainConfig
 from stages.tables import Table
 
+OWN = "method."  # how the paths of a method's own inputs begin
+
 
 def assemble(
     config: PretrainConfig,
@@ -49,6 +51,7 @@ def assemble(
     method = config.method.build(
         encoder, total_steps=total_steps, steps_per_epoch=steps_per_epoch, global_batch=config.batch_size
     )
+    method.use_inputs({path[len(OWN) :]: artifact for path, artifact in inputs.items() if path.startswith(OWN)})
     if world_size > 1:
         convert(method)  # batch norms see the global batch
     method.use_sources([source.role for source in sources])
@@ -70,7 +73,9 @@ def assemble(
 
 def image_sources(config: PretrainConfig, inputs: Mapping[str, Artifact]) -> list[ImageSource]:
     """The image sets to mix, each with the method's tables that were made from it."""
-    tables = {path: artifact for path, artifact in inputs.items() if path.startswith("method.")}
+    tables = {
+        path: artifact for path, artifact in inputs.items() if path.startswith(OWN) and artifact.kind != "encoder"
+    }
     sources = []
     for path, mix in config.image_sources():
         artifact = inputs[path]

@@ -7,14 +7,18 @@ A method is registered under the entry-point group `tessera.methods` by its *set
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from stages.models.encoder import Encoder
 from stages.pretrain.batch import Batch
 from stages.pretrain.views.plan import ViewPlan
+
+if TYPE_CHECKING:
+    from pipeline.store import Artifact
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,11 @@ class Method(nn.Module, ABC):
 
     def use_sources(self, roles: Sequence[str]) -> None:
         """Once, before training: the role ("objects" or "scenes") of each image source, by `Batch.source`."""
+        return
+
+    def use_inputs(self, inputs: Mapping[str, Artifact]) -> None:
+        """Once, before training: the artifacts of the method's own inputs, by their path in its settings. Tables of
+        images come with the batches; this is for what a method reads itself, such as an earlier encoder."""
         return
 
     @abstractmethod
