@@ -15,13 +15,22 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """The same parameters, buffers and meaning as torch's; ranks may hold different numbers of rows."""
+class SyncBatchNorm(_BatchNorm):
+    """The same parameters, buffers and meaning as torch's; ranks may hold different numbers of rows.
+
+    No subclass of torch's, which DistributedDataParallel refuses on a CPU; on a GPU it borrows that one's forward.
+    """
+
+    process_group = None  # all ranks
+    _check_input_dim = nn.SyncBatchNorm._check_input_dim
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def forward(self, input: Tensor) -> Tensor:
         synchronised = self.training or self.running_mean is None
-        if input.is_cuda or not synchronised or not dist.is_initialized() or dist.get_world_size() == 1:
-            return super().forward(input) if input.is_cuda else _batch_norm(self, input)
+        if input.is_cuda:
+            return nn.SyncBatchNorm.forward(self, input)  # type: ignore[arg-type]  # what it reads of itself is here
+        if not synchronised or not dist.is_initialized() or dist.get_world_size() == 1:
+            return _batch_norm(self, input)
         mean_C, var_C, count = _Moments.apply(input)
         if self.training and self.running_mean is not None:
             self._follow(mean_C.detach(), var_C.detach() * (count / (count - 1).clamp(min=1)))
@@ -58,7 +67,7 @@ class SyncBatchNormAct(SyncBatchNorm):
 def convert(module: nn.Module) -> nn.Module:
     """Replaces every batch norm inside, in place, keeping parameters, buffers and their names. Returns `module`, or
     its replacement where it is a batch norm itself."""
-    if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+    if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm | SyncBatchNorm):
         return _converted(module)
     for name, child in module.named_children():
         replacement = convert(child)
@@ -79,7 +88,7 @@ def _converted(norm: Any) -> SyncBatchNorm:
     return sync.train(norm.training)
 
 
-def _batch_norm(norm: nn.SyncBatchNorm, input: Tensor) -> Tensor:
+def _batch_norm(norm: _BatchNorm, input: Tensor) -> Tensor:
     """Plain batch norm of this process's rows."""
     training = norm.training or norm.running_mean is None
     if norm.training and norm.num_batches_tracked is not None:

@@ -60,6 +60,7 @@ def _train(rank: int, world_size: int, folder: str, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     module = convert(network())
+    nn.parallel.DistributedDataParallel(module)  # refuses torch's own batch norm on CPUs
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
     rows = slice(0, 2) if rank == 0 else slice(2, 6)  # uneven shares
     mine = inputs()[rows].requires_grad_()
