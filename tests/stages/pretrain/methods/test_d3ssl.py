@@ -1,0 +1,443 @@
+"""d3ssl on tiny backbones: terms, gradients, the bank, resume and ranks, and images that are not as they should be."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+from pydantic import ValidationError
+
+from pipeline.store import ArtifactStore
+from stages.models.sync_batch_norm import convert
+from stages.pretrain.batch import Batch
+from stages.pretrain.data import ImageSource, TrainData
+from stages.pretrain.methods.d3ssl import D3SSL
+from stages.pretrain.methods.method import Step
+from stages.pretrain.settings.d3ssl import D3SSLSettings
+from stages.pretrain.views.draw import generator
+from stages.pretrain.views.plan import Draw, ImageRow
+from stages.tables import SCHEMAS, Table
+from tests.conftest import encode, smooth_pixels
+from tests.stages.pretrain.methods.tiny import tiny_encoder
+
+STEP = Step(index=3, total=10, steps_per_epoch=2)
+SMALL: dict[str, Any] = {
+    "boxes": "boxes",
+    "size": 32,
+    "small_size": 16,
+    "proposals": 3,
+    "min_side": 4,
+    "roi_size": 4,
+    "head": {"hidden": 24, "out": 16},
+    "bank": {"size": 64},
+}
+
+
+def settings(**changes: Any) -> D3SSLSettings:
+    return D3SSLSettings.model_validate(SMALL | changes)
+
+
+def build(*, resnet: bool = False, **changes: Any) -> D3SSL:
+    method = settings(**changes).build(tiny_encoder(resnet=resnet), total_steps=10, steps_per_epoch=2, global_batch=8)
+    assert isinstance(method, D3SSL)
+    for module in method.student.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0  # so that runs can be compared
+    return method.train()
+
+
+def image_row(image_id: int = 0, boxes: Any = None, width: int = 70, height: int = 50) -> ImageRow:
+    array = None if boxes is None else np.asarray(boxes, np.float32).reshape(-1, 4)
+    return ImageRow(image_id, width, height, lambda: np.zeros((height, width, 3), np.uint8), array)
+
+
+def some_boxes(rng: np.random.Generator, width: int = 70, height: int = 50, count: int = 6) -> np.ndarray:
+    low = rng.random((count, 2)) * [width - 30, height - 30]
+    return np.concatenate([low, low + 18 + rng.random((count, 2)) * 12], 1).astype(np.float32)
+
+
+def drawn_batch(config: D3SSLSettings, *, count: int = 8, first: int = 0, boxes: bool = True) -> Batch:
+    """Real draws for made-up images; pixels are noise of each image's own generator."""
+    plan = D3SSL.view_plan(_Bare(config))  # type: ignore[arg-type]
+    assert plan.drawer is not None
+    drawn = []
+    for image_id in range(first, first + count):
+        rng = generator(5, 0, 0, image_id)
+        row = image_row(image_id, some_boxes(rng) if boxes else None)
+        drawn.append((plan.drawer(rng, row), rng.standard_normal((2, 3, config.size, config.size)).astype(np.float32)))
+    extras = {name: torch.from_numpy(np.stack([d.extras[name] for d, _ in drawn])) for name in drawn[0][0].extras}
+    views = {
+        name: torch.from_numpy(np.stack([p[i] for _, p in drawn]))[None] for i, name in enumerate(("whole", "crop"))
+    }
+    affines = {
+        name: torch.from_numpy(np.stack([d.draws[i].affine for d, _ in drawn])).float()[None]
+        for i, name in enumerate(("whole", "crop"))
+    }
+    return Batch(
+        torch.arange(first, first + count),
+        torch.zeros(count, dtype=torch.int64),
+        views,
+        affines,
+        extras=extras,
+        offset=first,
+    )
+
+
+class _Bare:
+    def __init__(self, config: D3SSLSettings) -> None:
+        self.settings = config
+
+
+def train_step(method: D3SSL, batch: Batch, step: Step = STEP, lr: float = 0.1) -> dict[str, float]:
+    optimizer = torch.optim.SGD(method.parameter_groups(), lr=lr)
+    method.start_step(step)
+    terms = method(batch)
+    torch.stack(list(terms.values())).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    method.after_step(step)
+    return {name: term.item() for name, term in terms.items()}
+
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "no_cutout": {"cutout": {"kind": "none"}},
+    "random_cutout": {"cutout": {"kind": "random"}},
+    "fixed_threshold": {"cutout": {"threshold": 0.5}},
+    "erase": {"mask": {"kind": "erase"}},
+    "no_mask": {"mask": {"kind": "none"}},
+    "contained": {"jitter": {"kind": "contained"}},
+    "plain_jitter": {"jitter": {"kind": "plain"}},
+    "no_jitter": {"jitter": {"kind": "none"}},
+    "black": {"fill": -2.0},
+    "masked_bank": {"bank": {"size": 64, "holds": "masked"}},
+    "no_deposition": {"weights": {"deposition": 0}},
+    "deposition_alone": {"weights": {"decouple": 0}},
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_terms_are_finite_and_reach_every_student_parameter_only(name: str) -> None:
+    method = build(**ABLATIONS[name])
+    batch = drawn_batch(method.settings)
+    train_step(
+        method, drawn_batch(method.settings, first=8), lr=1e-3
+    )  # fills the bank: without negatives nothing pulls
+    method.start_step(STEP)
+    terms = method(batch)
+    assert set(terms) == {term for term in D3SSLSettings.terms if method.settings.uses(term)}
+    assert all(term.ndim == 0 and torch.isfinite(term) and term > 0 for term in terms.values()), terms
+    torch.stack(list(terms.values())).sum().backward()
+    silent = [
+        name
+        for name, parameter in method.named_parameters()
+        if parameter.requires_grad and (parameter.grad is None or not parameter.grad.abs().sum() > 0)
+    ]
+    assert silent == []
+    assert all(not p.requires_grad and p.grad is None for p in method.teacher.parameters())
+    assert all(np.isfinite(value) for value in method.diagnostics().values())
+
+
+def test_the_ablations_change_the_terms() -> None:
+    def value(name: str) -> float:
+        method = build(**ABLATIONS[name])
+        batch = drawn_batch(method.settings)
+        train_step(method, batch, lr=0.0)
+        return sum(train_step(method, batch, lr=0.0).values())
+
+    values = {name: value(name) for name in ABLATIONS}
+    assert len({round(v, 6) for v in values.values()}) == len(values), values
+
+
+def test_resnet_regions_go_through_c5() -> None:
+    method = build(resnet=True)
+    batch = drawn_batch(method.settings)
+    train_step(method, batch, lr=1e-3)
+    method.start_step(STEP)
+    torch.stack(list(method(batch).values())).sum().backward()
+    for stage in ("conv1", "layer3", "layer4"):
+        gradients = [p.grad for n, p in method.student.encoder.model.named_parameters() if n.startswith(stage)]
+        assert gradients
+        assert all(g is not None for g in gradients)
+        assert any(g.abs().sum() > 0 for g in gradients)  # timm starts residual branches at zero
+    assert method.encoder().model is method.student.encoder.model
+    assert build(export="teacher").encoder is not None
+
+
+def test_pooled_regions_are_those_of_each_box() -> None:
+    """A region's vector hangs on its own box: moving one box changes one row."""
+    method = build().eval()
+    view, boxes = torch.randn(2, 3, 32, 32), torch.tensor([[[2.0, 2, 12, 12], [10, 4, 30, 20]]]).repeat(2, 1, 1)
+    before = method.student(view, boxes)
+    boxes[1, 0] = torch.tensor([16.0, 16, 30, 30])
+    after = method.student(view, boxes)
+    changed = (before - after).abs().amax(1) > 1e-6
+    assert changed.tolist() == [False, False, True, False]
+    torch.testing.assert_close(after.norm(dim=1), torch.ones(4))
+
+
+# ----------------------------------------------------------------------------------------------------------- the bank
+def test_the_bank_is_first_in_first_out_and_filled_after_the_loss() -> None:
+    method = build(bank={"size": 64})
+    batch = drawn_batch(method.settings)
+    first = train_step(method, batch, lr=0.0)
+    assert first == {"decouple": 0.0, "deposition": 0.0}  # no past batch: no negatives
+    assert int(method.bank_filled) == 48  # 8 images, 3 boxes, both teacher views
+    old = method.bank.clone()
+    assert train_step(method, batch, lr=0.0)["decouple"] > 0
+    assert int(method.bank_filled) == 64
+    assert int(method.bank_next) == 96 - 64
+    torch.testing.assert_close(method.bank[32:48], old[32:48])
+    assert (method.bank.norm(dim=1) - 1).abs().max() < 1e-5
+
+
+def test_pushing_wraps_around_and_truncates() -> None:
+    method = build(bank={"size": 5})
+    rows = torch.arange(1, 20, dtype=torch.float32)[:, None].repeat(1, 16)
+    method._push(rows[:3])
+    assert method.bank[:, 0].tolist() == [1, 2, 3, 0, 0]
+    method._push(rows[3:7])
+    assert method.bank[:, 0].tolist() == [6, 7, 3, 4, 5]
+    assert (int(method.bank_next), int(method.bank_filled)) == (2, 5)
+    method._push(rows[7:19])  # more than the bank has rows: the last five
+    assert sorted(method.bank[:, 0].tolist()) == [15, 16, 17, 18, 19]
+    method._push(rows[:1])
+    assert sorted(method.bank[:, 0].tolist()) == [1, 16, 17, 18, 19]
+
+
+def test_a_batch_larger_than_the_bank_trains() -> None:
+    method = build(bank={"size": 5})
+    batch = drawn_batch(method.settings)
+    train_step(method, batch)
+    assert int(method.bank_filled) == 5
+    assert all(np.isfinite(value) for value in train_step(method, batch).values())
+
+
+def test_unused_rows_of_the_bank_are_no_negatives() -> None:
+    method, other = build(), build()
+    batch = drawn_batch(method.settings)
+    for each in (method, other):
+        train_step(each, batch, lr=0.0)
+    other.bank[int(other.bank_filled) :] = 1.0
+    assert train_step(method, batch, lr=0.0) == train_step(other, batch, lr=0.0)
+
+
+@pytest.mark.parametrize("resnet", [False, True])
+def test_resuming_continues_as_if_never_stopped(resnet: bool) -> None:
+    batches = [drawn_batch(settings(), first=8 * i) for i in range(4)]
+    whole = build(resnet=resnet)
+    expected = [train_step(whole, batch, Step(i, 4, 2), lr=1e-2) for i, batch in enumerate(batches)]
+    stopped = build(resnet=resnet)
+    for i in range(2):
+        train_step(stopped, batches[i], Step(i, 4, 2), lr=1e-2)
+    resumed = build(resnet=resnet)
+    assert set(resumed.state_dict()) == set(stopped.state_dict())
+    resumed.load_state_dict(stopped.state_dict())
+    assert [train_step(resumed, batches[i], Step(i, 4, 2), lr=1e-2) for i in (2, 3)] == expected[2:]
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name]), name
+
+
+# -------------------------------------------------------------------------------------------------- drawn on an image
+def test_boxes_lie_in_their_views_and_moved_ones_inside() -> None:
+    config = settings(proposals=4)
+    plan = build(proposals=4).view_plan()
+    assert plan.drawer is not None
+    assert plan.tables == ("boxes",)
+    drawer = pickle.loads(pickle.dumps(plan.drawer))  # it travels to the loader's processes
+    for image_id in range(60):
+        rng = generator(0, 0, 0, image_id)
+        extras = drawer(rng, image_row(image_id, some_boxes(rng))).extras
+        assert {name: value.shape for name, value in extras.items()} == {
+            "boxes": (4, 4, 4),
+            "cuts": (3, 8, 4),
+            "regions": (2, 8, 4),
+            "moved": (4, 4),
+            "shift": (2,),
+            "whole": (),
+        }
+        for rois, side in zip(extras["boxes"], (32, 32, 16, 32), strict=True):
+            assert (rois >= 0).all()
+            assert (rois <= side).all()
+            assert (rois[:, 2:] > rois[:, :2]).all()
+        assert (extras["moved"] >= 0).all()
+        assert (extras["moved"] <= config.size).all()
+        origin = extras["moved"] - np.tile(extras["shift"], 2)
+        assert (origin >= 0).all()
+        assert (origin <= config.size).all()
+
+
+def test_a_region_is_the_same_place_in_both_views() -> None:
+    drawer = build(jitter={"kind": "none"}, flip=0.5).view_plan().drawer
+    assert drawer is not None
+
+    def in_image(draw: Draw, rois: np.ndarray) -> np.ndarray:
+        corners = np.stack([rois[:, :2], rois[:, 2:]], 1) @ draw.affine[:, :2].T + draw.affine[:, 2]
+        return np.concatenate([corners.min(1), corners.max(1)], 1)
+
+    mirrored = 0
+    for image_id in range(40):
+        rng = generator(0, 0, 0, image_id)
+        drawn = drawer(rng, image_row(image_id, some_boxes(rng)))
+        one, two = drawn.draws
+        mirrored += one.affine[0, 0] * two.affine[0, 0] < 0
+        first, second = in_image(one, drawn.extras["boxes"][0]), in_image(two, drawn.extras["boxes"][1])
+        shown = in_image(two, np.array([[0.0, 0, 32, 32]]))
+        clipped = np.concatenate([np.maximum(first[:, :2], shown[:, :2]), np.minimum(first[:, 2:], shown[:, 2:])], 1)
+        np.testing.assert_allclose(second, clipped, atol=1e-3)
+        np.testing.assert_allclose(drawn.extras["boxes"][2], drawn.extras["boxes"][1] / 2, atol=1e-4)
+    assert mirrored > 5
+
+
+def test_the_crop_is_drawn_again_until_it_shows_enough_boxes() -> None:
+    """Two boxes in opposite corners: crops of 40 % rarely show both, and a second look asks for one only."""
+    drawer = build(proposals=4, crop_scale=(0.4, 0.4), min_side=9).view_plan().drawer
+    assert drawer is not None
+    corners = [[0, 0, 60, 60], [140, 140, 200, 200]]
+    seen = []
+    for image_id in range(60):
+        extras = drawer(generator(0, 0, 0, image_id), image_row(image_id, corners, 200, 200)).extras
+        seen.append(bool(extras["whole"]))
+    assert not all(seen)
+    hidden = [[99, 99, 101, 101]]  # too small in every view
+    assert drawer(generator(0, 0, 0, 1), image_row(1, hidden, 200, 200)).extras["whole"]
+
+
+@pytest.mark.parametrize("boxes", [None, [], [[0, 0, 70, 50]]])
+def test_an_image_without_boxes_is_its_own_box(boxes: Any) -> None:
+    drawer = build(jitter={"kind": "none"}).view_plan().drawer
+    assert drawer is not None
+    extras = drawer(generator(0, 0, 0, 0), image_row(0, boxes)).extras
+    np.testing.assert_array_equal(extras["boxes"][0], np.tile([0, 0, 32, 32], (3, 1)))
+    np.testing.assert_array_equal(extras["boxes"][1], np.tile([0, 0, 32, 32], (3, 1)))
+    np.testing.assert_array_equal(extras["shift"], [0, 0])
+    assert bool(extras["whole"]) is (not boxes)
+
+
+def test_images_without_boxes_are_counted_and_trained_on() -> None:
+    method = build()
+    without, with_boxes = drawn_batch(method.settings, boxes=False), drawn_batch(method.settings, first=8)
+    for batch in (without, with_boxes, without):
+        values = train_step(method, batch)
+    assert all(np.isfinite(value) for value in values.values())
+    assert method.diagnostics()["images_without_boxes"] == 16
+
+
+def test_grey_and_tiny_images_train(tmp_path: Path) -> None:
+    """Through the real reader: a grey-scale JPEG, images smaller than a view, one that the boxes table lacks."""
+    store = ArtifactStore(str(tmp_path))
+    grey = encode(Image.fromarray(smooth_pixels(70, 50)).convert("L"))
+    files = [(grey, 70, 50), (encode(smooth_pixels(9, 7)), 9, 7), (encode(smooth_pixels(1, 1)), 1, 1)]
+    files.append((encode(smooth_pixels(80, 60)), 80, 60))
+    rows = [
+        dict.fromkeys(SCHEMAS["images"].names)
+        | {"image_id": i, "key": f"{i}.jpg", "image": data, "width": width, "height": height}
+        for i, (data, width, height) in enumerate(files)
+    ]
+    found = [{"image_id": 0, "boxes": [[5, 5, 40, 40]]}, {"image_id": 1, "boxes": [[0, 0, 9, 7]]}]
+    found.append({"image_id": 2, "boxes": []})
+
+    def table(kind: str, rows: list[dict[str, Any]], fingerprint: str) -> Table:
+        writer = store.begin(kind, fingerprint)
+        writer.put_table(0, pa.Table.from_pylist(rows, schema=SCHEMAS[kind]))
+        return Table.open(writer.commit())
+
+    source = ImageSource(table("images", rows, "0" * 24), boxes=table("boxes", found, "1" * 24))
+    method = build()
+    data = TrainData(source if isinstance(source, list) else [source], method.view_plan(), global_batch=4, seed=0)
+    for batch in data.batches(0, 3):
+        assert torch.isfinite(batch.views["whole"]).all()
+        assert all(np.isfinite(value) for value in train_step(method, batch).values())
+    assert method.diagnostics()["images_without_boxes"] == 6
+    assert data.skipped == {}
+
+
+def test_settings_say_what_is_wrong() -> None:
+    with pytest.raises(ValidationError, match="boxes\n"):
+        D3SSLSettings()
+    with pytest.raises(ValidationError, match="112 does not divide size 200"):
+        D3SSLSettings(boxes="b", size=200)
+    with pytest.raises(ValidationError, match="every term weighs 0"):
+        D3SSLSettings(boxes="b", weights={"decouple": 0, "deposition": 0})
+    with pytest.raises(ValueError, match="pastes regions onto another image"):
+        settings().build(tiny_encoder(), total_steps=1, steps_per_epoch=1, global_batch=1)
+    with pytest.raises(ValueError, match=r"method.background_group is 3, which does not divide the 8 images"):
+        build(background_group=3)(drawn_batch(settings()))
+    assert settings(boxes=["a", "b"]).boxes == ["a", "b"]
+
+
+# -------------------------------------------------------------------------------------------------------------- ranks
+def _share(batch: Batch, rank: int, world_size: int) -> Batch:
+    size = len(batch) // world_size
+    rows = slice(rank * size, (rank + 1) * size)
+    return Batch(
+        batch.image_ids[rows],
+        batch.source[rows],
+        {name: view[:, rows].double() for name, view in batch.views.items()},
+        {name: affine[:, rows] for name, affine in batch.affines.items()},
+        extras={name: extra[rows] for name, extra in batch.extras.items()},
+        offset=batch.offset + rows.start,
+    )
+
+
+def _three_steps(rank: int, world_size: int, folder: str, port: int) -> None:
+    torch.set_num_threads(1)
+    if world_size > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    results: dict[str, Any] = {}
+    for resnet in (False, True):
+        method = build(resnet=resnet, bank={"size": 80}).double()
+        if world_size > 1:
+            convert(method)
+        wrapped = (
+            torch.nn.parallel.DistributedDataParallel(method, find_unused_parameters=True) if world_size > 1 else method
+        )
+        optimizer = torch.optim.SGD(method.parameter_groups(), lr=0.05)
+        for index in range(3):
+            batch = _share(drawn_batch(method.settings, first=8 * index, boxes=index != 1), rank, world_size)
+            step = Step(index, 10, 1)
+            method.start_step(step)
+            terms = wrapped(batch)
+            torch.stack(list(terms.values())).sum().backward()
+            gradients = [p.grad.clone() for p in method.parameters() if p.grad is not None]
+            optimizer.step()
+            optimizer.zero_grad()
+            method.after_step(step)
+            values = torch.stack([term.detach() for term in terms.values()])
+            if world_size > 1:
+                dist.all_reduce(values)
+            counted = [method.bank_next.clone(), method.bank_filled.clone(), method.without_boxes.clone()]
+            results[f"{resnet}/{index}"] = (values / world_size, gradients, method.bank.clone(), counted)
+    torch.save(results, Path(folder) / f"{world_size}-{rank}.pt")
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_terms_gradients_and_bank_of_one(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    _three_steps(0, 1, str(tmp_path), port)
+    mp.spawn(_three_steps, args=(2, str(tmp_path), port), nprocs=2)
+    one = torch.load(tmp_path / "1-0.pt", weights_only=True)
+    for rank in range(2):
+        two = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)
+        for key, (terms, gradients, bank, counted) in one.items():
+            torch.testing.assert_close(two[key][0], terms, rtol=1e-7, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
+            torch.testing.assert_close(two[key][2], bank, rtol=1e-6, atol=1e-7)
+            assert [int(n) for n in two[key][3]] == [int(n) for n in counted]
+            scale = max(float(g.abs().max()) for g in gradients)
+            for mine, theirs in zip(gradients, two[key][1], strict=True):
+                torch.testing.assert_close(theirs, mine, rtol=1e-6, atol=1e-6 * scale)
