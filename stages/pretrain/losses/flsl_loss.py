@@ -1,0 +1,43 @@
+"""FLSL's three terms (methods.md 3.5; the paper's Eq. 8, 11 and 13).
+
+Shape legend: R queries of all crops and images, D width, K centroids.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+
+def intra_view(query_RD: Tensor, mode_RD: Tensor) -> Tensor:
+    """Level 1: squared distance of a query and its mode on the unit sphere, 2 - 2 cos: (R,) in [0, 4].
+
+    The gradient goes to both. (The paper's pseudo-code writes a product of two differences, one of them of a variable
+    that it has overwritten by then; this is what the released code computes.)
+    """
+    return 2 - 2 * functional.cosine_similarity(query_RD, mode_RD, dim=-1, eps=1e-12)
+
+
+def inter_view(log_p_RK: Tensor, targets_RK: Tensor) -> Tensor:
+    """Level 2: cross-entropy of the student's log-probabilities against the teacher's assignments: (R,).
+
+    `targets_RK` are used without gradient.
+    """
+    return -(targets_RK.detach() * log_p_RK).sum(dim=-1)
+
+
+def volume(mean_K: Tensor, log_prior_K: Tensor | None = None) -> Tensor:
+    """Non-empty clusters: KL(mean assignment || prior), over the last axis.
+
+    Args:
+        mean_K: (..., K) the student's assignments, averaged over all queries of all crops, images and ranks first.
+        log_prior_K: of the wanted share of each centroid; None: uniform.
+    """
+    log_mean_K = mean_K.clamp(min=torch.finfo(mean_K.dtype).tiny).log()
+    negative_entropy = (mean_K * log_mean_K).sum(dim=-1)
+    if log_prior_K is None:
+        return negative_entropy + math.log(mean_K.shape[-1])
+    return negative_entropy - (mean_K * log_prior_K).sum(dim=-1)
