@@ -129,7 +129,7 @@ class Encoder(nn.Module):
         return Features(torch.cat([features.vector, attended], dim=1), map_BDhw)
 
     def _vit(self, image_B3HW: Tensor) -> Features:
-        tokens, (h, w) = self._embed(image_B3HW)
+        tokens, (h, w) = self.embed_patches(image_B3HW)
         last = len(self.model.blocks) - 1
         for i, block in enumerate(self.model.blocks):
             if i == last and self.filter is not None and self.filter.placement == "pre_last":
@@ -141,8 +141,8 @@ class Encoder(nn.Module):
         vector = tokens[:, 0] if self.model.has_class_token else map_BDhw.mean(dim=(2, 3))
         return Features(vector, map_BDhw)
 
-    def _embed(self, image_B3HW: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Patches with positions and prefix tokens, (B, P + h*w, D), and the grid."""
+    def embed_patches(self, image_B3HW: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """ViT: what the first block gets: prefix tokens and patches with positions, (B, P + h*w, D), and the grid."""
         h, w = (side // self.stride for side in image_B3HW.shape[2:])
         if (h * self.stride, w * self.stride) != tuple(image_B3HW.shape[2:]):
             raise ValueError(
@@ -222,7 +222,7 @@ class Encoder(nn.Module):
             )
         depth = len(self.model.blocks)
         taps = list(taps or (depth * (i + 1) // 4 - 1 for i in range(4)))
-        tokens, (h, w) = self._embed(image_B3HW)
+        tokens, (h, w) = self.embed_patches(image_B3HW)
         found: dict[int, Tensor] = {}
         for i, block in enumerate(self.model.blocks):
             tokens = block(tokens)

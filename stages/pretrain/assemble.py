@@ -89,6 +89,7 @@ def image_sources(config: PretrainConfig, inputs: Mapping[str, Artifact]) -> lis
                 boxes=mine.get("boxes"),
                 superpixels=mine.get("superpixels"),
                 neighbors=mine.get("neighbors"),
+                embeddings=mine.get("embeddings"),
             )
         )
     return sources

@@ -48,6 +48,7 @@ class ImageSource:
     boxes: Rows | None = None
     superpixels: Rows | None = None
     neighbors: Rows | None = None
+    embeddings: Rows | None = None
 
     @cached_property
     def chosen(self) -> NDArray[np.int64]:
@@ -136,6 +137,10 @@ class Reader:
         pixels, reduced = (whole(), 1) if looked_at else _pixels(stored, reduction(drawn.draws))
         sample = Sample(image_id, slot.source, -1, {}, {}, drawn.extras, pixels=[pixels], reduced=[reduced])
         sample.draws = [(item, 0) for item in drawn.draws]
+        if "embeddings" in self.plan.tables and source.embeddings is not None:
+            if image_id not in source.embeddings:
+                raise _Unusable(Skip(str(stored["key"]), "no embedding"))
+            sample.extras["embedding"] = np.asarray(source.embeddings.row(image_id)["embedding"], np.float32)
         if self._wants_neighbor:
             self._add_neighbor(sample, slot, source, again)
         self._finish(sample, row)

@@ -93,5 +93,5 @@ class ViewPlan:
     """What a method wants. `drawer` replaces the standard multi-crop drawing (ViCE, D3SSL); it must be picklable."""
 
     views: tuple[ViewSpec, ...]
-    tables: tuple[Literal["boxes", "superpixels", "neighbors"], ...] = ()
+    tables: tuple[Literal["boxes", "superpixels", "neighbors", "embeddings"], ...] = ()
     drawer: DrawFn | None = None

@@ -62,6 +62,7 @@ def share(batch: Batch, rank: int, world_size: int) -> Batch:
         source=batch.source[rows],
         views={name: view[:, rows] for name, view in batch.views.items()},
         affines={name: affine[:, rows] for name, affine in batch.affines.items()},
+        extras={name: extra[rows] for name, extra in batch.extras.items()},
         neighbor_ids=batch.neighbor_ids[rows],
         seed=batch.seed,
         offset=rows.start,

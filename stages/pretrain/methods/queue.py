@@ -1,0 +1,46 @@
+"""A first-in, first-out queue of unit vectors from earlier batches, the same on every rank and after a resume.
+
+Shape legend: Q entries, D width, B rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as functional
+from lightly.loss import NTXentLoss
+from torch import Tensor, nn
+
+from stages.models.heads import at_least_float32
+from stages.pretrain.collectives import gather
+
+
+class Queue(nn.Module):
+    """Starts with random unit vectors. It can stand in for lightly's memory bank, which checkpoints would not save."""
+
+    rows: Tensor  # (Q, D)
+    position: Tensor  # where the next row goes
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", functional.normalize(torch.randn(size, width), dim=1))
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))
+
+    def forward(self, output: Tensor, labels: Tensor | None = None, update: bool = False) -> tuple[Tensor, Tensor]:
+        """What lightly asks of a bank: the output, and the entries as (D, Q). Looking changes nothing."""
+        return output, self.rows.T
+
+    @torch.no_grad()
+    def push(self, rows_BD: Tensor) -> None:
+        """Rows of all ranks in place of the oldest; of more rows than the queue holds, the last ones."""
+        size = len(self.rows)
+        newest = functional.normalize(at_least_float32(gather(rows_BD)), dim=1)[-size:]
+        where = (self.position + torch.arange(len(newest), device=newest.device)) % size
+        self.rows[where] = newest.to(self.rows.dtype)
+        self.position.copy_((self.position + len(newest)) % size)
+
+
+def queue_contrast(queue: Queue, temperature: float) -> NTXentLoss:
+    """lightly's NT-Xent with this queue's entries as negatives: MoCo's loss of (queries, keys)."""
+    loss = NTXentLoss(temperature=temperature)
+    loss.memory_bank = queue
+    return loss

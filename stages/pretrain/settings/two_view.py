@@ -1,0 +1,34 @@
+"""Settings that the two-view methods share: the views and the projector. Torch-free."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pipeline.stage import Settings
+from stages.pretrain.settings.method import MethodSettings
+
+
+class MLPSettings(Settings):
+    """width -> hidden -> ... -> out."""
+
+    hidden: int = Field(2048, gt=0)
+    out: int = Field(128, gt=0)
+    layers: int = Field(2, ge=1, description="linear layers")
+
+    def widths(self, width: int) -> list[int]:
+        """Of the input, the hidden layers and the output."""
+        return [width, *[self.hidden] * (self.layers - 1), self.out]
+
+
+class TwoViewSettings(MethodSettings):
+    """Two random resized crops of an image."""
+
+    size: int = Field(224, gt=0, description="side of a view in pixels; a multiple of the ViT's patch")
+    scale: tuple[float, float] = Field((0.08, 1.0), description="area of a crop as a fraction of the image's")
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+
+
+def at_least_two(global_batch: int, name: str) -> None:
+    """Raises ValueError for a batch of one image, for methods that compare images or normalise over them."""
+    if global_batch < 2:
+        raise ValueError(f"method {name} compares the images of a batch: set batch_size to at least 2")
