@@ -8,9 +8,9 @@ Shape legend: B images of this rank, I its 2B views, J the 2N views of all ranks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as functional
@@ -26,6 +26,9 @@ from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.settings.dsa import DSASettings
 from stages.pretrain.views.plan import ViewPlan
 
+if TYPE_CHECKING:
+    from pipeline.store import Artifact
+
 
 class DSA(Method):
     """Terms: the host's, dsa_am (L_AM^s, Eq. 16), dsa_con (L_con, Eq. 13)."""
@@ -36,7 +39,8 @@ class DSA(Method):
         self.host = host
         width = encoder.vector_width  # with what the host may have added to it
         self.arranger = Arranger(width, settings.hidden or width)
-        self.views = StudentViews(host.representation() or encoder)
+        of_the_image = [spec.name for spec in host.view_plan().views if spec.of == "image"]
+        self.views = StudentViews(host.representation() or encoder, of_the_image)
         self.auxiliary = None if auxiliary is None else FrozenViews(auxiliary, encoder.mean, encoder.std)
         self._watched: dict[str, Tensor] = {}
 
@@ -97,6 +101,10 @@ class DSA(Method):
     def use_sources(self, roles: Sequence[str]) -> None:
         self.host.use_sources(roles)
 
+    def use_inputs(self, inputs: Mapping[str, Artifact]) -> None:
+        own = "host."
+        self.host.use_inputs({path[len(own) :]: each for path, each in inputs.items() if path.startswith(own)})
+
     def start_step(self, step: Step) -> None:
         self.host.start_step(step)
 
@@ -139,8 +147,9 @@ class Arranger(nn.Module):
 class StudentViews:
     """Listens to the student while the host computes its terms."""
 
-    def __init__(self, student: nn.Module) -> None:
-        self.student = [student]  # in a list: it belongs to the host
+    def __init__(self, student: nn.Module, names: Sequence[str]) -> None:
+        self.student = student
+        self.names = names  # of the views that show the image itself
         self.heard: list[tuple[Tensor, Tensor]] = []  # pixels and representations of each forward pass
         self.listening = False
         student.register_forward_hook(self._hear)
@@ -158,7 +167,8 @@ class StudentViews:
     def two(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Representations z (2B, D) of the first two views of the first size, and their pixels (2B, 3, S, S).
 
-        A view that the host showed to its teacher only (ReSSL's weak one) goes through the student here.
+        Where the student saw one view only, the first one of that size that it did not see goes through it here:
+        ReSSL's weak view, FLSL's teacher crop.
         """
         if not self.heard:
             raise ValueError("dsa heard no forward pass of the encoder while its host computed its terms")
@@ -167,13 +177,13 @@ class StudentViews:
         images, z = torch.cat([part for part, _ in same])[:count], torch.cat([part for _, part in same])[:count]
         if len(z) == count:
             return z, images
-        unseen = batch.views.get("global", images[None])[1:2]
-        if not len(unseen):
-            raise ValueError(
-                "dsa compares two views of an image, and its host makes one: choose a host with two global crops"
-            )
-        pixels = unseen[0]
-        return torch.cat([z, self.student[0](pixels).vector]), torch.cat([images, pixels])
+        for view_B3SS in (view for name in self.names for view in batch.views[name]):
+            if view_B3SS.shape == images.shape and not torch.equal(view_B3SS, images):
+                return torch.cat([z, self.student(view_B3SS).vector]), torch.cat([images, view_B3SS])
+        raise ValueError(
+            f"dsa compares two views of an image, and its host makes one of {size} pixels: give it a second one "
+            "(method.host.global_crops.count: 2)"
+        )
 
 
 class FrozenViews:

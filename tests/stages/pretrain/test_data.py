@@ -262,6 +262,16 @@ def test_neighbours_stay_in_the_split(make_table: MakeTable, photos: Table) -> N
             assert neighbor == {0: 2, 2: 3, 3: -1, 7: -1}[i]
 
 
+def test_embeddings_come_with_their_images(make_table: MakeTable, photos: Table) -> None:
+    table = make_table("embeddings", [{"image_id": i, "embedding": [float(i), 1.0]} for i in range(20) if i != 4])
+    for batch in batches(ImageSource(photos, embeddings=table), 0, 5, ViewPlan(VIEWS, ("embeddings",))):
+        assert batch.extras["embedding"].tolist() == [[float(i), 1.0] for i in batch.image_ids.tolist()]
+        assert 4 not in batch.image_ids  # without an embedding: replaced and counted
+        assert set(batch.skipped) <= {"no embedding"}
+    with pytest.raises(UsageError, match="give the method a `embeddings` stage"):
+        batches(ImageSource(photos), 0, 1, ViewPlan(VIEWS, ("embeddings",)))
+
+
 def test_labels_are_cut_with_the_views(make_table: MakeTable, photos: Table) -> None:
     labels = (np.arange(52)[:, None] // 4 * 100 + np.arange(70) // 4).astype(np.uint16)
     rows = [{"image_id": i, "labels": pack_labels(labels), "count": 100} for i in range(20)]

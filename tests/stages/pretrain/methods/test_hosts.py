@@ -271,6 +271,26 @@ def test_dsa_sees_the_hosts_own_representations_of_both_views() -> None:
     torch.testing.assert_close(z, ressl.host.network.encoder(images).vector)
 
 
+def test_a_host_whose_student_sees_one_view_needs_another_of_its_size() -> None:
+    host = {**OURS["dino"], "global_crops": {"size": 32, "count": 1, "scale": (0.25, 1.0)}}
+    method = build(method_settings({"name": "dsa", "host": host, "auxiliary": AUXILIARY}))
+    batch = a_batch()
+    batch.views["global"] = batch.views["global"][:1]
+    with pytest.raises(ValueError, match=r"its host makes one of 32 pixels.*global_crops\.count: 2"):
+        method(batch)
+    method.views.names = ["teacher", "global"]  # as FLSL: the teacher's crop has the student's size
+    batch.views["teacher"] = batch.views["global"] + 1
+    assert torch.isfinite(method(batch)["dsa_am"])
+
+
+def test_inputs_of_the_host_reach_it() -> None:
+    method = build(settings("dino", dsa=True))
+    seen: list[dict[str, Any]] = []
+    method.host.use_inputs = lambda inputs: seen.append(dict(inputs))
+    method.use_inputs({"embeddings": 1, "host.neighbors": 2})
+    assert seen == [{"neighbors": 2}]
+
+
 def test_cached_embeddings_serve_both_views() -> None:
     config = settings("simclr", dsa=True, cached=True)
     method, batch = build(config), a_batch()
