@@ -65,12 +65,12 @@ def run(
 ) -> None:
     """Compute what is not cached, stage by stage."""
     from pipeline import runner
-    from pipeline.display import RunDisplay
+    from pipeline.display import RunDisplay, results_only_on_stdout
     from pipeline.printing import print_closing, print_results
 
     pipeline, opened, plan = _planned(config, overrides, only, from_, force, store)
     try:
-        with RunDisplay() as display:
+        with results_only_on_stdout(), RunDisplay() as display:
             result = runner.run(pipeline, plan, opened, display, address=address)
     except runner.RunFailed as failure:
         if as_json:

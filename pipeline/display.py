@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -86,6 +89,27 @@ class RunDisplay:
 
     def line(self, markup: str) -> None:
         self._console.print(markup, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def results_only_on_stdout() -> Iterator[None]:
+    """Send what anybody prints meanwhile (Ray's driver, libraries, child processes) to standard error."""
+    sys.stdout.flush()
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):  # not a file: a test, a notebook
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        return
+    kept = os.dup(descriptor)
+    os.dup2(2, descriptor)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, descriptor)
+        os.close(kept)
 
 
 def duration(seconds: float) -> str:

@@ -288,12 +288,12 @@ def on_purpose(error: BaseException) -> TesseraError | None:
 
 
 def explain(error: BaseException) -> str:
-    """One sentence for what stopped a stage: its own message, or a bug's last line without Ray's page of traceback."""
+    """One sentence for what stopped a stage: its own message, or a bug's first line without Ray's page of traceback."""
     if (known := on_purpose(error)) is not None:
         return str(known)
     while isinstance(cause := getattr(error, "cause", None), BaseException):
         error = cause
-    return "".join(traceback.format_exception_only(error)).strip()
+    return "".join(traceback.format_exception_only(error)).strip().split("\n")[0]
 
 
 def _ending(result: StageResult) -> tuple[str, str]:

@@ -60,6 +60,8 @@ class Scaled(Stage[ScaledConfig]):
 
     def run(self, context: Context) -> Outcome:
         note(f"run {context.name}")
+        print("a library says hello")
+        os.system("echo a child says hello")
         hold = os.environ.get("TESSERA_FAKES_HOLD")
         while hold and Path(hold).exists():
             time.sleep(0.02)
