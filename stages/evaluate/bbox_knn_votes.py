@@ -6,7 +6,6 @@ Shape legend: N boxes of an image, M train and B test images, G cells of the gri
 from __future__ import annotations
 
 import numpy as np
-import torch
 import torch.nn.functional as functional
 from numpy.typing import NDArray
 from torch import Tensor
