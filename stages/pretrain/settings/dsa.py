@@ -31,8 +31,10 @@ class DSASettings(MethodSettings):
         description="frozen encoder of the same views, e.g. {name: vit_base_patch32_clip_224.openai, pretrained: true} "
         "(the paper's CLIP); or give embeddings",
     )
-    embeddings: Input["embeddings"] | None = Field(
-        None, description="cached auxiliary features of the whole images, used for both views; or give auxiliary"
+    embeddings: Input["embeddings"] | list[Input["embeddings"]] | None = Field(
+        None,
+        description="cached auxiliary features of the whole images, used for both views; with several image sources, "
+        "one stage for each; or give auxiliary",
     )
     eta: int = Field(20, ge=1, description="neighbours that an anchor is judged by; at most all other views")
     alpha: float = Field(1.0, description="pairs with 2 M > alpha attract, the others repel")

@@ -14,6 +14,8 @@ import torch.multiprocessing as mp
 from pydantic import ValidationError
 from torch import nn
 
+from stages.models.encoder import Encoder
+from stages.models.settings import Backbone
 from stages.models.sync_batch_norm import convert
 from stages.pretrain.batch import Batch
 from stages.pretrain.methods.dsa import DSA
@@ -281,6 +283,24 @@ def test_a_host_whose_student_sees_one_view_needs_another_of_its_size() -> None:
     method.views.names = ["teacher", "global"]  # as FLSL: the teacher's crop has the student's size
     batch.views["teacher"] = batch.views["global"] + 1
     assert torch.isfinite(method(batch)["dsa_am"])
+
+
+def test_flsl_is_a_host_too() -> None:
+    kwargs = {"embed_dim": 24, "depth": 2, "num_heads": 2}
+    fields = {"name": "vit_tiny_patch16_224", "patch_size": 4, "img_size": 32, "kwargs": kwargs}
+    encoder = Encoder.build(Backbone(class_token=False, pos_embed="sincos", **fields))
+    crops = {"global_crops": {"size": 32, "count": 1, "scale": (0.5, 1)}, "teacher_crop": {"size": 32}}
+    host = {"name": "flsl", "head": HEAD, "local_crops": CROPS["local_crops"], **crops}
+    config = method_settings({"name": "dsa", "host": host, "auxiliary": AUXILIARY})
+    method = config.build(encoder, total_steps=10, steps_per_epoch=2, global_batch=8)
+    batch = a_batch()
+    batch.views["teacher"], batch.views["global"] = batch.views["global"][:1], batch.views["global"][1:]
+    batch.affines["teacher"], batch.affines["global"] = batch.affines["global"][:1], batch.affines["global"][1:]
+    method.start_step(STEP)
+    terms = method(batch)
+    assert list(terms) == ["intra", "inter", "vmr", "dsa_am", "dsa_con"]
+    assert all(torch.isfinite(term) for term in terms.values())
+    assert config.term_weights()["vmr"] == 5.0
 
 
 def test_inputs_of_the_host_reach_it() -> None:
