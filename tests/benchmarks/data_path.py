@@ -88,10 +88,11 @@ def run_ours(table: Table, crops: tuple[int, int, int], workers: int, steps: int
         yield len(batch)
 
 
-def speed(batches: Callable[[int], Iterator[int]], steps: int, clock: Callable[[], float]) -> float:
-    """Images/s after the first batch (which waits for the processes to start)."""
-    run = batches(steps + 1)
-    next(run)
+def speed(batches: Callable[[int], Iterator[int]], steps: int, warm_up: int, clock: Callable[[], float]) -> float:
+    """Images/s after `warm_up` batches: the first ones wait for the processes, and come all at once."""
+    run = batches(steps + warm_up)
+    for _ in range(warm_up):
+        next(run)
     start = clock()
     images = sum(run)
     return images / (clock() - start)
@@ -121,7 +122,7 @@ def phases(images: list[bytes], crops: tuple[int, int, int]) -> dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2, help="worker processes of each side")
+    parser.add_argument("--processes", type=int, default=2, help="worker processes of each side; 0: only in process")
     parser.add_argument("--images", type=int, default=160, help="different images")
     parser.add_argument("--steps", type=int, default=8, help=f"batches of {BATCH} a repeat")
     parser.add_argument("--repeats", type=int, default=3)
@@ -144,11 +145,12 @@ def main() -> None:
             images = [path.read_bytes() for path in paths[:: max(1, len(paths) // args.images)][: args.images]]
             table = make_table(store, images, f"{number:024d}")
             for crops_name, crops in CROPS.items():
-                for workers, clock in ((0, time.process_time), (args.processes, time.perf_counter)):
+                measured = {0: time.process_time} | ({args.processes: time.perf_counter} if args.processes else {})
+                for workers, clock in measured.items():
                     pairs = []
                     for _ in range(args.repeats):  # interleaved: what else the machine does hits both alike
-                        ours = speed(partial(run_ours, table, crops, workers), args.steps, clock)
-                        theirs = speed(partial(run_lightly, images, crops, workers), args.steps, clock)
+                        ours = speed(partial(run_ours, table, crops, workers), args.steps, 1 + workers, clock)
+                        theirs = speed(partial(run_lightly, images, crops, workers), args.steps, 1 + workers, clock)
                         pairs.append((ours, theirs))
                     ratio = statistics.median(a / b for a, b in pairs)
                     ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))

@@ -80,7 +80,7 @@ def reduction(draws: Sequence[Draw]) -> int:
 def random_crop(
     rng: np.random.Generator, width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], size: int
 ) -> Rect:
-    """A random resized crop in whole pixels (torchvision's rule: ten tries, then the largest central crop).
+    """A random resized crop in whole pixels (torchvision's rule: ten tries, then the largest crop of an allowed ratio).
 
     A crop at least twice as fine as its view starts and ends at multiples of that power of two, less than a view
     pixel away: so it falls on whole pixels of an image decoded at a reduced scale too.
