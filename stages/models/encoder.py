@@ -221,7 +221,7 @@ class Encoder(nn.Module):
                 f"backbone {self.backbone.name}: levels exist for ViTs and ResNets only; choose one of those"
             )
         depth = len(self.model.blocks)
-        taps = list(taps or (depth * (i + 1) // 4 - 1 for i in range(4)))
+        taps = list(taps or (max(0, depth * (i + 1) // 4 - 1) for i in range(4)))  # a shallow one repeats its first
         tokens, (h, w) = self.embed_patches(image_B3HW)
         found: dict[int, Tensor] = {}
         for i, block in enumerate(self.model.blocks):

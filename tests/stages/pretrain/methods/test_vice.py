@@ -1,0 +1,497 @@
+"""vice on tiny backbones: views and regions, terms, gradients, queue, resume and ranks, and images that do not fit."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from pydantic import ValidationError
+
+from pipeline.errors import SourceError, UsageError
+from pipeline.store import ArtifactStore
+from stages.models.object_aware_filter import ObjectAwareFilter
+from stages.models.sync_batch_norm import convert
+from stages.pretrain.batch import Batch
+from stages.pretrain.data import ImageSource, TrainData
+from stages.pretrain.methods.method import Step
+from stages.pretrain.methods.vice import ViCE, region_index
+from stages.pretrain.methods.vice_views import NO_MUTUAL_REGION, view_plan
+from stages.pretrain.settings.vice import ViCESettings
+from stages.pretrain.views.draw import generator
+from stages.pretrain.views.geometry import apply, rectangle
+from stages.pretrain.views.plan import Drawn, ImageRow
+from stages.pretrain.views.regions import MASKED
+from stages.regions.segments import grid_labels
+from stages.tables import SCHEMAS, Table, pack_labels
+from tests.conftest import encode, smooth_pixels
+from tests.stages.pretrain.methods.tiny import tiny_encoder
+
+STEP = Step(index=3, total=10, steps_per_epoch=2)
+SMALL: dict[str, Any] = {
+    "superpixels": "superpixels",
+    "standard": {"size": 48},
+    "views": 3,
+    "size": 32,
+    "decoder": {"name": "fpn", "width": 16},
+    "prototypes": 12,
+    "frozen_steps": 2,
+    "queue": {"size": 200, "start": 2},
+}
+
+
+def settings(**changes: Any) -> ViCESettings:
+    return ViCESettings.model_validate(SMALL | changes)
+
+
+def build(*, resnet: bool = False, **changes: Any) -> ViCE:
+    method = settings(**changes).build(tiny_encoder(resnet=resnet), total_steps=10, steps_per_epoch=2, global_batch=8)
+    assert isinstance(method, ViCE)
+    for module in method.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0  # so that runs can be compared
+    return method.train()
+
+
+def image_row(image_id: int = 0, width: int = 64, height: int = 48, labels: Any = None) -> ImageRow:
+    pixels = smooth_pixels(width, height, image_id)
+    pixels[height // 3 : height // 2, width // 3 : width // 2] = 0  # edges, for the content map
+    labels = grid_labels(height, width, 6) if labels is None else labels
+    return ImageRow(image_id, width, height, lambda: pixels, superpixels=labels)
+
+
+def drawn(config: ViCESettings, row: ImageRow, seed: int = 5) -> Drawn:
+    drawer = view_plan(config).drawer
+    assert drawer is not None
+    return drawer(generator(seed, 0, 0, row.image_id), row)
+
+
+def drawn_batch(config: ViCESettings, *, count: int = 8, first: int = 0) -> Batch:
+    """Real draws for made-up images; pixels are noise of each image's own generator."""
+    items, pixels = [], []
+    for image_id in range(first, first + count):
+        items.append(drawn(config, image_row(image_id)))
+        rng = np.random.default_rng(image_id)
+        pixels.append(rng.standard_normal((config.views, 3, config.size, config.size)).astype(np.float32))
+    extras = {name: torch.from_numpy(np.stack([d.extras[name] for d in items])) for name in items[0].extras}
+    return Batch(
+        torch.arange(first, first + count),
+        torch.zeros(count, dtype=torch.int64),
+        {"view": torch.from_numpy(np.stack(pixels, 1))},
+        {"view": torch.from_numpy(np.stack([[d.affine for d in item.draws] for item in items], 1)).float()},
+        extras=extras,
+        seed=7,
+        offset=first,
+    )
+
+
+def train_step(method: ViCE, batch: Batch, step: Step = STEP, lr: float = 0.1) -> dict[str, float]:
+    optimizer = torch.optim.SGD(method.parameter_groups(), lr=lr)
+    method.start_step(step)
+    terms = method(batch)
+    torch.stack(list(terms.values())).sum().backward()
+    method.before_update(step)
+    optimizer.step()
+    optimizer.zero_grad()
+    method.after_step(step)
+    return {name: term.item() for name, term in terms.items()}
+
+
+# ------------------------------------------------------------------------------------------------ views and regions
+def test_equal_numbers_are_equal_regions_in_every_view() -> None:
+    config, labels = settings(flip=0.5), np.random.default_rng(0).permutation(88)[grid_labels(48, 64, 6)]
+    flips = set()
+    for image_id in range(20):
+        item = drawn(config, image_row(image_id, labels=labels.astype(np.int32)))
+        maps, count = item.extras["regions"], int(item.extras["count"])
+        named: dict[int, set[int]] = {}
+        for map_, view in zip(maps, item.draws, strict=True):
+            assert set(np.unique(map_[map_ >= 0])) == set(range(count))
+            y, x = np.nonzero(map_ >= 0)
+            points = np.floor(apply(view.affine, np.stack([x + 0.5, y + 0.5], 1).astype(float))).astype(int)
+            for number, (px, py) in zip(map_[y, x].tolist(), points.tolist(), strict=True):
+                named.setdefault(number, set()).add(int(labels[py, px]))
+            flips.add(bool(view.affine[0, 0] < 0))
+        assert all(len(ids) == 1 for ids in named.values())
+        assert [min(named[n]) for n in range(count)] == sorted(min(ids) for ids in named.values())
+    assert flips == {True, False}
+
+
+def test_every_view_shows_the_middle_of_the_first_and_lies_in_the_image() -> None:
+    config = settings(resize=(0.5, 1.5), size=32)
+    for image_id in range(30):
+        views = [rectangle(view.affine, 32) for view in drawn(config, image_row(image_id)).draws]
+        middle = (views[0][:2] + views[0][2:]) / 2
+        for rect in views:
+            assert (rect[:2] <= middle).all()
+            assert (rect[2:] >= middle).all()
+            assert (rect >= 0).all()
+            assert (rect[2:] <= (64, 48)).all()
+
+
+def test_masked_regions_count_in_no_view() -> None:
+    config = settings(mask={"ratio": 1.0, "protected": 0.5})
+    labels = grid_labels(48, 64, 6)
+    seen = 0
+    for image_id in range(20):
+        item = drawn(config, image_row(image_id))
+        if item.skipped:
+            continue
+        hidden, used = set(), set()
+        for map_, view in zip(item.extras["regions"], item.draws, strict=True):
+            grid = np.stack(np.meshgrid(np.arange(32) + 0.5, np.arange(32) + 0.5), -1).reshape(-1, 2)
+            px, py = np.floor(apply(view.affine, grid)).astype(int).T
+            flat = map_.ravel()
+            hidden |= set(labels[py[flat == MASKED], px[flat == MASKED]].tolist())
+            used |= set(labels[py[flat >= 0], px[flat >= 0]].tolist())
+        assert not hidden & used
+        seen += len(hidden)
+    assert seen > 100
+    plain = drawn(settings(mask={"ratio": 0.0}), image_row())
+    assert not (plain.extras["regions"] == MASKED).any()
+
+
+def test_draws_follow_their_generator_and_travel() -> None:
+    config = settings()
+    plan = pickle.loads(pickle.dumps(view_plan(config)))
+    row = image_row(3)
+    again = plan.drawer(generator(5, 0, 0, 3), row)
+    np.testing.assert_array_equal(again.extras["regions"], drawn(config, row).extras["regions"])
+    other = drawn(config, row, seed=6)
+    assert [d.affine.tolist() for d in other.draws] != [d.affine.tolist() for d in again.draws]
+
+
+def test_centres_follow_the_content() -> None:
+    """Left half flat, right half striped: views gather on the right."""
+    pixels = np.full((200, 400, 3), 128, np.uint8)
+    pixels[:, 200::8] = 0
+    labels = grid_labels(200, 400, 10)
+    config = settings(resize=(1.0, 1.0))
+    middles = []
+    for image_id in range(40):
+        first = drawn(config, ImageRow(image_id, 400, 200, lambda: pixels, superpixels=labels)).draws[0]
+        middles.append(float(rectangle(first.affine, 32)[[0, 2]].mean()))
+    assert np.mean(np.array(middles) > 190) > 0.9
+
+
+@pytest.mark.parametrize("standard", [{"kind": "pad", "size": 100}, {"kind": "square", "size": 40}])
+@pytest.mark.parametrize("shape", [(20, 12), (300, 2), (1, 1), (64, 48), (50, 130)])
+def test_an_image_of_any_size_has_views(standard: dict[str, Any], shape: tuple[int, int]) -> None:
+    """Smaller than a view, or narrower: the rest is outside, and no region is there."""
+    width, height = shape
+    item = drawn(settings(standard=standard, mask={"ratio": 0.0}), image_row(1, width, height))
+    assert item.skipped in (None, NO_MUTUAL_REGION)
+    if item.skipped is None:
+        for map_, view in zip(item.extras["regions"], item.draws, strict=True):
+            y, x = np.nonzero(map_ >= 0)
+            points = apply(view.affine, np.stack([x + 0.5, y + 0.5], 1).astype(float))
+            assert (points >= 0).all()
+            assert (points <= (width, height)).all()
+
+
+def test_pixels_as_regions() -> None:
+    config = settings(superpixels=None, decomposition="pixels", mask={"ratio": 0.25})
+    plan = view_plan(config)
+    assert plan.tables == ()
+    assert view_plan(settings()).tables == ("superpixels",)
+    row = image_row(2)
+    row.superpixels = None
+    item = drawn(config, row)
+    assert int(item.extras["count"]) > 20
+    first = item.extras["regions"][0]
+    assert len(np.unique(first[first >= 0])) == int(item.extras["count"])
+
+
+def test_region_zero_can_be_dropped() -> None:
+    one = np.zeros((48, 64), np.int32)
+    assert drawn(settings(mask={"ratio": 0.0}), image_row(labels=one)).skipped is None
+    assert (
+        drawn(settings(mask={"ratio": 0.0}, drop_region_zero=True), image_row(labels=one)).skipped == NO_MUTUAL_REGION
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ terms
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fpn": {},
+    "deeplab": {"decoder": {"name": "deeplab", "width": 16}},
+    "representative": {"region": "representative"},
+    "paper_pooling": {"pool_order": "norm_then_mean", "loss_mean": "per_image"},
+    "pixels": {"superpixels": None, "decomposition": "pixels"},
+    "nominal_masks": {"mask": {"centre": "nominal"}},
+    "square": {"standard": {"kind": "square", "size": 48}},
+}
+
+
+@pytest.mark.parametrize("resnet", [False, True])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_terms_are_finite_and_every_parameter_learns(name: str, resnet: bool) -> None:
+    method = build(resnet=resnet, **VARIANTS[name])
+    batch = drawn_batch(method.settings)
+    train_step(method, batch)
+    method.start_step(STEP)
+    terms = method(batch)
+    assert set(terms) == set(method.settings.term_weights())
+    assert all(term.ndim == 0 and torch.isfinite(term) and term > 0 for term in terms.values()), terms
+    torch.stack(list(terms.values())).sum().backward()
+    # A ViT's last norm has no gradient for [CLS], but every parameter takes part through the patches.
+    silent = [
+        key
+        for key, parameter in method.named_parameters()
+        if parameter.grad is None or not parameter.grad.abs().sum() > 0
+    ]
+    assert silent == []
+    assert all(np.isfinite(value) for value in method.diagnostics().values())
+
+
+def test_the_first_view_is_only_a_target() -> None:
+    method = build()
+    batch = drawn_batch(method.settings, count=2)
+    caught: list[torch.Tensor] = []
+    method.network.register_forward_hook(lambda _module, _args, out: caught.append(out) or out.retain_grad())
+    method(batch)["swapped"].backward()
+    gradient = caught[0].grad.unflatten(0, (3, 2)).abs().sum(dim=(1, 2, 3, 4))
+    assert gradient[0] == 0
+    assert (gradient[1:] > 0).all()
+
+
+def test_pooling_matches_a_loop_over_regions() -> None:
+    method = build(loss_mean="per_image")
+    batch = drawn_batch(method.settings, count=3)
+    count = batch.extras["count"]
+    maps = torch.randn(9, 16, 32, 32, generator=torch.Generator().manual_seed(0))
+    index = region_index(batch.extras["regions"].transpose(0, 1).long(), count, int(count.sum()))
+    z, _ = method._pooled(maps, index, count, int(count.sum()))
+    at = 0
+    for image, number in enumerate(count.tolist()):
+        for region in range(number):
+            for view in range(3):
+                pixels = maps.unflatten(0, (3, 3))[view, image][:, batch.extras["regions"][image, view] == region]
+                torch.testing.assert_close(z[view, at], torch.nn.functional.normalize(pixels.mean(1), dim=0))
+            at += 1
+
+
+def test_mean_over_regions_or_images() -> None:
+    """Images with different numbers of regions: the two means differ, and each is what it says."""
+    flat, paper = build(), build(loss_mean="per_image")
+    count = torch.tensor([1, 3])
+    torch.testing.assert_close(flat._weights(count, 4).float(), torch.full((4,), 0.25))
+    torch.testing.assert_close(paper._weights(count, 4).float(), torch.tensor([1 / 2, 1 / 6, 1 / 6, 1 / 6]))
+
+
+def test_masked_pixels_are_noise_that_no_rank_changes() -> None:
+    method = build(mask={"ratio": 1.0})
+    batch = drawn_batch(method.settings, count=4)
+    regions = batch.extras["regions"].transpose(0, 1).long()
+    filled = method._filled(batch, regions)
+    masked = (regions == MASKED)[:, :, None].expand_as(filled)
+    assert masked.any()
+    assert filled[masked].abs().max() <= 1
+    assert torch.equal(filled[~masked], batch.views["view"][~masked])
+    half = drawn_batch(method.settings, count=2, first=2)
+    assert torch.equal(method._filled(half, regions[:, 2:]), filled[:, 2:])
+
+
+def test_training_lowers_the_loss() -> None:
+    method = build(frozen_steps=0, mask={"ratio": 0.0})
+    batch = drawn_batch(method.settings)
+    optimizer = torch.optim.AdamW(method.parameter_groups(), lr=3e-3)
+    losses = []
+    for index in range(15):
+        step = Step(index, 15, 1)
+        method.start_step(step)
+        losses.append(method(batch)["swapped"])
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_step(step)
+    assert losses[-1] < losses[0]
+
+
+# -------------------------------------------------------------------------------------------- prototypes and queue
+def test_prototypes_wait_and_stay_on_the_sphere() -> None:
+    method = build(frozen_steps=4)
+    batch = drawn_batch(method.settings)
+    before = method.prototypes.detach().clone()
+    train_step(method, batch, Step(3, 10, 2), lr=1.0)
+    torch.testing.assert_close(method.prototypes.detach(), before)
+    train_step(method, batch, Step(4, 10, 2), lr=1.0)
+    assert (method.prototypes - before).abs().max() > 1e-4
+    torch.testing.assert_close(method.prototypes.norm(dim=1), torch.ones(12))
+
+
+def test_queue_fills_newest_first_and_is_used_late() -> None:
+    method = build(queue={"size": 10_000, "start": 5})
+    first, second = drawn_batch(method.settings), drawn_batch(method.settings, first=8)
+    train_step(method, first)
+    held = int(method.queue_filled)
+    assert held == int(first.extras["count"].sum())
+    older = method.queue[:held].clone()
+    train_step(method, second)
+    now = int(method.queue_filled)
+    assert torch.equal(method.queue[now - held : now], older)
+    assert method.queue[now:].abs().sum() == 0
+    losses = {}
+    for index in (4, 5):
+        method.start_step(Step(index, 10, 2))
+        losses[index] = method(first)["swapped"].item()
+    assert losses[4] != losses[5]
+
+
+@pytest.mark.parametrize("size", [0, 1, 7])
+def test_a_batch_larger_than_the_queue_is_truncated(size: int) -> None:
+    method = build(queue={"size": size, "start": 0})
+    batch = drawn_batch(method.settings)
+    assert int(batch.extras["count"].sum()) > 7
+    for index in range(3):
+        assert all(np.isfinite(value) for value in train_step(method, batch, Step(index, 10, 2)).values())
+    assert method.queue.shape == (size, 16)
+    assert int(method.queue_filled) == size
+
+
+def test_state_round_trips() -> None:
+    method = build()
+    batch = drawn_batch(method.settings)
+    for index in range(3):
+        train_step(method, batch, Step(index, 10, 2))
+    resumed = build()
+    resumed.load_state_dict(method.state_dict())
+    for index in (3, 4):
+        assert train_step(method, batch, Step(index, 10, 2)) == train_step(resumed, batch, Step(index, 10, 2))
+    for key, value in method.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+# ------------------------------------------------------------------------------------------------------- bad inputs
+def test_settings_say_what_is_wrong() -> None:
+    for changes, message in (
+        ({"superpixels": None}, "name a stage of kind superpixels"),
+        ({"decomposition": "pixels"}, "needs none"),
+        ({"resize": (2.0, 0.5)}, "the smaller first"),
+        ({"region": "representative", "pool_order": "norm_then_mean"}, "a representative is one pixel"),
+        ({"weights": {"swaped": 1}}, "no such term"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            settings(**changes)
+    assert settings().term_weights() == {"swapped": 1.0}
+    assert settings(region="representative").term_weights() == {"swapped": 0.5, "coherence": 0.5}
+
+
+def test_a_filter_is_refused() -> None:
+    encoder = tiny_encoder()
+    encoder.filter = ObjectAwareFilter(width=24, prototypes=4)
+    with pytest.raises(UsageError, match="no object-aware filter sees"):
+        settings().build(encoder, total_steps=1, steps_per_epoch=1, global_batch=1)
+
+
+def make_sources(folder: Path, rows: list[dict[str, Any]], maps: dict[int, np.ndarray]) -> ImageSource:
+    store = ArtifactStore(str(folder))
+
+    def table(kind: str, fingerprint: str, content: list[dict[str, Any]]) -> Table:
+        writer = store.begin(kind, fingerprint)
+        full = [dict.fromkeys(SCHEMAS[kind].names) | row for row in content]
+        writer.put_table(0, pa.Table.from_pylist(full, schema=SCHEMAS[kind]))
+        return Table.open(writer.commit())
+
+    packed = [
+        {"image_id": i, "labels": pack_labels(map_.astype(np.uint16)), "count": int(map_.max()) + 1}
+        for i, map_ in sorted(maps.items())
+    ]
+    return ImageSource(table("images", "0" * 24, rows), superpixels=table("superpixels", "1" * 24, packed))
+
+
+def photo(image_id: int, width: int = 64, height: int = 48, mode: str = "RGB") -> dict[str, Any]:
+    from PIL import Image
+
+    picture = Image.fromarray(smooth_pixels(width, height, image_id)).convert(mode)
+    row = {"image_id": image_id, "key": f"{image_id}.png", "image": encode(picture, "PNG")}
+    return row | {"width": width, "height": height}
+
+
+def test_images_that_cannot_be_used_are_replaced_and_counted(tmp_path: Path) -> None:
+    config = settings(mask={"ratio": 0.0}, drop_region_zero=True)
+    maps = {i: grid_labels(48, 64, 6) for i in range(6)}
+    maps[2] = np.zeros((48, 64), np.int32)  # its one region is dropped: no mutual region
+    maps[4] = grid_labels(20, 24, 6)
+    del maps[5]
+    rows = [photo(i) for i in range(4)] + [photo(4, 24, 20, "L"), photo(5)]
+    data = TrainData([make_sources(tmp_path, rows, maps)], view_plan(config), global_batch=6, seed=0)
+    [batch] = list(data.batches(0, 1))
+    assert not set(batch.image_ids.tolist()) & {2, 5}
+    assert 4 in batch.image_ids.tolist()  # grey, and smaller than a view
+    assert batch.skipped[NO_MUTUAL_REGION] >= 1
+    assert batch.skipped["no superpixels"] >= 1
+    assert data.problems["2.png"] == NO_MUTUAL_REGION
+    assert batch.views["view"].shape == (3, 6, 3, 32, 32)
+    method = build(mask={"ratio": 0.0}, drop_region_zero=True)
+    assert torch.isfinite(method(batch)["swapped"])
+
+
+def test_no_usable_image_at_all_stops_the_run(tmp_path: Path) -> None:
+    config = settings(mask={"ratio": 0.0}, drop_region_zero=True)
+    source = make_sources(tmp_path, [photo(0), photo(1)], {i: np.zeros((48, 64), np.int32) for i in range(2)})
+    with pytest.raises(SourceError, match=NO_MUTUAL_REGION):
+        list(TrainData([source], view_plan(config), global_batch=2, seed=0).batches(0, 1))
+
+
+# ------------------------------------------------------------------------------------------------------------ ranks
+def _three_steps(rank: int, world_size: int, folder: str, port: int) -> None:
+    torch.set_num_threads(1)
+    if world_size > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    results = {}
+    for name in ("vit", "resnet", "per_image", "representative"):
+        changes = {"resnet": {}, "vit": {}, "per_image": VARIANTS["paper_pooling"]} | {
+            "representative": VARIANTS["representative"]
+        }
+        method = build(resnet=name == "resnet", frozen_steps=1, queue={"size": 150, "start": 1}, **changes[name])
+        method = method.double()
+        share = 4 // world_size
+        batch = drawn_batch(method.settings, count=share, first=rank * share)
+        batch.views["view"] = batch.views["view"].double()
+        if world_size > 1:
+            convert(method)
+        wrapped = torch.nn.parallel.DistributedDataParallel(method) if world_size > 1 else method
+        optimizer = torch.optim.SGD(method.parameter_groups(), lr=0.1)
+        values = []
+        for index in range(3):
+            step = Step(index, 3, 1)
+            method.start_step(step)
+            terms = wrapped(batch)
+            torch.stack(list(terms.values())).sum().backward()
+            method.before_update(step)
+            optimizer.step()
+            optimizer.zero_grad()
+            method.after_step(step)
+            each = torch.stack([term.detach() for term in terms.values()])
+            if world_size > 1:
+                dist.all_reduce(each)
+            values.append(each / world_size)
+        rows = method.queue[: int(method.queue_filled)].clone()
+        results[name] = (torch.stack(values), method.prototypes.detach().clone(), rows)
+    torch.save(results, Path(folder) / f"{world_size}-{rank}.pt")
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    _three_steps(0, 1, str(tmp_path), port)
+    mp.spawn(_three_steps, args=(2, str(tmp_path), port), nprocs=2)
+    one = torch.load(tmp_path / "1-0.pt", weights_only=True)
+    for rank in range(2):
+        two = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)
+        for name, expected in one.items():
+            for mine, theirs in zip(two[name], expected, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
