@@ -27,6 +27,7 @@ from stages.pretrain.methods.flsl import FLSL, HEAD
 from stages.pretrain.methods.method import Step
 from stages.pretrain.methods.query_sampling import sample_queries
 from stages.pretrain.settings.flsl import FLSLSettings
+from stages.pretrain.settings.method import method_settings
 from stages.pretrain.stage import PretrainConfig
 from stages.pretrain.views.draw import draw_views, generator, shown
 from tests.stages.pretrain.conftest import SMALL, RunStage
@@ -344,6 +345,16 @@ def test_the_stage_trains_and_feeds_a_second_stage(run_stage: RunStage, images: 
     run.method.train()
     assert all(torch.isfinite(term) for term in run.method(batch).values())
     assert not run.method.previous.training
+
+
+def test_dsa_regularises_it() -> None:
+    auxiliary = {"name": "vit_tiny_patch16_224", "patch_size": 8, "img_size": 32, "kwargs": {"depth": 1}}
+    config = {"name": "dsa", "host": TINY | {"name": "flsl"}, "auxiliary": auxiliary}
+    method = method_settings(config).build(flsl_encoder(), total_steps=10, steps_per_epoch=2, global_batch=8)
+    terms = method.train()(noise(TINY))
+    assert {"intra", "inter", "vmr"} < set(terms)
+    torch.stack(list(terms.values())).sum().backward()
+    assert all(torch.isfinite(term) for term in terms.values())
 
 
 # ------------------------------------------------------------------------------------------------------------ ranks
