@@ -20,7 +20,7 @@ class Batch:
     views: dict[str, Tensor]  # name -> (V, B, 3, S, S) float, normalised
     affines: dict[str, Tensor]  # name -> (V, B, 2, 3) float32: view pixels -> stored-image pixels
     labels: dict[str, Tensor] = field(default_factory=dict)  # name -> (V, B, S, S) int64, -1 outside
-    extras: dict[str, Tensor] = field(default_factory=dict)  # what the drawer stacked, (B, ...); "embedding" of that table
+    extras: dict[str, Tensor] = field(default_factory=dict)  # what the drawer stacked, (B, ...); an "embedding"
     neighbor_ids: Tensor | None = None  # (B,) int64: the image behind views of="neighbor"; -1 where none
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> images replaced while this batch was made
     seed: int = 0  # of this step, equal on all ranks: for random choices inside compute_terms
