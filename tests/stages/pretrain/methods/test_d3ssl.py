@@ -186,6 +186,27 @@ def test_pooled_regions_are_those_of_each_box() -> None:
     torch.testing.assert_close(after.norm(dim=1), torch.ones(4))
 
 
+def test_training_lowers_the_loss_and_the_teacher_follows() -> None:
+    method = build(teacher={"momentum": 0.9})
+    batches = [drawn_batch(method.settings, first=8 * i) for i in range(2)]
+    train_step(method, batches[1], lr=0.0)
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    optimizer = torch.optim.AdamW(method.parameter_groups(), lr=2e-3)
+    totals = []
+    for index in range(1, 21):
+        method.start_step(Step(index, 1000, 1))
+        total = torch.stack(list(method(batches[index % 2]).values())).sum()
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_step(Step(index, 1000, 1))
+        totals.append(total.item())
+    assert sum(totals[-4:]) < 0.9 * sum(totals[:4]), totals
+    key = "encoder.model.blocks.0.attn.qkv.weight"
+    student, teacher = method.state_dict()[f"student.{key}"], method.state_dict()[f"teacher.{key}"]
+    assert 0 < (teacher - before[f"teacher.{key}"]).norm() < (student - before[f"student.{key}"]).norm()
+
+
 # ----------------------------------------------------------------------------------------------------------- the bank
 def test_the_bank_is_first_in_first_out_and_filled_after_the_loss() -> None:
     method = build(bank={"size": 64})
