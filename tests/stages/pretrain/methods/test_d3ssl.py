@@ -207,6 +207,19 @@ def test_training_lowers_the_loss_and_the_teacher_follows() -> None:
     assert 0 < (teacher - before[f"teacher.{key}"]).norm() < (student - before[f"student.{key}"]).norm()
 
 
+@pytest.mark.parametrize("resnet", [False, True])
+def test_half_precision_stays_near(resnet: bool) -> None:
+    values = []
+    for precise in (True, False):
+        method = build(resnet=resnet)
+        train_step(method, drawn_batch(method.settings, first=8), lr=0.0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+            terms = method(drawn_batch(method.settings))
+        assert all(term.dtype == torch.float32 for term in terms.values())
+        values.append(torch.stack(list(terms.values())).detach())
+    torch.testing.assert_close(values[1], values[0], rtol=0.05, atol=0.05)
+
+
 # ----------------------------------------------------------------------------------------------------------- the bank
 def test_the_bank_is_first_in_first_out_and_filled_after_the_loss() -> None:
     method = build(bank={"size": 64})
