@@ -172,6 +172,7 @@ def _compute(job: Job, pieces: Sequence[Piece], pool: _Pool) -> Iterator[int]:
     data.context.enable_progress_bars = False
     data.context.print_on_execution_start = False
     data.context.target_max_block_size = 1  # reports leave a worker when they are made, not when a block is full
+    data.context.memory_usage_poll_interval_s = None  # a worker would read its whole memory map every second
     data.context.execution_no_progress_timeout_s = -1  # one image may take long, and a cluster may be busy
     behind: dict[tuple[int, int], int] = {}
     assembly = _Assembly(job.output, pieces)

@@ -131,7 +131,7 @@ def main() -> None:
     files = image_files(options.images)
     store = ArtifactStore(str(folder / "store"))
     images = write_images(store, files, options.part_rows, "0" * 12)
-    few = write_images(store, files[:32], 8, "1" * 12)
+    few = write_images(store, files[:64], 8, "1" * 12)
     started = cluster.start("local")
     workers = int(started.cpus)
     lines: list[str] = []
@@ -150,8 +150,9 @@ def main() -> None:
             for stage in options.stage or STAGES:
                 process, settings, _ = STAGES[stage]
                 work = partial(from_file, process=process, settings=settings)
-                pool_seconds(pool, work, files[:32])  # warm
-                ray_seconds(store, few, stage)
+                for _ in range(2):  # warm: all workers of both sides have started and imported what they need
+                    pool_seconds(pool, work, files[:64])
+                    ray_seconds(store, few, stage)
                 wall, cpu = [], []
                 for round_ in range(options.rounds):
                     sides = {
