@@ -63,7 +63,7 @@ def train(
     """
     settings, device = run.settings, run.device
     # Convolutions are faster with channels last (ResNet-18 on a CPU by a fifth); other layers do not care.
-    method = run.method.to(device, memory_format=torch.channels_last).train()
+    method = run.method.to(device).to(memory_format=torch.channels_last).train()
     optimizer = build_optimizer(method, settings.optimizer)
     progress = checkpoints.restore(method, optimizer)
     model: nn.Module = method
