@@ -21,8 +21,8 @@ from pipeline.errors import ClusterError, StageFailed, TesseraError
 from pipeline.stage import Context, Outcome
 from stages.pretrain.assemble import assemble
 from stages.pretrain.checkpoint import CheckpointFolder, Progress, is_complete, read_checkpoint, write_checkpoint
-from stages.pretrain.loop import train
-from stages.pretrain.preview import curves_table, preview_png
+from stages.pretrain.loop import Run, train
+from stages.pretrain.preview import curves_table, preview_png, views_png
 from stages.pretrain.stage import PretrainConfig
 
 
@@ -36,25 +36,24 @@ def pretrain(config: PretrainConfig, context: Context) -> Outcome:
         run = assemble(config, context.inputs, device=_device(), loader_workers=_loader_workers(config, _cpus()))
         rows.total = run.total_steps
         progress = train(run, checkpoints, rows.add)
-        method = run.method
     else:
         final = _train_on_ray(config, context, rows)
         run = assemble(config, context.inputs)
-        method = run.method
-        progress = read_checkpoint(final, method, None, context.fingerprint)
+        progress = read_checkpoint(final, run.method, None, context.fingerprint)
     for row in progress.curves:  # what an earlier, interrupted process had logged belongs to this run's record too
         rows.add(row)
-    return _write(config, context, method.cpu().eval(), progress)
+    return _write(config, context, run, progress)
 
 
-def _write(config: PretrainConfig, context: Context, method: Any, progress: Progress) -> Outcome:
-    encoder = method.encoder()
+def _write(config: PretrainConfig, context: Context, run: Run, progress: Progress) -> Outcome:
+    encoder = run.method.cpu().eval().encoder()
     with tempfile.TemporaryDirectory() as folder:
         encoder.save(Path(folder), method=config.method.name)
         for file in sorted(Path(folder).iterdir()):
             context.output.put_file(file.name, file)
     context.output.put_file("curves.json", json.dumps(progress.curves).encode())
     context.output.put_file("curves.parquet", curves_table(progress.curves))
+    context.output.put_file("views.png", views_png(run.data, run.method.view_plan(), encoder))
     context.output.put_file("preview.png", preview_png(encoder, progress.curves, config, context.inputs))
     last = progress.curves[-1]
     terms = [name for name in (*config.method.term_weights(), "total") if name in last]

@@ -14,7 +14,10 @@ from stages import pictures
 from stages.images import ImageError, decode
 from stages.models.encoder import Encoder
 from stages.models.inference import Inference, squeeze
+from stages.pretrain.loop import Data
 from stages.pretrain.stage import PretrainConfig
+from stages.pretrain.views.plan import ViewPlan
+from stages.pretrain.views.preview import view_sheet
 from stages.tables import Table
 
 SHOWN = 6  # images, the same ones for every encoder trained on the same set
@@ -62,6 +65,11 @@ def pca_sheet(encoder: Encoder, images: Table) -> bytes | None:
     colours = pictures.pca_colours(features.map.float().cpu().numpy(), side=side)
     cells = [cell for pair in zip(squares, colours, strict=True) for cell in pair]
     return pictures.grid(cells, columns=4, title="patch features: first three principal components as colours")
+
+
+def views_png(data: Data, plan: ViewPlan, encoder: Encoder) -> bytes:
+    """The crops of the first batch as the method saw them, with the rectangles that they share."""
+    return view_sheet(next(data.batches(0, 1)), plan, encoder.mean, encoder.std, title="views of the first batch")
 
 
 def _stack(panels: Sequence[bytes]) -> bytes:

@@ -29,7 +29,7 @@ def test_the_artifact_holds_encoder_curves_and_picture(run_stage: RunStage) -> N
     rows: list[int] = []
     outcome, artifact = run_stage("a" * 24, {"steps": 6, **ALONE}, lambda metrics, step: rows.append(step))
     assert rows == [1, 2, 3, 4, 5, 6]
-    assert {"encoder.safetensors", "encoder.json", "curves.parquet", "preview.png"} <= {
+    assert {"encoder.safetensors", "encoder.json", "curves.parquet", "preview.png", "views.png"} <= {
         entry.name for entry in artifact.manifest.files
     }
     assert outcome.metrics["total"] == pytest.approx(curve(artifact)[-1][2])
