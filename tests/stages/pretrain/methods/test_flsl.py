@@ -212,7 +212,7 @@ def test_a_resumed_run_continues_as_it_was(name: str) -> None:
         assert torch.equal(mine, theirs)
 
 
-# ---------------------------------------------------------------------------------------------------- views, queries
+# ---------------------------------------------------------------------------------------------------- views
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (64, 64), (33, 20), (2000, 90), (3, 2)])
 def test_student_crops_lie_in_the_teachers_crop(width: int, height: int) -> None:
     for image_id in range(20):
@@ -236,34 +236,6 @@ def test_the_papers_teacher_views_show_one_place_in_two_colours() -> None:
         assert [item.view for item in student] == ["global", "global"]
         colours.append(first.colour != again.colour)
     assert sum(colours) > 20
-
-
-def test_one_query_a_window_by_row_of_the_global_batch() -> None:
-    config = TINY | {"queries": {"window_global": 3}}
-    batch = noise(config, count=64)
-    crops = [(8, 3), (4, 2)]
-    large, small = sample_queries(batch, crops, random=True)
-    assert (large.shape, small.shape) == ((64, 4), (64, 4))
-    corners = set()
-    for rows in (large, small):
-        assert (rows.sort(dim=1).values.diff(dim=1) > 0).all()
-    for row in torch.stack([large // 8, large % 8], dim=-1):
-        low = row.amin(dim=0)  # inside the top left window, whose place tells the anchor
-        corners.add(tuple((low >= 3).tolist()))
-        for anchor in [(0, 0), (0, 2), (2, 0), (2, 2)]:
-            windows = (row - torch.tensor(anchor)).div(3, rounding_mode="floor")
-            if ((row - torch.tensor(anchor)) >= 0).all() and len({tuple(w.tolist()) for w in windows}) == 4:
-                break
-        else:
-            raise AssertionError(f"no anchor explains {row}")
-    assert {int(i) for i in small.flatten()} == set(range(16))  # any token of a window can be its query
-    fixed = sample_queries(batch, crops, random=False)
-    assert torch.equal(fixed[1], torch.tensor([0, 2, 8, 10]).expand(64, 4))
-    assert {int(i) for i in fixed[0][:, 0]} == {0, 2, 16, 18}  # four corners to anchor at
-    for ranks in (2, 4):
-        parts = [sample_queries(share(batch, rank, ranks), crops, random=True) for rank in range(ranks)]
-        assert torch.equal(torch.cat([part[0] for part in parts]), large)
-        assert torch.equal(torch.cat([part[1] for part in parts]), small)
 
 
 # --------------------------------------------------------------------------------------------------------- encoders
