@@ -21,8 +21,6 @@ from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.settings.method import method_settings
 from tests.benchmarks.results import write_section
 
-AUXILIARY = {"name": "resnet18"}
-
 
 def a_batch(count: int, size: int, device: str) -> Batch:
     generator = torch.Generator().manual_seed(0)
@@ -82,10 +80,11 @@ def main() -> None:
     if chosen.full:
         chosen.backbone, chosen.batch, chosen.size = "resnet50", 256, 224
     host = {"name": "simclr", "size": chosen.size}
+    auxiliary = {"name": "resnet18", "img_size": chosen.size}  # its own size is 224: small views would be enlarged
     kinds = {
         "SimCLR": host,
         "SimCLR + DSA, cached features": {"name": "dsa", "host": host, "embeddings": "cached"},
-        "SimCLR + DSA, online ResNet-18": {"name": "dsa", "host": host, "auxiliary": AUXILIARY},
+        "SimCLR + DSA, online ResNet-18": {"name": "dsa", "host": host, "auxiliary": auxiliary},
     }
     batch = a_batch(chosen.batch, chosen.size, chosen.device)
     steps = {name: a_step(config, chosen.backbone, batch, chosen.device) for name, config in kinds.items()}

@@ -17,7 +17,7 @@ from torch import Tensor
 Activation = Literal["exp", "softplus", "relu"]
 
 # Hidden values held at once: what a CPU core's cache takes, what fills a GPU.
-CHUNK = {"cpu": 1 << 18}
+CHUNK = {"cpu": 1 << 20}
 GPU_CHUNK = 1 << 26
 
 
@@ -80,8 +80,32 @@ def constraint_loss(m_IJ: Tensor, prior_IJ: Tensor) -> Tensor:
 
 
 def pair_distances(z_ID: Tensor, z_JD: Tensor) -> Tensor:
-    """Euclidean distances (I, J), exact near 0 and with gradient 0 there (sqrt would give NaN on the diagonal)."""
-    return torch.cdist(z_ID, z_JD, compute_mode="donot_use_mm_for_euclid_dist")
+    """Euclidean distances (I, J) by one matrix product each way; memory (I, J), where cdist's gradient takes (I, J, D).
+
+    What rounding cannot tell from 0 is 0, with gradient 0: the diagonal, where sqrt would give NaN, and equal views.
+    """
+    distance_IJ: Tensor = _Distances.apply(z_ID, z_JD)
+    return distance_IJ
+
+
+class _Distances(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z_ID: Tensor, z_JD: Tensor) -> Tensor:
+        sizes_IJ = z_ID.square().sum(dim=1)[:, None] + z_JD.square().sum(dim=1)
+        squared_IJ = sizes_IJ - 2 * (z_ID @ z_JD.T)
+        noise_IJ = 4 * torch.finfo(z_ID.dtype).eps * sizes_IJ
+        distance_IJ = torch.where(squared_IJ > noise_IJ, squared_IJ, 0).sqrt_()
+        ctx.save_for_backward(z_ID, z_JD, distance_IJ)
+        return distance_IJ
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        z_ID, z_JD, distance_IJ = ctx.saved_tensors
+        pull_IJ = torch.where(distance_IJ > 0, grads[0] / distance_IJ, 0)
+        return (
+            z_ID * pull_IJ.sum(dim=1, keepdim=True) - pull_IJ @ z_JD,
+            z_JD * pull_IJ.sum(dim=0)[:, None] - pull_IJ.T @ z_ID,
+        )
 
 
 class _PairScores(torch.autograd.Function):
@@ -98,11 +122,11 @@ class _PairScores(torch.autograd.Function):
         first_IH, second_JH, output_H = ctx.saved_tensors
         # Gradients summed over the pairs in which a hidden unit is on; everything else follows from these two.
         on_IH, on_JH = [], torch.zeros_like(second_JH)
-        size = _rows(second_JH)
+        size, off_JH = _rows(second_JH), -second_JH
         for part_iH, grad_iJ in zip(torch.split(first_IH, size), torch.split(grads[0], size), strict=True):
-            on_iJH = (part_iH[:, None] > -second_JH).to(grad_iJ.dtype).mul_(grad_iJ[:, :, None])
-            on_IH.append(on_iJH.sum(dim=1))
-            on_JH += on_iJH.sum(dim=0)
+            on_iJH = (part_iH[:, None] > off_JH).to(grad_iJ.dtype)
+            on_IH.append(torch.bmm(grad_iJ[:, None], on_iJH).squeeze(1))
+            on_JH += on_iJH.mul_(grad_iJ[:, :, None]).sum(dim=0)
         sums_IH = torch.cat(on_IH)
         grad_output_H = (first_IH * sums_IH).sum(dim=0) + (second_JH * on_JH).sum(dim=0)
         return sums_IH * output_H, on_JH * output_H, grad_output_H

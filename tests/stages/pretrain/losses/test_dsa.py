@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.pretrain.losses import dsa_arranging
 from stages.pretrain.losses.dsa_arranging import arrange, arranging_loss, constraint_loss, pair_distances, pair_scores
@@ -65,6 +65,24 @@ def test_equal_views_have_distance_zero_and_no_nan_gradient() -> None:
     z = torch.ones(4, 3, requires_grad=True)
     arranging_loss(arrange(torch.zeros(4, 4)), pair_distances(z, z), torch.ones(4)).backward()
     assert torch.isfinite(z.grad).all()
+
+
+def test_distances_are_those_of_cdist_with_its_gradient() -> None:
+    torch.manual_seed(4)
+    z, weight = torch.randn(9, 5).double(), torch.randn(9, 9).double()
+    z[3] = z[7]
+    leaves = z.clone().requires_grad_(), z.clone().requires_grad_()
+    found, wanted = pair_distances(leaves[0], leaves[0]), torch.cdist(leaves[1], leaves[1])
+    torch.testing.assert_close(found, wanted, atol=1e-7, rtol=1e-12)
+    assert torch.equal(found.diagonal(), torch.zeros(9).double())
+    assert found[3, 7] == 0
+    weight.fill_diagonal_(0)
+    weight[3, 7] = weight[7, 3] = 0
+    for value in (found, wanted):
+        (value * weight).sum().backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+    near = nn.functional.normalize(torch.randn(4, 64), dim=1)
+    assert torch.equal(pair_distances(near, near.clone()).diagonal(), torch.zeros(4))  # float32 too
 
 
 def test_prior_prefers_what_is_near_and_gets_no_gradient() -> None:
