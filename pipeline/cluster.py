@@ -38,7 +38,7 @@ QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_LOG_LEVEL": "WARNING",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_worker_niceness": "0",  # Ray's 15 gives a worker a third of a plain process's share of a busy machine
+    "RAY_worker_niceness": "0",  # at Ray's 15 they wait for every other process of a busy machine
     "RAY_DISABLE_IMPORT_WARNING": "1",
 }
 
