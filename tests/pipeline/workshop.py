@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,10 @@ stages:
   encoder: {{uses: fake_encoder, numbers: scaled}}
   score: {{uses: fake_score, of: encoder}}
 """
+
+
+def _hear_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,8 @@ class Workshop:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=group,
+            # A shell starts its background jobs deaf to Ctrl-C, and children inherit it: the tests may run in one.
+            preexec_fn=_hear_interrupts,
         )
 
     def outside(self, *arguments: str, code: int = 0, seconds: float = 120.0) -> Shown:
