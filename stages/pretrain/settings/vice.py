@@ -60,8 +60,10 @@ class ViCESettings(MethodSettings):
     terms: ClassVar[tuple[str, ...]] = ("swapped", "coherence")
 
     name: str = "vice"
-    superpixels: Input["superpixels"] | None = Field(
-        None, description="the regions; for the grid ablation a superpixels stage with `algorithm: grid`"
+    superpixels: Input["superpixels"] | list[Input["superpixels"]] | None = Field(
+        None,
+        description="the regions; with several image sources, one stage for each; for the grid ablation from a "
+        "superpixels stage with `algorithm: grid`",
     )
     decomposition: Literal["superpixels", "pixels"] = Field(
         "superpixels", description="pixels: every pixel is a region of its own (the ablation); needs no superpixels"
@@ -96,10 +98,10 @@ class ViCESettings(MethodSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> ViCESettings:
-        if (self.superpixels is None) != (self.decomposition == "pixels"):
+        if (not self.superpixels) != (self.decomposition == "pixels"):
             raise ValueError(
                 "superpixels: name a stage of kind superpixels made from the images"
-                if self.superpixels is None
+                if not self.superpixels
                 else "superpixels: decomposition pixels needs none; remove one of the two"
             )
         if not 0 < self.resize[0] <= self.resize[1]:
