@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -124,9 +125,13 @@ def main() -> None:
     parser.add_argument("--stage", choices=list(STAGES), action="append", help="default: both")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--strategy", choices=["single", "fast", "quality"], default="fast", help="of selective search")
     parser.add_argument("--part-rows", type=int, default=125, help="images a part of the artifact")
     parser.add_argument("--write", action="store_true", help="put the figures into RESULTS.md")
     options = parser.parse_args()
+    propose, _, kind = STAGES["selective_search"]
+    search = SelectiveSearch.Config(images="images", strategy=options.strategy)
+    STAGES["selective_search"] = (propose, search, kind)
     folder = Path(tempfile.mkdtemp(prefix="tessera-bench-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["TESSERA_CACHE"] = str(folder / "cache")
@@ -175,7 +180,7 @@ def main() -> None:
                 lines.append(f"| **{stage}** | median | | | **{medians[0]:.3f}** | | | **{medians[1]:.3f}** |")
                 print(lines[-1], flush=True)
         if options.write:
-            command = f"python -m tests.benchmarks.precompute --images {len(files)} --rounds {options.rounds} --write"
+            command = "python -m tests.benchmarks.precompute " + " ".join(sys.argv[1:])
             write_section(TITLE, command, NOTE + "\n".join([*HEAD, *lines]))
     finally:
         cluster.stop(started)
