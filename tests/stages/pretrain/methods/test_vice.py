@@ -1,38 +1,32 @@
-"""vice on tiny backbones: views and regions, terms, gradients, queue, resume and ranks, and images that do not fit."""
+"""vice on tiny backbones: terms, gradients, prototypes, queue, resume and ranks, and settings that do not fit."""
 
 from __future__ import annotations
 
 import os
-import pickle
 import socket
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from pydantic import ValidationError
 
-from pipeline.errors import SourceError, UsageError
-from pipeline.store import ArtifactStore
+from pipeline.errors import UsageError
 from stages.models.object_aware_filter import ObjectAwareFilter
 from stages.models.sync_batch_norm import convert
 from stages.pretrain.batch import Batch
-from stages.pretrain.data import ImageSource, TrainData
 from stages.pretrain.methods.method import Step
 from stages.pretrain.methods.vice import ViCE, region_index
-from stages.pretrain.methods.vice_views import NO_MUTUAL_REGION, view_plan
+from stages.pretrain.methods.vice_views import view_plan
 from stages.pretrain.settings.vice import ViCESettings
 from stages.pretrain.views.draw import generator
-from stages.pretrain.views.geometry import apply, rectangle
 from stages.pretrain.views.plan import Drawn, ImageRow
 from stages.pretrain.views.regions import MASKED
 from stages.regions.segments import grid_labels
-from stages.tables import SCHEMAS, Table, pack_labels
-from tests.conftest import encode, smooth_pixels
+from tests.conftest import smooth_pixels
 from tests.stages.pretrain.methods.tiny import tiny_encoder
 
 STEP = Step(index=3, total=10, steps_per_epoch=2)
@@ -103,119 +97,6 @@ def train_step(method: ViCE, batch: Batch, step: Step = STEP, lr: float = 0.1) -
     optimizer.zero_grad()
     method.after_step(step)
     return {name: term.item() for name, term in terms.items()}
-
-
-# ------------------------------------------------------------------------------------------------ views and regions
-def test_equal_numbers_are_equal_regions_in_every_view() -> None:
-    config, labels = settings(flip=0.5), np.random.default_rng(0).permutation(88)[grid_labels(48, 64, 6)]
-    flips = set()
-    for image_id in range(20):
-        item = drawn(config, image_row(image_id, labels=labels.astype(np.int32)))
-        maps, count = item.extras["regions"], int(item.extras["count"])
-        named: dict[int, set[int]] = {}
-        for map_, view in zip(maps, item.draws, strict=True):
-            assert set(np.unique(map_[map_ >= 0])) == set(range(count))
-            y, x = np.nonzero(map_ >= 0)
-            points = np.floor(apply(view.affine, np.stack([x + 0.5, y + 0.5], 1).astype(float))).astype(int)
-            for number, (px, py) in zip(map_[y, x].tolist(), points.tolist(), strict=True):
-                named.setdefault(number, set()).add(int(labels[py, px]))
-            flips.add(bool(view.affine[0, 0] < 0))
-        assert all(len(ids) == 1 for ids in named.values())
-        assert [min(named[n]) for n in range(count)] == sorted(min(ids) for ids in named.values())
-    assert flips == {True, False}
-
-
-def test_every_view_shows_the_middle_of_the_first_and_lies_in_the_image() -> None:
-    config = settings(resize=(0.5, 1.5), size=32)
-    for image_id in range(30):
-        views = [rectangle(view.affine, 32) for view in drawn(config, image_row(image_id)).draws]
-        middle = (views[0][:2] + views[0][2:]) / 2
-        for rect in views:
-            assert (rect[:2] <= middle).all()
-            assert (rect[2:] >= middle).all()
-            assert (rect >= 0).all()
-            assert (rect[2:] <= (64, 48)).all()
-
-
-def test_masked_regions_count_in_no_view() -> None:
-    config = settings(mask={"ratio": 1.0, "protected": 0.5})
-    labels = grid_labels(48, 64, 6)
-    seen = 0
-    for image_id in range(20):
-        item = drawn(config, image_row(image_id))
-        if item.skipped:
-            continue
-        hidden, used = set(), set()
-        for map_, view in zip(item.extras["regions"], item.draws, strict=True):
-            grid = np.stack(np.meshgrid(np.arange(32) + 0.5, np.arange(32) + 0.5), -1).reshape(-1, 2)
-            px, py = np.floor(apply(view.affine, grid)).astype(int).T
-            flat = map_.ravel()
-            hidden |= set(labels[py[flat == MASKED], px[flat == MASKED]].tolist())
-            used |= set(labels[py[flat >= 0], px[flat >= 0]].tolist())
-        assert not hidden & used
-        seen += len(hidden)
-    assert seen > 100
-    plain = drawn(settings(mask={"ratio": 0.0}), image_row())
-    assert not (plain.extras["regions"] == MASKED).any()
-
-
-def test_draws_follow_their_generator_and_travel() -> None:
-    config = settings()
-    plan = pickle.loads(pickle.dumps(view_plan(config)))
-    row = image_row(3)
-    again = plan.drawer(generator(5, 0, 0, 3), row)
-    np.testing.assert_array_equal(again.extras["regions"], drawn(config, row).extras["regions"])
-    other = drawn(config, row, seed=6)
-    assert [d.affine.tolist() for d in other.draws] != [d.affine.tolist() for d in again.draws]
-
-
-def test_centres_follow_the_content() -> None:
-    """Left half flat, right half striped: views gather on the right."""
-    pixels = np.full((200, 400, 3), 128, np.uint8)
-    pixels[:, 200::8] = 0
-    labels = grid_labels(200, 400, 10)
-    config = settings(resize=(1.0, 1.0))
-    middles = []
-    for image_id in range(40):
-        first = drawn(config, ImageRow(image_id, 400, 200, lambda: pixels, superpixels=labels)).draws[0]
-        middles.append(float(rectangle(first.affine, 32)[[0, 2]].mean()))
-    assert np.mean(np.array(middles) > 190) > 0.9
-
-
-@pytest.mark.parametrize("standard", [{"kind": "pad", "size": 100}, {"kind": "square", "size": 40}])
-@pytest.mark.parametrize("shape", [(20, 12), (300, 2), (1, 1), (64, 48), (50, 130)])
-def test_an_image_of_any_size_has_views(standard: dict[str, Any], shape: tuple[int, int]) -> None:
-    """Smaller than a view, or narrower: the rest is outside, and no region is there."""
-    width, height = shape
-    item = drawn(settings(standard=standard, mask={"ratio": 0.0}), image_row(1, width, height))
-    assert item.skipped in (None, NO_MUTUAL_REGION)
-    if item.skipped is None:
-        for map_, view in zip(item.extras["regions"], item.draws, strict=True):
-            y, x = np.nonzero(map_ >= 0)
-            points = apply(view.affine, np.stack([x + 0.5, y + 0.5], 1).astype(float))
-            assert (points >= 0).all()
-            assert (points <= (width, height)).all()
-
-
-def test_pixels_as_regions() -> None:
-    config = settings(superpixels=None, decomposition="pixels", mask={"ratio": 0.25})
-    plan = view_plan(config)
-    assert plan.tables == ()
-    assert view_plan(settings()).tables == ("superpixels",)
-    row = image_row(2)
-    row.superpixels = None
-    item = drawn(config, row)
-    assert int(item.extras["count"]) > 20
-    first = item.extras["regions"][0]
-    assert len(np.unique(first[first >= 0])) == int(item.extras["count"])
-
-
-def test_region_zero_can_be_dropped() -> None:
-    one = np.zeros((48, 64), np.int32)
-    assert drawn(settings(mask={"ratio": 0.0}), image_row(labels=one)).skipped is None
-    assert (
-        drawn(settings(mask={"ratio": 0.0}, drop_region_zero=True), image_row(labels=one)).skipped == NO_MUTUAL_REGION
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------ terms
@@ -389,56 +270,6 @@ def test_a_filter_is_refused() -> None:
     encoder.filter = ObjectAwareFilter(width=24, prototypes=4)
     with pytest.raises(UsageError, match="no object-aware filter sees"):
         settings().build(encoder, total_steps=1, steps_per_epoch=1, global_batch=1)
-
-
-def make_sources(folder: Path, rows: list[dict[str, Any]], maps: dict[int, np.ndarray]) -> ImageSource:
-    store = ArtifactStore(str(folder))
-
-    def table(kind: str, fingerprint: str, content: list[dict[str, Any]]) -> Table:
-        writer = store.begin(kind, fingerprint)
-        full = [dict.fromkeys(SCHEMAS[kind].names) | row for row in content]
-        writer.put_table(0, pa.Table.from_pylist(full, schema=SCHEMAS[kind]))
-        return Table.open(writer.commit())
-
-    packed = [
-        {"image_id": i, "labels": pack_labels(map_.astype(np.uint16)), "count": int(map_.max()) + 1}
-        for i, map_ in sorted(maps.items())
-    ]
-    return ImageSource(table("images", "0" * 24, rows), superpixels=table("superpixels", "1" * 24, packed))
-
-
-def photo(image_id: int, width: int = 64, height: int = 48, mode: str = "RGB") -> dict[str, Any]:
-    from PIL import Image
-
-    picture = Image.fromarray(smooth_pixels(width, height, image_id)).convert(mode)
-    row = {"image_id": image_id, "key": f"{image_id}.png", "image": encode(picture, "PNG")}
-    return row | {"width": width, "height": height}
-
-
-def test_images_that_cannot_be_used_are_replaced_and_counted(tmp_path: Path) -> None:
-    config = settings(mask={"ratio": 0.0}, drop_region_zero=True)
-    maps = {i: grid_labels(48, 64, 6) for i in range(6)}
-    maps[2] = np.zeros((48, 64), np.int32)  # its one region is dropped: no mutual region
-    maps[4] = grid_labels(20, 24, 6)
-    del maps[5]
-    rows = [photo(i) for i in range(4)] + [photo(4, 24, 20, "L"), photo(5)]
-    data = TrainData([make_sources(tmp_path, rows, maps)], view_plan(config), global_batch=6, seed=0)
-    [batch] = list(data.batches(0, 1))
-    assert not set(batch.image_ids.tolist()) & {2, 5}
-    assert 4 in batch.image_ids.tolist()  # grey, and smaller than a view
-    assert batch.skipped[NO_MUTUAL_REGION] >= 1
-    assert batch.skipped["no superpixels"] >= 1
-    assert data.problems["2.png"] == NO_MUTUAL_REGION
-    assert batch.views["view"].shape == (3, 6, 3, 32, 32)
-    method = build(mask={"ratio": 0.0}, drop_region_zero=True)
-    assert torch.isfinite(method(batch)["swapped"])
-
-
-def test_no_usable_image_at_all_stops_the_run(tmp_path: Path) -> None:
-    config = settings(mask={"ratio": 0.0}, drop_region_zero=True)
-    source = make_sources(tmp_path, [photo(0), photo(1)], {i: np.zeros((48, 64), np.int32) for i in range(2)})
-    with pytest.raises(SourceError, match=NO_MUTUAL_REGION):
-        list(TrainData([source], view_plan(config), global_batch=2, seed=0).batches(0, 1))
 
 
 # ------------------------------------------------------------------------------------------------------------ ranks
