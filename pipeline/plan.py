@@ -22,6 +22,7 @@ from pipeline.document import nearest
 from pipeline.errors import ArtifactDamaged, ConfigError, Problem, SourceError, UsageError
 from pipeline.fingerprint import Identity, fingerprint, identity
 from pipeline.sources import as_json, source_digest
+from pipeline.stage import Feed
 from pipeline.store import Artifact, ArtifactStore
 
 Progress = Callable[[str, int, int], None]  # (source's address, files read, files to read)
@@ -82,7 +83,7 @@ def make_plan(
     """Plan a run of a pipeline, or of the part of it that `only` and `from_` select together.
 
     Raises: UsageError for a selection that cannot be, ConfigError that names every stage whose source is missing or
-    empty, StoreError when the store cannot be read.
+    empty or whose inputs do not belong together, StoreError when the store cannot be read.
     """
     _check_names(pipeline, {"--only": only, "--from": from_, "--force": force})
     chosen = _selection(pipeline, only, from_)
@@ -95,6 +96,7 @@ def make_plan(
         if name in needed:
             stage = pipeline.stages[name]
             planned[name] = _planned(pipeline, store, stage, digests.get(name, {}), planned, name in force)
+    _check_inputs(pipeline, planned)
     wanted = _wanted(planned, chosen, strict=bool(only) and not from_)
     return Plan(pipeline.name, [stage for name, stage in planned.items() if name in wanted])
 
@@ -166,6 +168,19 @@ def _source_digests(
     if problems:
         raise ConfigError(problems)
     return found
+
+
+def _check_inputs(pipeline: Pipeline, planned: dict[str, PlannedStage]) -> None:
+    """Asks every stage whether its inputs fit each other. Raises: ConfigError."""
+    feeds: dict[str, Feed] = {}
+    problems: list[Problem] = []
+    for name, stage in planned.items():
+        above = {path: feeds[feeder] for path, feeder in stage.inputs.items()}
+        feeds[name] = Feed(name, stage.kind, stage.fingerprint, above)
+        for path, what, remedy in pipeline.stages[name].stage.mismatches(above):
+            problems.append(pipeline.problem(f"stages.{name}.{path}", what, remedy))
+    if problems:
+        raise ConfigError(problems)
 
 
 # -- which stages ----------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Context",
     "Edge",
+    "Feed",
     "Input",
     "NoFingerprint",
     "Outcome",
@@ -125,6 +126,16 @@ class Context:
     say: Callable[[str], None] = print  # one line for the user
 
 
+@dataclass(frozen=True)
+class Feed:
+    """An input as planning knows it: what will be read, and what that is made from."""
+
+    stage: str  # its name in the pipeline
+    kind: str
+    fingerprint: str
+    inputs: Mapping[str, Feed]  # dotted field path -> what feeds that stage
+
+
 @dataclass
 class Outcome:
     """What `Stage.run` reports beside the files it wrote; all of it goes into the manifest and the summary."""
@@ -151,6 +162,13 @@ class Stage(ABC, Generic[C]):
 
     def __init__(self, config: C) -> None:
         self.config = config
+
+    def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
+        """Inputs that do not belong together, found before anything runs: (field path, what is wrong, what to do).
+
+        `feeds` has what feeds this stage by field path. Most stages have nothing to check.
+        """
+        yield from ()
 
     @abstractmethod
     def run(self, context: Context) -> Outcome:

@@ -23,6 +23,7 @@ from stages.pretrain.assemble import assemble
 from stages.pretrain.checkpoint import CheckpointFolder, Progress, is_complete, read_checkpoint, write_checkpoint
 from stages.pretrain.loop import Run, train
 from stages.pretrain.preview import curves_table, preview_png, views_png
+from stages.pretrain.replay import leaver
 from stages.pretrain.stage import PretrainConfig
 
 
@@ -35,7 +36,8 @@ def pretrain(config: PretrainConfig, context: Context) -> Outcome:
         checkpoints = CheckpointFolder(context.output.progress / "checkpoints", context.fingerprint, say=context.say)
         run = assemble(config, context.inputs, device=_device(), loader_workers=_loader_workers(config, _cpus()))
         rows.total = run.total_steps
-        progress = train(run, checkpoints, rows.add)
+        leave_replay = leaver(config, context.inputs, run, str(context.output.progress))
+        progress = train(run, checkpoints, rows.add, leave_replay)
     else:
         final = _train_on_ray(config, context, rows)
         run = assemble(config, context.inputs)
@@ -163,7 +165,8 @@ def _worker(job: dict[str, Any]) -> None:
         if rank == 0:
             relay.start.remote(run.total_steps)
             report = relay.push.remote
-        train(run, RayCheckpoints(job["run"], rank), report)
+        leave_replay = leaver(config, job["inputs"], run, job["progress"])
+        train(run, RayCheckpoints(job["run"], rank), report, leave_replay)
     except TesseraError as error:
         # Raised, so that Ray Train ends the other ranks, which may wait for this one in a collective; noted first,
         # so that the workers it then starts again return at once, and the driver says why.
@@ -193,6 +196,7 @@ def _train_on_ray(config: PretrainConfig, context: Context, rows: Rows) -> Path:
             "config": config.model_dump(mode="json", by_alias=True),
             "inputs": dict(context.inputs),
             "run": context.fingerprint,
+            "progress": context.output.progress_address,
             "relay": relay,
             "cpus": int(cpus),
             "threads": max(1, int(cpus)),

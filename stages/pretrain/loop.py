@@ -22,6 +22,7 @@ from stages.pretrain.checkpoint import Progress
 from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.optim import build_optimizer, clip_gradients, set_schedule
 from stages.pretrain.settings.loop import LoopSettings
+from stages.pretrain.watch import Watch
 
 
 class Data(Protocol):
@@ -50,16 +51,35 @@ class Run:
     device: torch.device
 
 
+@dataclass(frozen=True)
+class BadStep:
+    """A step after which training cannot go on, before the optimiser has moved."""
+
+    step: int
+    why: str
+    image_ids: list[Tensor]  # of this rank's share, one (B,) a forward pass
+    optimizer: torch.optim.Optimizer
+
+
+Report = Callable[[dict[str, float]], None]
+LeaveReplay = Callable[[BadStep], str]
+
+
 def train(
-    run: Run, checkpoints: Checkpoints, report: Callable[[dict[str, float]], None] = lambda row: None
+    run: Run,
+    checkpoints: Checkpoints,
+    report: Report = lambda row: None,
+    leave_replay: LeaveReplay = lambda bad: "",
 ) -> Progress:
     """Train to the end, from the last checkpoint where there is one.
 
     Args:
         report: called on every rank with each row of the curves as it is made (means over ranks and steps).
+        leave_replay: called on every rank when a step has gone wrong; keeps what is needed to run it again and returns
+            a sentence that says how (replay.py).
 
     Returns: the final progress; its `curves` hold every row of the run, those before a resume included.
-    Raises: StageFailed when a term is not finite, with its name and step.
+    Raises: StageFailed when a term or its gradient is not finite, or the features have collapsed (watch.py).
     """
     settings, device = run.settings, run.device
     # Convolutions are faster with channels last (ResNet-18 on a CPU by a fifth); other layers do not care.
@@ -71,13 +91,11 @@ def train(
         # Some steps leave some heads out (a batch without object-centric images), so unused parameters are normal.
         model = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False, find_unused_parameters=True)
     checkpoint_every = settings.checkpoint_every or max(1, run.total_steps // 20)
-    window = Window(run)
+    window, watch = Window(run), Watch(settings.watch, run.weights, run.total_steps)
 
     passes = run.data.batches(progress.step * settings.accumulate, run.total_steps * settings.accumulate)
     for index in range(progress.step, run.total_steps):
         step = Step(index, run.total_steps, run.steps_per_epoch)
-        # One seed a step, not one a run: a resumed run needs no generator states to continue exactly.
-        torch.manual_seed(settings.seed * 1_000_003 + index)
         lr, decay = set_schedule(
             optimizer,
             settings.optimizer,
@@ -86,26 +104,25 @@ def train(
             steps_per_epoch=run.steps_per_epoch,
             batch_size=settings.batch_size,
         )
-        method.start_step(step)
-        for _ in range(settings.accumulate):
-            batch = next(passes).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                terms = model(batch)
-            total = weighted_sum(terms, run.weights)
-            torch.autograd.backward(total / settings.accumulate)
-            window.add(batch, terms, total)
+        batch = compute_gradients(run, model, step, passes, window, watch)
         method.before_update(step)
         norm = clip_gradients(method.parameters(), settings.optimizer)
+        done = index + 1
+        must_save = done % checkpoint_every == 0 or done == run.total_steps
+        logged = done % settings.log_every == 0 or must_save
+        seen = watch.look(method, batch, precision=settings.precision) if logged else {}
+        # Before the optimiser moves: a replay starts from the state that this step had.
+        if wrong := watch.wrong(index, window.names, torch.stack(window.pending), norm, seen):
+            how = leave_replay(BadStep(index, wrong, window.image_ids, optimizer))
+            raise StageFailed(f"{wrong}: training stopped. {how}".rstrip())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         method.after_step(step)
-        window.end_step(index, norm)
+        window.end_step(norm)
 
-        done = index + 1
         progress.step = done
-        must_save = done % checkpoint_every == 0 or done == run.total_steps
-        if done % settings.log_every == 0 or must_save:
-            row = window.flush(done, {"lr": lr, "weight_decay": decay, **method.diagnostics()})
+        if logged:
+            row = window.flush(done, {"lr": lr, "weight_decay": decay, **seen})
             progress.curves.append(row)
             for reason, count in window.take_skipped().items():
                 progress.skipped[reason] = progress.skipped.get(reason, 0) + count
@@ -113,6 +130,26 @@ def train(
         if must_save:
             checkpoints.save(method, optimizer, progress)
     return progress
+
+
+def compute_gradients(
+    run: Run, model: nn.Module, step: Step, passes: Iterator[Batch], window: Window, watch: Watch
+) -> Batch:
+    """The forward and backward passes of one step; what came out is in the window. Returns the last batch."""
+    settings, method = run.settings, run.method
+    # One seed a step, not one a run: a resumed run needs no generator states to continue exactly.
+    torch.manual_seed(settings.seed * 1_000_003 + step.index)
+    method.start_step(step)
+    for nth in range(settings.accumulate):
+        batch = next(passes).to(run.device)
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            terms = model(batch)
+        total = weighted_sum(terms, run.weights)
+        if nth == settings.accumulate - 1 and watch.gradients_due(step.index):
+            window.of_terms |= watch.gradient_norms(terms, method.parameter_groups())
+        torch.autograd.backward(total / settings.accumulate)
+        window.add(batch, terms, total)
+    return batch
 
 
 def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -130,11 +167,12 @@ class Window:
         self.names: list[str] = []
         self.rows: list[Tensor] = []
         self.norms: list[Tensor] = []
-        self.steps: list[int] = []
+        self.of_terms: dict[str, float] = {}  # the newest gradient norms and weights of single terms
         self.images = 0
         self.skipped: dict[str, int] = {}
         self.started = time.perf_counter()
-        self.pending: list[Tensor] = []
+        self.pending: list[Tensor] = []  # of this step's forward passes: values of the terms,
+        self.image_ids: list[Tensor] = []  # and images
 
     def add(self, batch: Batch, terms: Mapping[str, Tensor], total: Tensor) -> None:
         """One forward pass."""
@@ -143,29 +181,29 @@ class Window:
             raise ValueError(f"terms changed from {self.names} to {names}: a method returns the same terms every step")
         self.names = names
         self.pending.append(torch.stack([*(term.detach().float() for term in terms.values()), total.detach()]))
+        self.image_ids.append(batch.image_ids)
         self.images += len(batch) * _world_size()
         for reason, count in batch.skipped.items():
             self.skipped[reason] = self.skipped.get(reason, 0) + count
 
-    def end_step(self, index: int, norm: Tensor) -> None:
+    def end_step(self, norm: Tensor) -> None:
         self.rows.append(torch.stack(self.pending).mean(0))
         self.norms.append(norm.detach().float())
-        self.steps.append(index)
-        self.pending = []
+        self.pending, self.image_ids = [], []
 
     def flush(self, step: int, extra: Mapping[str, float]) -> dict[str, float]:
-        """The mean over the window's steps and the ranks, checked for NaN and infinity; empties the window."""
+        """The mean over the window's steps and the ranks; empties the window."""
         values_ST = torch.stack(self.rows)
         if _world_size() > 1:
             dist.all_reduce(values_ST)
             values_ST /= _world_size()
         values_ST, norms_S = values_ST.cpu(), torch.stack(self.norms).cpu()
-        self._check_finite(values_ST, norms_S)
         seconds = time.perf_counter() - self.started
         row = {"step": float(step), "epoch": step / self.run.steps_per_epoch}
         row |= dict(zip(self.names, values_ST.double().mean(0).tolist(), strict=True))
-        row |= {"grad_norm": norms_S.double().mean().item(), **extra, "images_per_s": self.images / seconds}
-        self.rows, self.norms, self.steps, self.images = [], [], [], 0
+        row |= {"grad_norm": norms_S.double().mean().item(), **self.of_terms, **extra}
+        row["images_per_s"] = self.images / seconds
+        self.rows, self.norms, self.of_terms, self.images = [], [], {}, 0
         self.started = time.perf_counter()
         return row
 
@@ -180,21 +218,6 @@ class Window:
                 for reason, count in counts.items():
                     taken[reason] = taken.get(reason, 0) + count
         return taken
-
-    def _check_finite(self, values_ST: Tensor, norms_S: Tensor) -> None:
-        bad_ST = ~values_ST.isfinite()
-        if bad_ST.any():
-            at, term = (int(i) for i in bad_ST.nonzero()[0])
-            raise StageFailed(
-                f"term {self.names[term]} is {values_ST[at, term].item()} at step {self.steps[at]}: training stopped "
-                "(lower optimizer.lr, set optimizer.clip, or precision: fp32; the last checkpoint is before it)"
-            )
-        if not norms_S.isfinite().all():
-            at = int((~norms_S.isfinite()).nonzero()[0])
-            raise StageFailed(
-                f"the gradient's norm is {norms_S[at].item()} at step {self.steps[at]} while every term is finite: "
-                "training stopped (set optimizer.clip, lower optimizer.lr, or precision: fp32)"
-            )
 
 
 def _world_size() -> int:

@@ -42,7 +42,9 @@ def preview_png(
 
 
 def curves_png(config: PretrainConfig, rows: Sequence[Mapping[str, float]]) -> bytes:
-    shown = [name for name in rows[-1] if name not in ("step", "epoch", "lr", "weight_decay", "images_per_s")]
+    names = dict.fromkeys(name for row in rows for name in row)
+    given = ("step", "epoch", "lr", "weight_decay", "images_per_s")  # by the config or the machine, not by training
+    shown = [name for name in names if name not in given and not name.startswith("weight/")]
     series = {name: [(row["step"], row[name]) for row in rows if name in row] for name in shown}
     return pictures.curves(series, title=f"{config.method.name}: terms (unweighted) by step")
 

@@ -5,11 +5,12 @@ Torch and Ray are imported when it runs, not before: planning reads this file.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from pipeline.stage import Context, Input, Outcome, Settings, Stage, StageConfig
+from pipeline.stage import Context, Feed, Input, Outcome, Settings, Stage, StageConfig
 from stages.models.settings import Backbone
 from stages.pretrain.settings.loop import LoopSettings
 from stages.pretrain.settings.method import MethodSettings, method_settings
@@ -59,7 +60,32 @@ class Pretrain(Stage[PretrainConfig]):
         """resources.workers: 0 trains in the driver's own process and needs no Ray."""
         return self.config.resources.workers != 0
 
+    def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
+        """A table (boxes, superpixels, neighbours, embeddings) must describe one of the image sets trained on."""
+        sources = {path for path, _ in self.config.image_sources()}
+        trained_on = {feeds[path].fingerprint: feeds[path].stage for path in feeds if path in sources}
+        for path, feed in feeds.items():
+            origins = {} if path in sources or feed.kind == "encoder" else _image_sets(feed)
+            if origins and not origins.keys() & trained_on.keys():
+                yield (
+                    path,
+                    f"{feed.stage} is made from the images of {', '.join(origins.values())}, and this stage trains on "
+                    f"those of {', '.join(trained_on.values())}",
+                    f"name a {feed.kind} stage that is made from the same images",
+                )
+
     def run(self, context: Context) -> Outcome:
         from stages.pretrain.launch import pretrain
 
         return pretrain(self.config, context)
+
+
+def _image_sets(feed: Feed) -> dict[str, str]:
+    """The image sets that a table describes: fingerprint -> stage. What an encoder was trained on is not among them."""
+    if feed.kind == "images":
+        return {feed.fingerprint: feed.stage}
+    found: dict[str, str] = {}
+    for above in feed.inputs.values():
+        if above.kind != "encoder":
+            found |= _image_sets(above)
+    return found

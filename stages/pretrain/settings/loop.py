@@ -30,6 +30,29 @@ class OptimizerSettings(Settings):
     clip_mode: Literal["tensor", "global"] = Field("tensor", description="norm of each tensor (DINO family) or of all")
 
 
+class WatchSettings(Settings):
+    """What is measured while training, and when a run that has gone wrong is stopped (watch.py)."""
+
+    gradients_every: int = Field(
+        100, ge=0, description="steps between measurements of each term's gradient: a backward pass a term; 0: never"
+    )
+    min_rank: float = Field(
+        1.2, ge=0, description="collapse: effective rank of image vectors or patches below this; 0: never stop for it"
+    )
+    min_entropy: float = Field(
+        0.0,
+        ge=0,
+        description="collapse: the teacher's mean entropy in nats below this; Sinkhorn's targets may be sharp",
+    )
+    patience: int = Field(3, ge=1, description="logged rows in a row that must show a collapse")
+    grace: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="share of the run in which no collapse is looked for: random encoders look like one",
+    )
+
+
 class LoopSettings(Settings):
     """One training run. Give `epochs` or `steps`, not both."""
 
@@ -47,6 +70,7 @@ class LoopSettings(Settings):
         None, ge=0, description="loader processes a training worker; default: what its CPUs allow"
     )
     log_every: Annotated[int, NoFingerprint] = Field(10, ge=1, description="steps between points of a curve")
+    watch: Annotated[WatchSettings, NoFingerprint] = WatchSettings()
     checkpoint_every: Annotated[int | None, NoFingerprint] = Field(
         None, ge=1, description="steps between checkpoints; default: a twentieth of the run"
     )

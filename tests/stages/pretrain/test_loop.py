@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import StageFailed
+from stages.models.encoder import Features
 from stages.pretrain.batch import Batch
 from stages.pretrain.checkpoint import CheckpointFolder, Progress, is_complete
 from stages.pretrain.loop import Run, train, weighted_sum
@@ -19,6 +20,18 @@ from stages.pretrain.settings.loop import LoopSettings, OptimizerSettings
 from stages.pretrain.views.plan import ViewPlan, ViewSpec
 
 IMAGES = torch.randn(64, 1, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+class ToyEncoder(nn.Module):
+    """What the loop asks of an encoder: vectors and a map."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, images: Tensor) -> Features:
+        vector = self.student(images)
+        return Features(vector, vector[:, :, None, None])
 
 
 class Toy(Method):
@@ -51,7 +64,7 @@ class Toy(Method):
             self.teacher[1].weight.mul_(0.99)
 
     def encoder(self):  # type: ignore[no-untyped-def]
-        return self.student
+        return ToyEncoder(self.student)
 
 
 class ToyData:

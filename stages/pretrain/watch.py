@@ -1,0 +1,171 @@
+"""Watching a run: how large each term's gradient is, whether the features still differ, and when to stop.
+
+Shape legend: N feature rows, D width, B images, P forward passes of a step, T terms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from stages.models.encoder import Encoder
+from stages.pretrain.batch import Batch
+from stages.pretrain.collectives import world_size
+from stages.pretrain.methods.method import Method
+from stages.pretrain.settings.loop import WatchSettings
+
+IMAGES = 64  # of a rank's batch that features are taken from
+PATCHES = 512  # of those images' patches, evenly spaced
+
+
+class Watch:
+    """The watcher of one rank's run. Every rank makes the same calls: some of them are collective."""
+
+    def __init__(self, settings: WatchSettings, weights: Mapping[str, float], total_steps: int) -> None:
+        self.settings, self.weights = settings, weights
+        self.grace = math.ceil(settings.grace * total_steps)
+        self.low: dict[str, int] = {}  # what has been below its limit, and for how many rows in a row
+
+    def gradients_due(self, step: int) -> bool:
+        return self.settings.gradients_every > 0 and step % self.settings.gradients_every == 0
+
+    def gradient_norms(self, terms: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> dict[str, float]:
+        """ "grad_norm/TERM": global norm of weight * term's gradient, mean over ranks; and "weight/TERM".
+
+        To be called before the step's backward pass, whose graph it keeps.
+        """
+        trained = list(parameters)
+        found: dict[str, float] = {}
+        for name, term in terms.items():
+            weight = self.weights.get(name, 1.0)
+            found[f"weight/{name}"] = weight
+            found[f"grad_norm/{name}"] = abs(weight) * _gradient_norm(term, trained) if weight else 0.0
+        return found
+
+    def look(self, method: Method, batch: Batch, *, precision: str) -> dict[str, float]:
+        """What a row of the curves says beside its terms: the method's own numbers and `feature_spread`."""
+        return method.diagnostics() | feature_spread(method.encoder(), batch, precision=precision)
+
+    def wrong(
+        self, step: int, names: Sequence[str], values_PT: Tensor, norm: Tensor, seen: Mapping[str, float]
+    ) -> str | None:
+        """Why training cannot go on, in words; None while all is well.
+
+        Args:
+            values_PT: this rank's terms, called `names`, in each forward pass of the step.
+            norm: of the whole gradient, the same on all ranks.
+            seen: what `look` saw; empty in a step that is not logged.
+        """
+        if bad := _not_finite(names, values_PT, norm):
+            return f"{bad} at step {step} (lower optimizer.lr, set optimizer.clip, or precision: fp32)"
+        return self._collapse(step, seen) if seen else None
+
+    def _collapse(self, step: int, seen: Mapping[str, float]) -> str | None:
+        limits = {"rank_image": self.settings.min_rank, "rank_patch": self.settings.min_rank}
+        limits["teacher_entropy"] = self.settings.min_entropy
+        # Ranks must agree: the one that stopped alone would leave the others waiting.
+        here = _mean_over_ranks(torch.tensor([seen.get(name, math.inf) for name in limits])).tolist()
+        for (name, limit), value in zip(limits.items(), here, strict=True):
+            self.low[name] = self.low.get(name, 0) + 1 if step >= self.grace and value < limit else 0
+            if self.low[name] >= self.settings.patience:
+                setting = "watch.min_entropy" if name == "teacher_entropy" else "watch.min_rank"
+                return (
+                    f"the features have collapsed: {name} is {value:.4g} at step {step}, below {setting} ({limit:g}) "
+                    f"for {self.low[name]} rows in a row"
+                )
+        return None
+
+
+@torch.no_grad()
+def feature_spread(encoder: Encoder, batch: Batch, *, precision: str) -> dict[str, float]:
+    """Effective rank and mean pairwise cosine of what the encoder (the teacher, where there is one) makes of the
+    batch's first view: "rank_image" and "cosine_image" of the image vectors, "rank_patch" and "cosine_patch".
+
+    Means over ranks; a single row has no cosine.
+    """
+    modes = [(module, module.training) for module in encoder.modules()]
+    view_B3SS = next(iter(batch.views.values()))[0][:IMAGES]
+    with torch.autocast(view_B3SS.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        seen = encoder.eval()(view_B3SS)
+    for module, training in modes:
+        module.training = training
+    patches_ND = seen.tokens_BND.flatten(0, 1)
+    every = max(1, len(patches_ND) // PATCHES)
+    rows = {"image": seen.vector, "patch": patches_ND[::every][:PATCHES]}
+    values: dict[str, Tensor] = {}
+    for name, rows_ND in rows.items():
+        values |= {
+            f"rank_{name}": effective_rank(rows_ND.float()),
+            f"cosine_{name}": mean_pairwise_cosine(rows_ND.float()),
+        }
+    means = _mean_over_ranks(torch.stack([*values.values()])).tolist()
+    return {name: mean for name, mean in zip(values, means, strict=True) if not math.isnan(mean)}
+
+
+def effective_rank(rows_ND: Tensor) -> Tensor:
+    """exp of the entropy of the singular values' shares: from 1 (all rows alike up to a factor) to min(N, D).
+
+    Roy and Vetterli 2007; as a measure of collapse, RankMe (Garrido et al. 2023, Eq. 1). Rows that are not finite, or
+    all zero, have rank 0.
+    """
+    if not rows_ND.isfinite().all() or not rows_ND.any():
+        return rows_ND.new_zeros(())
+    rows = rows_ND.double()  # float32 would leave noise where a singular value is 0, and many of them add up
+    gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
+    singular_R = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    share_R = singular_R / singular_R.sum()
+    return (-torch.special.xlogy(share_R, share_R).sum()).exp().to(rows_ND.dtype)
+
+
+def mean_pairwise_cosine(rows_ND: Tensor) -> Tensor:
+    """Mean cosine between different rows, in [-1, 1]; 1 when all rows point the same way. NaN for a single row."""
+    unit_ND = nn.functional.normalize(rows_ND, dim=1)
+    count = len(unit_ND)
+    return (unit_ND.sum(dim=0).square().sum() - unit_ND.square().sum()) / (count * (count - 1) or math.nan)
+
+
+def _not_finite(names: Sequence[str], values_PT: Tensor, norm: Tensor) -> str | None:
+    """Names the first term that is NaN or infinite on any rank, or the gradient's norm; None when all are finite.
+
+    Waits for the device, once: the optimiser must not move before it is known.
+    """
+    sound = values_PT.isfinite().all() & norm.isfinite()
+    if _mean_over_ranks(sound.float()[None]).item() == 1.0:
+        return None
+    rows: list[list[list[float]]] = [values_PT.tolist()]
+    if world_size() > 1:
+        rows = [[] for _ in range(world_size())]
+        dist.all_gather_object(rows, values_PT.tolist())
+    for values in (row for rank_rows in rows for row in rank_rows):
+        for name, value in zip(names, values, strict=True):
+            if not math.isfinite(value):
+                return f"term {name} is {value}"
+    return f"the gradient's norm is {norm.item()} while every term is finite"
+
+
+def _gradient_norm(term: Tensor, trained: Sequence[nn.Parameter]) -> float:
+    """Norm of the gradient that all ranks together would give these parameters."""
+    gradients: Sequence[Tensor | None] = [None] * len(trained)
+    if term.requires_grad:  # a term without anything to say about this batch may be a constant
+        gradients = torch.autograd.grad(term.float(), trained, retain_graph=True, allow_unused=True)
+    if world_size() == 1:
+        there = [gradient for gradient in gradients if gradient is not None]
+        return torch.nn.utils.get_total_norm(there).item() if there else 0.0
+    flat = torch.cat(
+        [
+            (torch.zeros_like(parameter) if gradient is None else gradient).flatten().float()
+            for parameter, gradient in zip(trained, gradients, strict=True)
+        ]
+    )
+    return _mean_over_ranks(flat).norm().item()
+
+
+def _mean_over_ranks(values: Tensor) -> Tensor:
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return values

@@ -1,0 +1,61 @@
+"""Every recipe in configs/ is a valid pipeline, and its plan asks for the tables that its method reads, no others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load_pipeline
+from pipeline.plan import make_plan
+from pipeline.store import ArtifactStore
+from stages.pretrain.stage import PretrainConfig
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+TABLES = {"boxes", "superpixels", "neighbors", "embeddings"}
+NEEDS = {
+    "configs/proof/cotap.yaml": {"neighbors", "embeddings"},
+    "configs/proof/d3ssl.yaml": {"boxes"},
+    "configs/proof/dsa.yaml": {"embeddings"},
+    "configs/proof/flsl.yaml": set(),
+    "configs/proof/vice.yaml": {"superpixels"},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_a_valid_pipeline_with_a_header(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    pipeline = load_pipeline(recipe)
+    assert any(stage.uses == "pretrain" for stage in pipeline.stages.values())
+    header = (ROOT / recipe).read_text().split("\n\n")[0]
+    assert header.startswith("# ")
+
+
+@pytest.mark.parametrize("recipe", sorted(NEEDS))
+def test_a_plan_has_the_tables_that_its_method_reads(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two small folders in place of the development images."""
+    monkeypatch.chdir(ROOT)
+    overrides = []
+    for name in ("scenes", "objects"):
+        (tmp_path / name / "train").mkdir(parents=True)
+        (tmp_path / name / "train" / "a.jpg").write_bytes(name.encode())
+        overrides.append(f"stages.{name}.source={tmp_path / name}")
+    pipeline = load_pipeline(recipe, overrides, str(tmp_path / "store"))
+    plan = make_plan(pipeline, ArtifactStore(str(tmp_path / "store")))
+    assert {stage.kind for stage in plan.stages} & TABLES == NEEDS[recipe]
+    assert all(stage.reasons == ["new"] for stage in plan.stages)
+
+
+@pytest.mark.parametrize("recipe", sorted(NEEDS))
+def test_a_proof_compares_two_trainings_alike_in_all_but_the_method(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    configs = [stage.stage.config for stage in load_pipeline(recipe).stages.values() if stage.uses == "pretrain"]
+    first, second = configs[-2:]
+    assert isinstance(first, PretrainConfig)
+    assert first.method != second.method
+    assert first.model_dump(exclude={"method"}) == second.model_dump(exclude={"method"})
