@@ -17,6 +17,7 @@ from stages.pretrain.batch import Batch
 from stages.pretrain.collectives import rank, world_size
 from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.methods.queue import Queue
+from stages.pretrain.methods.teacher import usage
 from stages.pretrain.settings.parts import jitter
 from stages.pretrain.settings.swav import SwAVSettings
 from stages.pretrain.views.plan import ViewPlan, ViewSpec
@@ -36,6 +37,7 @@ class SwAV(Method):
         self.global_batch = global_batch
         self.use_queue = False
         self._embeddings: list[Tensor] = []  # (G, B, D) of this step's forward passes
+        self._watched: dict[str, Tensor] = {}
         self.loss = SwaVLoss(
             temperature=settings.temperature,
             sinkhorn_iterations=settings.iterations,
@@ -72,6 +74,8 @@ class SwAV(Method):
             scores = list(self.prototypes(embeddings_XD).split(len(batch)))  # of each crop, (B, K)
             queued = [self.prototypes(rows_QD) for rows_QD in self._queue_share()] if self.use_queue else None
             loss: Tensor = self.loss(scores[:large], scores[large:], queued)
+            predicted_XK = torch.cat(scores[:large]).detach().div(self.settings.temperature).softmax(dim=1)
+            self._watched = {"prototype_usage": usage(predicted_XK)}
         return {"swav": loss.squeeze()}
 
     def _queue_share(self) -> list[Tensor]:
@@ -97,3 +101,6 @@ class SwAV(Method):
 
     def encoder(self) -> Encoder:
         return self.student
+
+    def diagnostics(self) -> dict[str, float]:
+        return {name: value.item() for name, value in self._watched.items()}
