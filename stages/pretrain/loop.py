@@ -91,7 +91,7 @@ def train(
         # Some steps leave some heads out (a batch without object-centric images), so unused parameters are normal.
         model = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False, find_unused_parameters=True)
     checkpoint_every = settings.checkpoint_every or max(1, run.total_steps // 20)
-    window, watch = Window(run), Watch(settings.watch, run.weights, run.total_steps)
+    window, watch = Window(run), Watch(settings.watch, run.weights)
 
     passes = run.data.batches(progress.step * settings.accumulate, run.total_steps * settings.accumulate)
     for index in range(progress.step, run.total_steps):

@@ -84,7 +84,7 @@ def replay(kept: Mapping[str, Any], *, device: torch.device | str = "cpu") -> di
         build_optimizer(run.method, config.optimizer).load_state_dict(kept["optimizer"])
         run.method.zero_grad(set_to_none=True)
         window = Window(run)
-        watch = Watch(WatchSettings(gradients_every=1), run.weights, run.total_steps)
+        watch = Watch(WatchSettings(gradients_every=1), run.weights)
         passes = run.data.batches(index * accumulate, (index + 1) * accumulate)
         compute_gradients(run, run.method, Step(index, run.total_steps, run.steps_per_epoch), passes, window, watch)
         return window

@@ -25,9 +25,8 @@ PATCHES = 512  # of those images' patches, evenly spaced
 class Watch:
     """The watcher of one rank's run. Every rank makes the same calls: some of them are collective."""
 
-    def __init__(self, settings: WatchSettings, weights: Mapping[str, float], total_steps: int) -> None:
+    def __init__(self, settings: WatchSettings, weights: Mapping[str, float]) -> None:
         self.settings, self.weights = settings, weights
-        self.grace = math.ceil(settings.grace * total_steps)
         self.low: dict[str, int] = {}  # what has been below its limit, and for how many rows in a row
 
     def gradients_due(self, step: int) -> bool:
@@ -70,7 +69,7 @@ class Watch:
         # Ranks must agree: the one that stopped alone would leave the others waiting.
         here = _mean_over_ranks(torch.tensor([seen.get(name, math.inf) for name in limits])).tolist()
         for (name, limit), value in zip(limits.items(), here, strict=True):
-            self.low[name] = self.low.get(name, 0) + 1 if step >= self.grace and value < limit else 0
+            self.low[name] = self.low.get(name, 0) + 1 if step >= self.settings.grace and value < limit else 0
             if self.low[name] >= self.settings.patience:
                 setting = "watch.min_entropy" if name == "teacher_entropy" else "watch.min_rank"
                 return (

@@ -45,11 +45,8 @@ class WatchSettings(Settings):
         description="collapse: the teacher's mean entropy in nats below this; Sinkhorn's targets may be sharp",
     )
     patience: int = Field(3, ge=1, description="logged rows in a row that must show a collapse")
-    grace: float = Field(
-        0.1,
-        ge=0,
-        le=1,
-        description="share of the run in which no collapse is looked for: random encoders look like one",
+    grace: int = Field(
+        200, ge=0, description="steps at the start in which no collapse is looked for: random encoders look like one"
     )
 
 

@@ -28,7 +28,7 @@ def file_in(message: str) -> str:
 
 
 def test_a_collapse_leaves_a_file_that_replays_its_step(run_stage: RunStage) -> None:
-    watch = {"min_rank": 1000.0, "grace": 0.0, "patience": 5}
+    watch = {"min_rank": 1000.0, "grace": 0, "patience": 5}
     with pytest.raises(StageFailed, match="collapsed: rank_image") as stopped:
         run_stage("a" * 24, {"steps": 9, "watch": watch, **ALONE})
     address = file_in(str(stopped.value))
@@ -48,7 +48,7 @@ def test_a_collapse_leaves_a_file_that_replays_its_step(run_stage: RunStage) -> 
 
 
 def test_the_command_prints_the_terms(run_stage: RunStage) -> None:
-    watch = {"min_rank": 1000.0, "grace": 0.0, "patience": 1}
+    watch = {"min_rank": 1000.0, "grace": 0, "patience": 1}
     with pytest.raises(StageFailed) as stopped:
         run_stage("c" * 24, {"steps": 3, "watch": watch, **ALONE})
     command = [sys.executable, "-m", "stages.pretrain.replay", file_in(str(stopped.value))]
@@ -77,7 +77,7 @@ def test_a_nan_is_traced_to_the_operation_that_made_it(run_stage: RunStage, monk
 
 @pytest.mark.slow
 def test_two_ray_workers_leave_one_file_for_the_whole_batch(run_stage: RunStage, ray_local: None) -> None:
-    watch = {"min_rank": 1000.0, "grace": 0.0, "patience": 2}
+    watch = {"min_rank": 1000.0, "grace": 0, "patience": 2}
     settings = {"steps": 4, "watch": watch, "resources": {"workers": 2, "cpus": 0.5}}
     with pytest.raises(StageFailed, match="collapsed: rank_image") as stopped:
         run_stage("e" * 24, settings)
@@ -95,7 +95,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_inputs_that_are_gone_are_named(run_stage: RunStage) -> None:
     with pytest.raises(StageFailed) as stopped:
-        run_stage("f" * 24, {"steps": 2, "watch": {"min_rank": 1000.0, "grace": 0.0, "patience": 1}, **ALONE})
+        run_stage("f" * 24, {"steps": 2, "watch": {"min_rank": 1000.0, "grace": 0, "patience": 1}, **ALONE})
     kept = replay.read(file_in(str(stopped.value)))
     kept["inputs"] = {"images": (kept["inputs"]["images"][0], "images", "9" * 24)}
     with pytest.raises(ArtifactMissing, match=r"images/9{24}, an input of that run, is no longer in"):

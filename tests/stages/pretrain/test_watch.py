@@ -86,7 +86,7 @@ def test_a_collapse_stops_the_run_once_it_has_lasted(tmp_path: Path) -> None:
         left.append(bad)
         return "To run it again: ..."
 
-    run = make_run(20, Collapsing(), watch={"patience": 2, "grace": 0.0}, optimizer={"lr": 1e-9, "lr_end": 0.0})
+    run = make_run(20, Collapsing(), watch={"patience": 2, "grace": 0}, optimizer={"lr": 1e-9, "lr_end": 0.0})
     message = r"collapsed: rank_image is 1(\.\d+)? at step 7, below watch.min_rank \(1.2\) for 2 rows.*To run it again"
     with pytest.raises(StageFailed, match=message):
         train(run, CheckpointFolder(tmp_path, "run"), leave_replay=leave)
@@ -96,7 +96,7 @@ def test_a_collapse_stops_the_run_once_it_has_lasted(tmp_path: Path) -> None:
 
 def test_no_collapse_is_looked_for_in_the_grace_or_with_a_limit_of_zero(tmp_path: Path) -> None:
     still = {"optimizer": {"lr": 1e-9, "lr_end": 0.0}}
-    train(make_run(12, Collapsing(), watch={"grace": 1.0}, **still), CheckpointFolder(tmp_path / "a", "run"))
+    train(make_run(12, Collapsing(), watch={"grace": 12}, **still), CheckpointFolder(tmp_path / "a", "run"))
     train(make_run(12, Collapsing(), watch={"min_rank": 0}, **still), CheckpointFolder(tmp_path / "b", "run"))
 
 
@@ -105,7 +105,7 @@ def wrong(watch: Watch, step: int, values: Tensor, norm: float, **seen: float) -
 
 
 def test_entropy_has_a_limit_of_its_own_and_one_good_row_forgives() -> None:
-    watch = Watch(WatchSettings(min_entropy=0.5, patience=2, grace=0.0), {}, 100)
+    watch = Watch(WatchSettings(min_entropy=0.5, patience=2, grace=0), {})
     fine = torch.ones(1, 2)
     rows = [0.4, 0.6, 0.4, 0.3]
     said = [wrong(watch, i, fine, 1.0, rank_image=9.0, teacher_entropy=e) for i, e in enumerate(rows)]
@@ -115,7 +115,7 @@ def test_entropy_has_a_limit_of_its_own_and_one_good_row_forgives() -> None:
 
 
 def test_a_gradient_that_is_not_finite_is_told_from_a_term() -> None:
-    watch = Watch(WatchSettings(), {}, 100)
+    watch = Watch(WatchSettings(), {})
     assert "gradient's norm is inf while every term is finite at step 3" in str(
         wrong(watch, 3, torch.ones(1, 2), math.inf)
     )
