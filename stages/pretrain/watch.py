@@ -65,13 +65,13 @@ class Watch:
 
     def _collapse(self, step: int, seen: Mapping[str, float]) -> str | None:
         limits = {"rank_image": self.settings.min_rank, "rank_patch": self.settings.min_rank}
-        limits["teacher_entropy"] = self.settings.min_entropy
+        limits |= dict.fromkeys(("teacher_entropy", "assignment_entropy"), self.settings.min_entropy)
         # Ranks must agree: the one that stopped alone would leave the others waiting.
         here = _mean_over_ranks(torch.tensor([seen.get(name, math.inf) for name in limits])).tolist()
         for (name, limit), value in zip(limits.items(), here, strict=True):
             self.low[name] = self.low.get(name, 0) + 1 if step >= self.settings.grace and value < limit else 0
             if self.low[name] >= self.settings.patience:
-                setting = "watch.min_entropy" if name == "teacher_entropy" else "watch.min_rank"
+                setting = "watch.min_entropy" if name.endswith("entropy") else "watch.min_rank"
                 return (
                     f"the features have collapsed: {name} is {value:.4g} at step {step}, below {setting} ({limit:g}) "
                     f"for {self.low[name]} rows in a row"

@@ -42,7 +42,7 @@ class WatchSettings(Settings):
     min_entropy: float = Field(
         0.0,
         ge=0,
-        description="collapse: the teacher's mean entropy in nats below this; Sinkhorn's targets may be sharp",
+        description="collapse: mean entropy of the targets in nats below this; Sinkhorn's may be sharp",
     )
     patience: int = Field(3, ge=1, description="logged rows in a row that must show a collapse")
     grace: int = Field(
