@@ -21,14 +21,15 @@ PHOTOS = ROOT / "configs" / "quickstart"
 METHODS = ["cotap", "d3ssl", "dsa", "flsl", "vice"]
 
 
-@pytest.fixture
-def objects(tmp_path: Path) -> Path:
-    """Twenty-four photographs in class folders."""
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty-four photographs in class folders, and room for a store: the recipes share what they have in common."""
+    root = tmp_path_factory.mktemp("proofs")
     for i, photo in enumerate(sorted((PHOTOS / "images").rglob("*.jpg"))[:24]):
-        folder = tmp_path / "objects" / "train" / f"class{i % 2}"
+        folder = root / "objects" / "train" / f"class{i % 2}"
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(photo, folder)
-    return tmp_path / "objects"
+    return root
 
 
 def overrides(recipe: str, objects: Path) -> dict[str, str]:
@@ -74,11 +75,11 @@ def run(recipe: str, method: str, settings: dict[str, str], store: Path, workers
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_one_process_and_two_give_the_same_terms(method: str, objects: Path, tmp_path: Path) -> None:
+def test_one_process_and_two_give_the_same_terms(method: str, place: Path) -> None:
     recipe = f"configs/proof/{method}.yaml"
-    settings = overrides(recipe, objects)
-    one = run(recipe, method, settings, tmp_path / "store", workers=0)
-    two = run(recipe, method, settings, tmp_path / "store", workers=2)
+    settings = overrides(recipe, place / "objects")
+    one = run(recipe, method, settings, place / "store", workers=0)
+    two = run(recipe, method, settings, place / "store", workers=2)
     # What else a row says (entropies, ranks of features) is of each process's own share of the images.
     terms = [key.removeprefix("weight/") for key in one[0] if key.startswith("weight/")] + ["total"]
     assert len(one) == len(two) == 3
