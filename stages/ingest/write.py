@@ -60,9 +60,14 @@ def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
     return [ordered[i * len(ordered) // limit] for i in range(limit)]
 
 
+def default_shard_rows(images: int) -> int:
+    """Images a shard, where the config does not say."""
+    return min(max(-(-images // 32), 16), 1024)
+
+
 def cut(items: Sequence[Item], config: IngestConfig) -> list[list[Item]]:
     """Shards of neighbouring keys. Small sets get small shards: a shard is what later stages share out to CPUs."""
-    rows = config.shard_rows or min(max(-(-len(items) // 32), 16), 1024)
+    rows = config.shard_rows or default_shard_rows(len(items))
     shards: list[list[Item]] = []
     size = 0
     for item in items:

@@ -5,11 +5,13 @@ Losses get these as arguments; nothing below a method knows that there are ranks
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -56,6 +58,15 @@ def gather(value: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+
+def gather_objects(value: T) -> list[T]:
+    """What every rank passed, in rank order; anything that pickles."""
+    if world_size() == 1:
+        return [value]
+    values = [value] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def gather_with_gradient(value: Tensor) -> Tensor:

@@ -8,17 +8,18 @@ plain `python` process and the benchmarks. Under torch.distributed it trains dat
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.errors import StageFailed
 from stages.pretrain.batch import Batch
 from stages.pretrain.checkpoint import Progress
+from stages.pretrain.collectives import all_reduce_mean, gather_objects, world_size
 from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.optim import build_optimizer, clip_gradients, set_schedule
 from stages.pretrain.settings.loop import LoopSettings
@@ -87,7 +88,7 @@ def train(
     optimizer = build_optimizer(method, settings.optimizer)
     progress = checkpoints.restore(method, optimizer)
     model: nn.Module = method
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if world_size() > 1:
         # Some steps leave some heads out (a batch without object-centric images), so unused parameters are normal.
         model = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False, find_unused_parameters=True)
     checkpoint_every = settings.checkpoint_every or max(1, run.total_steps // 20)
@@ -169,7 +170,7 @@ class Window:
         self.norms: list[Tensor] = []
         self.of_terms: dict[str, float] = {}  # the newest gradient norms and weights of single terms
         self.images = 0
-        self.skipped: dict[str, int] = {}
+        self.skipped: Counter[str] = Counter()
         self.started = time.perf_counter()
         self.pending: list[Tensor] = []  # of this step's forward passes: values of the terms,
         self.image_ids: list[Tensor] = []  # and images
@@ -182,9 +183,8 @@ class Window:
         self.names = names
         self.pending.append(torch.stack([*(term.detach().float() for term in terms.values()), total.detach()]))
         self.image_ids.append(batch.image_ids)
-        self.images += len(batch) * _world_size()
-        for reason, count in batch.skipped.items():
-            self.skipped[reason] = self.skipped.get(reason, 0) + count
+        self.images += len(batch) * world_size()
+        self.skipped.update(batch.skipped)
 
     def end_step(self, norm: Tensor) -> None:
         self.rows.append(torch.stack(self.pending).mean(0))
@@ -193,11 +193,7 @@ class Window:
 
     def flush(self, step: int, extra: Mapping[str, float]) -> dict[str, float]:
         """The mean over the window's steps and the ranks; empties the window."""
-        values_ST = torch.stack(self.rows)
-        if _world_size() > 1:
-            dist.all_reduce(values_ST)
-            values_ST /= _world_size()
-        values_ST, norms_S = values_ST.cpu(), torch.stack(self.norms).cpu()
+        values_ST, norms_S = all_reduce_mean(torch.stack(self.rows)).cpu(), torch.stack(self.norms).cpu()
         seconds = time.perf_counter() - self.started
         row = {"step": float(step), "epoch": step / self.run.steps_per_epoch}
         row |= dict(zip(self.names, values_ST.double().mean(0).tolist(), strict=True))
@@ -207,18 +203,7 @@ class Window:
         self.started = time.perf_counter()
         return row
 
-    def take_skipped(self) -> dict[str, int]:
+    def take_skipped(self) -> Counter[str]:
         """Reasons and counts since the last call, over all ranks."""
-        taken, self.skipped = self.skipped, {}
-        if _world_size() > 1:
-            gathered: list[dict[str, int]] = [{} for _ in range(_world_size())]
-            dist.all_gather_object(gathered, taken)
-            taken = {}
-            for counts in gathered:
-                for reason, count in counts.items():
-                    taken[reason] = taken.get(reason, 0) + count
-        return taken
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+        taken, self.skipped = self.skipped, Counter()
+        return sum(gather_objects(taken), Counter())

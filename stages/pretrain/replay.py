@@ -29,7 +29,6 @@ from stages.pretrain.assemble import assemble
 from stages.pretrain.collectives import gather, rank, world_size
 from stages.pretrain.loop import BadStep, LeaveReplay, Run, Window, compute_gradients
 from stages.pretrain.methods.method import Step
-from stages.pretrain.optim import build_optimizer
 from stages.pretrain.settings.loop import WatchSettings
 from stages.pretrain.stage import PretrainConfig
 from stages.pretrain.watch import Watch
@@ -81,7 +80,6 @@ def replay(kept: Mapping[str, Any], *, device: torch.device | str = "cpu") -> di
 
     def once() -> Window:
         run.method.load_state_dict(kept["method"])
-        build_optimizer(run.method, config.optimizer).load_state_dict(kept["optimizer"])
         run.method.zero_grad(set_to_none=True)
         window = Window(run)
         watch = Watch(WatchSettings(gradients_every=1), run.weights)
@@ -90,7 +88,7 @@ def replay(kept: Mapping[str, Any], *, device: torch.device | str = "cpu") -> di
         return window
 
     window = once()
-    values = torch.stack(window.pending).mean(0).tolist()
+    values, terms = torch.stack(window.pending).mean(0).tolist(), window.names[:-1]  # the last is their total
     bad = [
         name for name, p in run.method.named_parameters() if p.grad is not None and not p.grad.isfinite().all().item()
     ]
@@ -98,8 +96,8 @@ def replay(kept: Mapping[str, Any], *, device: torch.device | str = "cpu") -> di
         "step": index,
         "image_ids": [ids.tolist() for ids in window.image_ids],
         "terms": dict(zip(window.names, values, strict=True)),
-        "weights": {key[7:]: value for key, value in window.of_terms.items() if key.startswith("weight/")},
-        "grad_norms": {key[10:]: value for key, value in window.of_terms.items() if key.startswith("grad_norm/")},
+        "weights": {name: window.of_terms[f"weight/{name}"] for name in terms},
+        "grad_norms": {name: window.of_terms[f"grad_norm/{name}"] for name in terms},
         "bad_parameters": bad,
         "culprit": None,
     }

@@ -5,16 +5,16 @@ Shape legend: N feature rows, D width, B images, P forward passes of a step, T t
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from stages.models.encoder import Encoder
 from stages.pretrain.batch import Batch
-from stages.pretrain.collectives import world_size
+from stages.pretrain.collectives import all_reduce_mean, gather_objects, world_size
 from stages.pretrain.methods.method import Method
 from stages.pretrain.settings.loop import WatchSettings
 
@@ -33,7 +33,7 @@ class Watch:
         return self.settings.gradients_every > 0 and step % self.settings.gradients_every == 0
 
     def gradient_norms(self, terms: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> dict[str, float]:
-        """ "grad_norm/TERM": global norm of weight * term's gradient, mean over ranks; and "weight/TERM".
+        """ "grad_norm/TERM": global norm of weight * term's gradient, of all ranks together; and "weight/TERM".
 
         To be called before the step's backward pass, whose graph it keeps.
         """
@@ -61,13 +61,15 @@ class Watch:
         """
         if bad := _not_finite(names, values_PT, norm):
             return f"{bad} at step {step} (lower optimizer.lr, set optimizer.clip, or precision: fp32)"
-        return self._collapse(step, seen) if seen else None
+        return self._collapse(step, seen, norm.device) if seen else None
 
-    def _collapse(self, step: int, seen: Mapping[str, float]) -> str | None:
+    def _collapse(self, step: int, seen: Mapping[str, float], device: torch.device) -> str | None:
         limits = {"rank_image": self.settings.min_rank, "rank_patch": self.settings.min_rank}
         limits |= dict.fromkeys(("teacher_entropy", "assignment_entropy"), self.settings.min_entropy)
         # Ranks must agree: the one that stopped alone would leave the others waiting.
-        here = _mean_over_ranks(torch.tensor([seen.get(name, math.inf) for name in limits])).tolist()
+        # On the device of the rest: NCCL takes no other.
+        mine = torch.tensor([seen.get(name, math.inf) for name in limits], device=device)
+        here = all_reduce_mean(mine).tolist()
         for (name, limit), value in zip(limits.items(), here, strict=True):
             self.low[name] = self.low.get(name, 0) + 1 if step >= self.settings.grace and value < limit else 0
             if self.low[name] >= self.settings.patience:
@@ -101,7 +103,7 @@ def feature_spread(encoder: Encoder, batch: Batch, *, precision: str) -> dict[st
             f"rank_{name}": effective_rank(rows_ND.float()),
             f"cosine_{name}": mean_pairwise_cosine(rows_ND.float()),
         }
-    means = _mean_over_ranks(torch.stack([*values.values()])).tolist()
+    means = all_reduce_mean(torch.stack([*values.values()])).tolist()
     return {name: mean for name, mean in zip(values, means, strict=True) if not math.isnan(mean)}
 
 
@@ -133,13 +135,9 @@ def _not_finite(names: Sequence[str], values_PT: Tensor, norm: Tensor) -> str | 
     Waits for the device, once: the optimiser must not move before it is known.
     """
     sound = values_PT.isfinite().all() & norm.isfinite()
-    if _mean_over_ranks(sound.float()[None]).item() == 1.0:
+    if all_reduce_mean(sound.float()[None]).item() == 1.0:
         return None
-    rows: list[list[list[float]]] = [values_PT.tolist()]
-    if world_size() > 1:
-        rows = [[] for _ in range(world_size())]
-        dist.all_gather_object(rows, values_PT.tolist())
-    for values in (row for rank_rows in rows for row in rank_rows):
+    for values in itertools.chain.from_iterable(gather_objects(values_PT.tolist())):
         for name, value in zip(names, values, strict=True):
             if not math.isfinite(value):
                 return f"term {name} is {value}"
@@ -160,11 +158,4 @@ def _gradient_norm(term: Tensor, trained: Sequence[nn.Parameter]) -> float:
             for parameter, gradient in zip(trained, gradients, strict=True)
         ]
     )
-    return _mean_over_ranks(flat).norm().item()
-
-
-def _mean_over_ranks(values: Tensor) -> Tensor:
-    if world_size() > 1:
-        dist.all_reduce(values)
-        values /= world_size()
-    return values
+    return all_reduce_mean(flat).norm().item()

@@ -31,6 +31,7 @@ import pyarrow as pa
 from pipeline import cluster
 from pipeline.stage import Context, Resources
 from pipeline.store import Artifact, ArtifactStore
+from stages.ingest.write import default_shard_rows
 from stages.regions.proposals import propose_row
 from stages.regions.segments import segment_row
 from stages.selective_search import SelectiveSearch
@@ -140,7 +141,7 @@ def main() -> None:
     os.environ["TESSERA_CACHE"] = str(folder / "cache")
     files = image_files(options.images)
     store = ArtifactStore(str(folder / "store"))
-    part_rows = options.part_rows or min(max(-(-len(files) // 32), 16), 1024)
+    part_rows = options.part_rows or default_shard_rows(len(files))
     images = write_images(store, files, part_rows, "0" * 12)
     few = write_images(store, files[:64], 8, "1" * 12)
     started = cluster.start("local")

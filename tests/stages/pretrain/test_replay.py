@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import subprocess
@@ -42,7 +43,7 @@ def test_a_collapse_leaves_a_file_that_replays_its_step(run_stage: RunStage) -> 
 
     # The same step of a run that nobody stops.
     _, artifact = run_stage("b" * 24, {"steps": 9, "watch": {"min_rank": 0, "gradients_every": 1}, **ALONE})
-    row = replay.json.loads(artifact.read("curves.json"))[4]
+    row = json.loads(artifact.read("curves.json"))[4]
     assert again["terms"]["align_image"] == pytest.approx(row["align_image"], rel=1e-6)
     assert again["grad_norms"]["align_image"] == pytest.approx(row["grad_norm/align_image"], rel=1e-5)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import torch
 
@@ -13,12 +12,10 @@ from pipeline.config import load_pipeline
 from pipeline.errors import UsageError
 from pipeline.store import Artifact, ArtifactStore
 from stages.pretrain.assemble import assemble
-from stages.pretrain.checkpoint import CheckpointFolder, Progress
-from stages.pretrain.loop import train
 from stages.pretrain.stage import PretrainConfig
-from stages.tables import SCHEMAS
 from tests.conftest import ROOT, encode, smooth_pixels
 from tests.stages.pretrain.conftest import SMALL
+from tests.stages.pretrain.methods.runs import commit, run, run_whole_and_cut
 from tests.stages.pretrain.methods.test_d3ssl import SMALL as METHOD
 
 CONFIG: dict[str, Any] = SMALL | {
@@ -28,14 +25,6 @@ CONFIG: dict[str, Any] = SMALL | {
     "steps": 6,
     "checkpoint_every": 3,
 }
-
-
-def commit(store: ArtifactStore, kind: str, digit: str, rows: list[dict[str, Any]], **fields: Any) -> Artifact:
-    writer = store.begin(kind, digit * 24)
-    writer.put_table(
-        0, pa.Table.from_pylist([dict.fromkeys(SCHEMAS[kind].names) | row for row in rows], schema=SCHEMAS[kind])
-    )
-    return writer.commit(**fields)
 
 
 @pytest.fixture
@@ -57,12 +46,6 @@ def inputs(tmp_path: Path) -> dict[str, Artifact]:
     return found
 
 
-def run(config: dict[str, Any], inputs: dict[str, Artifact], folder: Path) -> tuple[Progress, dict[str, torch.Tensor]]:
-    run = assemble(PretrainConfig.model_validate(config), inputs)
-    progress = train(run, CheckpointFolder(folder, "f", say=print))
-    return progress, run.method.state_dict()
-
-
 def test_each_image_set_brings_its_own_boxes(inputs: dict[str, Artifact], tmp_path: Path) -> None:
     progress, state = run(CONFIG, inputs, tmp_path / "run")
     row = progress.curves[-1]
@@ -75,19 +58,7 @@ def test_each_image_set_brings_its_own_boxes(inputs: dict[str, Artifact], tmp_pa
 
 
 def test_a_run_cut_in_half_ends_as_one(inputs: dict[str, Artifact], tmp_path: Path) -> None:
-    whole, expected = run(CONFIG, inputs, tmp_path / "whole")
-
-    class Killed(Exception):
-        pass
-
-    def stop(row: dict[str, float]) -> None:
-        if row["step"] == 5:
-            raise Killed
-
-    cut = assemble(PretrainConfig.model_validate(CONFIG), inputs)
-    with pytest.raises(Killed):
-        train(cut, CheckpointFolder(tmp_path / "cut", "f", say=print), stop)
-    resumed, state = run(CONFIG, inputs, tmp_path / "cut")
+    whole, expected, resumed, state = run_whole_and_cut(CONFIG, inputs, tmp_path, at=5)
     assert [row["decouple"] for row in resumed.curves] == [row["decouple"] for row in whole.curves]
     assert all(torch.equal(value, expected[name]) for name, value in state.items())
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
@@ -15,13 +14,14 @@ from pipeline.errors import UsageError
 from pipeline.store import Artifact, ArtifactStore
 from stages.models.encoder import Encoder
 from stages.pretrain.assemble import assemble
-from stages.pretrain.checkpoint import CheckpointFolder, Progress
+from stages.pretrain.checkpoint import CheckpointFolder
 from stages.pretrain.loop import train
 from stages.pretrain.stage import PretrainConfig
 from stages.regions.segments import grid_labels
-from stages.tables import SCHEMAS, pack_labels
+from stages.tables import pack_labels
 from tests.conftest import ROOT, encode, smooth_pixels
 from tests.stages.pretrain.conftest import SMALL
+from tests.stages.pretrain.methods.runs import commit, run, run_whole_and_cut
 from tests.stages.pretrain.methods.test_vice import SMALL as METHOD
 
 CONFIG: dict[str, Any] = SMALL | {
@@ -31,13 +31,6 @@ CONFIG: dict[str, Any] = SMALL | {
     "steps": 6,
     "checkpoint_every": 3,
 }
-
-
-def commit(store: ArtifactStore, kind: str, digit: str, rows: list[dict[str, Any]], **fields: Any) -> Artifact:
-    writer = store.begin(kind, digit * 24)
-    full = [dict.fromkeys(SCHEMAS[kind].names) | row for row in rows]
-    writer.put_table(0, pa.Table.from_pylist(full, schema=SCHEMAS[kind]))
-    return writer.commit(**fields)
 
 
 @pytest.fixture
@@ -61,12 +54,6 @@ def inputs(tmp_path: Path) -> dict[str, Artifact]:
     return found
 
 
-def run(config: dict[str, Any], inputs: dict[str, Artifact], folder: Path) -> tuple[Progress, dict[str, torch.Tensor]]:
-    run = assemble(PretrainConfig.model_validate(config), inputs)
-    progress = train(run, CheckpointFolder(folder, "f", say=print))
-    return progress, run.method.state_dict()
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_two_image_sets_with_their_own_superpixels(inputs: dict[str, Artifact], tmp_path: Path, precision: str) -> None:
     config = CONFIG | {"precision": precision}
@@ -82,19 +69,7 @@ def test_two_image_sets_with_their_own_superpixels(inputs: dict[str, Artifact], 
 
 
 def test_a_run_cut_in_half_ends_as_one(inputs: dict[str, Artifact], tmp_path: Path) -> None:
-    whole, expected = run(CONFIG, inputs, tmp_path / "whole")
-
-    class Killed(Exception):
-        pass
-
-    def stop(row: dict[str, float]) -> None:
-        if row["step"] == 5:
-            raise Killed
-
-    cut = assemble(PretrainConfig.model_validate(CONFIG), inputs)
-    with pytest.raises(Killed):
-        train(cut, CheckpointFolder(tmp_path / "cut", "f", say=print), stop)
-    resumed, state = run(CONFIG, inputs, tmp_path / "cut")
+    whole, expected, resumed, state = run_whole_and_cut(CONFIG, inputs, tmp_path, at=5)
     assert [row["swapped"] for row in resumed.curves] == [row["swapped"] for row in whole.curves]
     assert state.keys() >= {"queue", "queue_filled", "prototypes"}
     assert all(torch.equal(value, expected[name]) for name, value in state.items())
