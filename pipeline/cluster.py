@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import ClusterError
 
@@ -29,6 +30,9 @@ OBJECT_STORE_LIMIT = 2 * GIB  # shards travel through it a few at a time; the re
 OBJECT_STORE_SHARE = 0.3
 LONGEST_TEMP_DIR = 60  # Ray adds about 45 bytes of session and socket names to it, and the limit is 107
 PROBE_SECONDS = 5.0
+# Ray gives up where one of its agents needs more than 15 s to come up, a constant of its binary. A busy machine takes
+# that long the first time, while the agents' code comes from disk.
+LOCAL_STARTS = 3
 KEEP_LOGS_SECONDS = 24 * 3600.0
 
 # Set unless the user has set them: Ray reads them when it is imported, and its workers inherit them.
@@ -78,7 +82,7 @@ def start(address: str | None = None) -> Cluster:
 
     try:
         with _own_sigterm():
-            context = ray.init(namespace="tessera", log_to_driver=False, logging_level=logging.ERROR, **options)
+            context = _connect(options, attempts=LOCAL_STARTS if address == "local" else 1)
         resources, nodes = ray.cluster_resources(), len(ray.nodes())
         session = Path(context.address_info["session_dir"]) if address == "local" else None
     except Exception as error:
@@ -89,6 +93,20 @@ def start(address: str | None = None) -> Cluster:
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     return Cluster(address, resources.get("CPU", 0.0), resources.get("GPU", 0.0), nodes, session)
+
+
+def _connect(options: dict[str, object], *, attempts: int) -> Any:
+    """`ray.init`, again where Ray did not come up in its time."""
+    import ray
+
+    while True:
+        attempts -= 1
+        try:
+            return ray.init(namespace="tessera", log_to_driver=False, logging_level=logging.ERROR, **options)
+        except Exception as error:
+            if attempts < 1 or "timed out" not in str(error):
+                raise
+            ray.shutdown()
 
 
 def stop(cluster: Cluster, *, keep_logs: bool = False) -> None:

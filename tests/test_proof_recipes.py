@@ -45,8 +45,6 @@ def overrides(recipe: str, objects: Path) -> dict[str, str]:
             short = {"steps": "3", "epochs": "null", "batch_size": "8", "precision": "fp32", "log_every": "1"}
             settings |= {f"stages.{name}.{key}": value for key, value in short.items()}
             settings[f"stages.{name}.watch.gradients_every"] = "1"
-            if getattr(stage.stage.config.backbone, "drop_path", 0):
-                settings[f"stages.{name}.backbone.drop_path"] = "0"  # each process draws its own
     return settings
 
 

@@ -5,70 +5,13 @@ tests.benchmarks.method_step [--write]`. Forward, backward and update; CPU time 
 from __future__ import annotations
 
 import argparse
-import time
 from typing import Any
 
-import torch
-
-from stages.models.encoder import Encoder
 from stages.models.settings import Backbone
-from stages.pretrain.batch import Batch
-from stages.pretrain.loop import weighted_sum
-from stages.pretrain.methods.method import Method, Step
-from stages.pretrain.optim import build_optimizer
-from stages.pretrain.settings.loop import OptimizerSettings
-from stages.pretrain.settings.method import MethodSettings, method_settings
-from stages.pretrain.views.draw import draw_views, generator
+from stages.pretrain.settings.method import method_settings
+from tests.benchmarks.stepper import Stepper, best_of
 
 LIMITS = {"flsl": 1.25, "cotap": 1.5}
-
-
-def made_up_batch(method: Method, count: int, device: str) -> Batch:
-    """Noise with the geometry of real draws from images of 500 x 375 pixels."""
-    specs = method.view_plan().views
-    draws = [draw_views(specs, generator(0, 0, 0, i), 500, 375) for i in range(count)]
-    affines = {
-        spec.name: torch.stack(
-            [torch.stack([torch.from_numpy(d.affine).float() for d in row if d.view == spec.name]) for row in draws], 1
-        )
-        for spec in specs
-    }
-    ids = torch.arange(count)
-    views = {spec.name: torch.randn(spec.count, count, 3, spec.size, spec.size) for spec in specs}
-    return Batch(ids, torch.zeros_like(ids), views, affines, neighbor_ids=ids, seed=1).to(device)
-
-
-class Stepper:
-    """One method with its optimiser, on one batch that stays."""
-
-    def __init__(self, settings: MethodSettings, backbone: Backbone, count: int, device: str) -> None:
-        torch.manual_seed(0)
-        encoder = Encoder.build(backbone)
-        self.method = (
-            settings.build(encoder, total_steps=100, steps_per_epoch=10, global_batch=count).train().to(device)
-        )
-        self.optimizer = build_optimizer(self.method, OptimizerSettings())
-        self.batch, self.weights, self.device = (
-            made_up_batch(self.method, count, device),
-            settings.term_weights(),
-            device,
-        )
-
-    def seconds(self) -> float:
-        on_gpu, step = self.device != "cpu", Step(20, 100, 10)
-        clock = time.perf_counter if on_gpu else time.process_time
-        start = clock()
-        self.method.start_step(step)
-        with torch.autocast(self.device, torch.bfloat16, enabled=on_gpu):
-            terms = self.method(self.batch)
-        weighted_sum(terms, self.weights).backward()  # type: ignore[no-untyped-call]
-        self.method.before_update(step)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.method.after_step(step)
-        if on_gpu:
-            torch.cuda.synchronize()
-        return clock() - start
 
 
 def main() -> None:
@@ -113,11 +56,7 @@ def main() -> None:
             method_settings(flsl | globals_(1)), tokens, count, arguments.device
         ),
     }
-    for stepper in steppers.values():
-        stepper.seconds()
-    # In turns, so that a busy machine is equally busy for all.
-    rounds = [{key: stepper.seconds() for key, stepper in steppers.items()} for _ in range(arguments.repeats)]
-    best = {key: min(times[key] for times in rounds) for key in steppers}
+    best = best_of(steppers, arguments.repeats)
     first = next(iter(best.values()))
     lines = [f"- {key}: {seconds:.3f} s, {seconds / first:.2f} times" for key, seconds in best.items()]
     what = "CPU time of one thread" if small else "bf16"

@@ -129,6 +129,22 @@ def test_an_address_that_cannot_be_joined_is_refused(address: str, monkeypatch: 
         cluster.start(address)
 
 
+@pytest.mark.parametrize(
+    ("says", "tries"), [("The current node timed out during startup.", cluster.LOCAL_STARTS), ("no shared memory", 1)]
+)
+def test_a_ray_too_slow_to_come_up_is_started_again(says: str, tries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = []
+
+    def init(**options: object) -> None:
+        starts.append(options)
+        raise RuntimeError(says)
+
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(ClusterError, match=f"a local Ray does not start: RuntimeError: {says}"):
+        cluster.start("local")
+    assert len(starts) == tries
+
+
 def test_a_temporary_folder_too_long_for_sockets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "x" * 60)
     with pytest.raises(ClusterError, match="RAY_TMPDIR"):
