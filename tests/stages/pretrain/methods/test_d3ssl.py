@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import pickle
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 from pydantic import ValidationError
 
 from pipeline.store import ArtifactStore
-from stages.models.sync_batch_norm import convert
 from stages.pretrain.batch import Batch
 from stages.pretrain.data import ImageSource, TrainData
 from stages.pretrain.methods.d3ssl import D3SSL
@@ -28,6 +24,7 @@ from stages.pretrain.views.draw import generator
 from stages.pretrain.views.plan import Draw, ImageRow
 from stages.tables import SCHEMAS, Table
 from tests.conftest import encode, smooth_pixels
+from tests.stages.pretrain.methods.ranks import Results, assert_alike, on_one_and_two, steps_of
 from tests.stages.pretrain.methods.tiny import tiny_encoder
 
 STEP = Step(index=3, total=10, steps_per_epoch=2)
@@ -424,54 +421,25 @@ def _share(batch: Batch, rank: int, world_size: int) -> Batch:
     )
 
 
-def _three_steps(rank: int, world_size: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
-    if world_size > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    results: dict[str, Any] = {}
+def _train(rank: int, world_size: int) -> Results:
+    results: Results = {}
     for resnet in (False, True):
         method = build(resnet=resnet, bank={"size": 80}).double()
-        if world_size > 1:
-            convert(method)
-        wrapped = (
-            torch.nn.parallel.DistributedDataParallel(method, find_unused_parameters=True) if world_size > 1 else method
+        batches = (
+            _share(drawn_batch(method.settings, first=8 * index, boxes=index != 1), rank, world_size)
+            for index in range(3)
         )
-        optimizer = torch.optim.SGD(method.parameter_groups(), lr=0.05)
-        for index in range(3):
-            batch = _share(drawn_batch(method.settings, first=8 * index, boxes=index != 1), rank, world_size)
-            step = Step(index, 10, 1)
-            method.start_step(step)
-            terms = wrapped(batch)
-            torch.stack(list(terms.values())).sum().backward()
-            gradients = [p.grad.clone() for p in method.parameters() if p.grad is not None]
-            optimizer.step()
-            optimizer.zero_grad()
-            method.after_step(step)
-            values = torch.stack([term.detach() for term in terms.values()])
-            if world_size > 1:
-                dist.all_reduce(values)
-            counted = [method.bank_next.clone(), method.bank_filled.clone(), method.without_boxes.clone()]
-            results[f"{resnet}/{index}"] = (values / world_size, gradients, method.bank.clone(), counted)
-    torch.save(results, Path(folder) / f"{world_size}-{rank}.pt")
-    if world_size > 1:
-        dist.destroy_process_group()
+        for index, step in enumerate(steps_of(method, batches, world_size, lr=0.05)):
+            counted = [int(count) for count in (method.bank_next, method.bank_filled, method.without_boxes)]
+            results[f"{resnet}/{index}"] = step, method.bank.clone(), counted
+    return results
 
 
 @pytest.mark.slow
 def test_two_ranks_give_the_terms_gradients_and_bank_of_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    _three_steps(0, 1, str(tmp_path), port)
-    mp.spawn(_three_steps, args=(2, str(tmp_path), port), nprocs=2)
-    one = torch.load(tmp_path / "1-0.pt", weights_only=True)
-    for rank in range(2):
-        two = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)
-        for key, (terms, gradients, bank, counted) in one.items():
-            torch.testing.assert_close(two[key][0], terms, rtol=1e-7, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
-            torch.testing.assert_close(two[key][2], bank, rtol=1e-6, atol=1e-7)
-            assert [int(n) for n in two[key][3]] == [int(n) for n in counted]
-            scale = max(float(g.abs().max()) for g in gradients)
-            for mine, theirs in zip(gradients, two[key][1], strict=True):
-                torch.testing.assert_close(theirs, mine, rtol=1e-6, atol=1e-6 * scale)
+    one, two = on_one_and_two(_train, tmp_path)
+    for key, rank in itertools.product(one, range(2)):
+        (step, bank, counted), (expected, expected_bank, expected_counts) = two[rank][key], one[key]
+        assert_alike(key, step, expected, 1e-7, of_gradients=1e-6)
+        torch.testing.assert_close(bank, expected_bank, rtol=1e-6, atol=1e-7)
+        assert counted == expected_counts

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -31,6 +28,7 @@ from stages.pretrain.settings.method import method_settings
 from stages.pretrain.stage import PretrainConfig
 from stages.pretrain.views.draw import draw_views, generator, shown
 from tests.stages.pretrain.conftest import SMALL, RunStage
+from tests.stages.pretrain.methods.ranks import Results, assert_alike, on_one_and_two, steps_of
 from tests.stages.pretrain.methods.tiny import share, tiny_encoder
 
 STEP = Step(index=3, total=10, steps_per_epoch=2)
@@ -333,49 +331,17 @@ def test_dsa_regularises_it() -> None:
 RANKED = ["default", "paper", "centre", "sinkhorn"]
 
 
-def _two_steps(rank: int, world_size: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
-    if world_size > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    results = {}
+def _train(rank: int, world_size: int) -> Results:
+    results: Results = {}
     for name in RANKED:
-        method = build(VARIANTS[name]).double()
         batch = share(noise(VARIANTS[name]), rank, world_size)
         batch.views = {key: view.double() for key, view in batch.views.items()}
-        wrapped = torch.nn.parallel.DistributedDataParallel(method) if world_size > 1 else method
-        optimizer = torch.optim.SGD(method.parameter_groups(), lr=0.1)
-        for index in range(2):
-            step = Step(index, 10, 1)
-            method.start_step(step)
-            terms = wrapped(batch)
-            torch.stack(list(terms.values())).sum().backward()
-            method.before_update(step)
-            gradients = [p.grad.clone() for p in method.parameters() if p.grad is not None]
-            optimizer.step()
-            optimizer.zero_grad()
-            method.after_step(step)
-            values = torch.stack([term.detach() for term in terms.values()])
-            if world_size > 1:
-                dist.all_reduce(values)
-            results[f"{name}/{index}"] = (values / world_size, gradients)
-    torch.save(results, Path(folder) / f"{world_size}-{rank}.pt")
-    if world_size > 1:
-        dist.destroy_process_group()
+        results[name] = list(steps_of(build(VARIANTS[name]).double(), [batch] * 2, world_size, lr=0.1))
+    return results
 
 
 @pytest.mark.slow
 def test_two_ranks_give_the_terms_and_gradients_of_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    _two_steps(0, 1, str(tmp_path), port)
-    mp.spawn(_two_steps, args=(2, str(tmp_path), port), nprocs=2)
-    one = torch.load(tmp_path / "1-0.pt", weights_only=True)
-    for rank in range(2):
-        two = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)
-        for key, (terms, gradients) in one.items():
-            torch.testing.assert_close(two[key][0], terms, rtol=1e-7, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
-            scale = float(max(g.abs().max() for g in gradients))
-            for mine, theirs in zip(gradients, two[key][1], strict=True):
-                torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=scale * 1e-6)
+    one, two = on_one_and_two(_train, tmp_path)
+    for name, index, rank in itertools.product(RANKED, range(2), range(2)):
+        assert_alike(f"{name}, step {index}", two[rank][name][index], one[name][index], 1e-7, of_gradients=1e-5)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import socket
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from pydantic import ValidationError
 from torch import nn
 
 from stages.models.encoder import Encoder
 from stages.models.settings import Backbone
-from stages.models.sync_batch_norm import convert
 from stages.pretrain.batch import Batch
 from stages.pretrain.methods.dsa import DSA
 from stages.pretrain.methods.method import Method, Step
@@ -25,6 +21,7 @@ from stages.pretrain.methods.vicregl import cell_centres
 from stages.pretrain.settings.dsa import DSASettings
 from stages.pretrain.settings.method import MethodSettings, method_settings
 from stages.pretrain.views.geometry import crop_affine
+from tests.stages.pretrain.methods.ranks import Results, assert_alike, on_one_and_two, steps_of
 from tests.stages.pretrain.methods.tiny import CROPS, HEAD, fake_batch, share, tiny_encoder
 
 MLP = {"hidden": 16, "out": 12}
@@ -384,54 +381,19 @@ def _shared(name: str) -> MethodSettings:
     return settings(name.removeprefix("dsa:"), dsa=name.startswith("dsa:"))
 
 
-def _two_steps(rank: int, world_size: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
-    if world_size > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    results = {}
+def _train(rank: int, world_size: int) -> Results:
+    results: Results = {}
     for name in SHARED:
         method = build(_shared(name), resnet=name == "byol").double()
-        if world_size > 1:
-            convert(method)
         batch = share(a_batch(), rank, world_size)
         for tensors in (batch.views, batch.affines, batch.extras):
             tensors.update({key: value.double() for key, value in tensors.items()})
-        wrapped = torch.nn.parallel.DistributedDataParallel(method) if world_size > 1 else method
-        optimizer = torch.optim.SGD(method.parameter_groups(), lr=0.05)
-        for index in range(3):
-            step = Step(index, 10, 1)
-            method.start_step(step)
-            terms = wrapped(batch)
-            sum(terms.values()).backward()
-            method.before_update(step)
-            gradients = [p.grad.clone() for p in method.parameters() if p.grad is not None]
-            optimizer.step()
-            optimizer.zero_grad()
-            method.after_step(step)
-            values = torch.stack([term.detach() for term in terms.values()])
-            if world_size > 1:
-                dist.all_reduce(values)
-            results[f"{name}/{index}"] = (values / world_size, gradients)
-    torch.save(results, Path(folder) / f"{world_size}-{rank}.pt")
-    if world_size > 1:
-        dist.destroy_process_group()
+        results[name] = list(steps_of(method, [batch] * 3, world_size, lr=0.05))
+    return results
 
 
 @pytest.mark.slow
 def test_two_ranks_give_the_terms_and_gradients_of_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    _two_steps(0, 1, str(tmp_path), port)
-    mp.spawn(_two_steps, args=(2, str(tmp_path), port), nprocs=2)
-    one = torch.load(tmp_path / "1-0.pt", weights_only=True)
-    for rank in range(2):
-        two = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)
-        for key, (terms, gradients) in one.items():
-            torch.testing.assert_close(two[key][0], terms, rtol=1e-5, atol=1e-8, msg=lambda m, key=key: f"{key}: {m}")
-            scale = max(g.abs().max() for g in gradients)
-            for mine, theirs in zip(gradients, two[key][1], strict=True):
-                torch.testing.assert_close(
-                    theirs, mine, rtol=1e-4, atol=float(scale) * 1e-5, msg=lambda m, key=key: f"{key}: {m}"
-                )
+    one, two = on_one_and_two(_train, tmp_path)
+    for name, index, rank in itertools.product(SHARED, range(3), range(2)):
+        assert_alike(f"{name}, step {index}", two[rank][name][index], one[name][index], 1e-5, of_gradients=1e-4)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from pydantic import ValidationError
 
 from stages.models.encoder import Encoder
@@ -22,6 +19,7 @@ from stages.pretrain.settings.cotap import CoTAPSettings
 from stages.pretrain.settings.dino import DinoSettings
 from stages.pretrain.settings.dino_dense import DinoDenseSettings
 from stages.pretrain.views.geometry import overlap
+from tests.stages.pretrain.methods.ranks import Results, assert_alike, on_one_and_two, steps_of
 from tests.stages.pretrain.methods.tiny import CROPS, HEAD, fake_batch, share, tiny_encoder
 
 STEP = Step(index=3, total=10, steps_per_epoch=2)
@@ -248,12 +246,8 @@ def test_mirroring_a_view_moves_no_cell() -> None:
 NAMES = ["dino", "dino_sinkhorn", "dino_dense", "cotap"]
 
 
-def _two_steps(rank: int, world_size: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
-    if world_size > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    results = {}
+def _train(rank: int, world_size: int) -> Results:
+    results: Results = {}
     for name in NAMES:
         method = build(name).double()  # rounding must not reorder similarities: psi counts are discontinuous
         if name == "cotap":
@@ -263,44 +257,18 @@ def _two_steps(rank: int, world_size: int, folder: str, port: int) -> None:
             tensors.update({key: value.double() for key, value in tensors.items()})
         # An uneven split of the object-centric images between the ranks.
         batch.source = (batch.image_ids >= 5).long()
-        wrapped = torch.nn.parallel.DistributedDataParallel(method) if world_size > 1 else method
-        optimizer = torch.optim.SGD(method.parameter_groups(), lr=0.1)
-        for index in range(2):
-            step = Step(index, 10, 1)
-            method.start_step(step)
-            terms = wrapped(batch)
-            sum(terms.values()).backward()
-            method.before_update(step)
-            gradients = [p.grad.clone() for p in method.parameters() if p.grad is not None]
-            optimizer.step()
-            optimizer.zero_grad()
-            method.after_step(step)
-            values = torch.stack([term.detach() for term in terms.values()])
-            if world_size > 1:
-                dist.all_reduce(values)
-            results[f"{name}/{index}"] = (values / world_size, gradients)
-    torch.save(results, Path(folder) / f"{world_size}-{rank}.pt")
-    if world_size > 1:
-        dist.destroy_process_group()
+        results[name] = list(steps_of(method, [batch] * 2, world_size, lr=0.1))
+    return results
 
 
 @pytest.mark.slow
 def test_two_ranks_give_the_terms_and_gradients_of_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    _two_steps(0, 1, str(tmp_path), port)
-    mp.spawn(_two_steps, args=(2, str(tmp_path), port), nprocs=2)
-    one = torch.load(tmp_path / "1-0.pt", weights_only=True)
-    for rank in range(2):
-        two = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)
-        for key, (terms, gradients) in one.items():
-            # timm resizes position tables in float32: after an update, psi's counts may differ for a pair of patches.
-            rtol = 1e-7 if key.endswith("/0") else 1e-3
-            torch.testing.assert_close(two[key][0], terms, rtol=rtol, atol=1e-8, msg=lambda m, key=key: f"{key}: {m}")
-            scale = max(g.abs().max() for g in gradients)
-            for mine, theirs in zip(gradients, two[key][1], strict=True):
-                torch.testing.assert_close(theirs, mine, rtol=rtol, atol=float(scale) * max(rtol, 1e-6))
+    one, two = on_one_and_two(_train, tmp_path)
+    for name, rank in itertools.product(NAMES, range(2)):
+        first, second = zip(two[rank][name], one[name], strict=True)
+        assert_alike(name, *first, 1e-7, of_gradients=1e-5)
+        # timm resizes position tables in float32: after an update, psi's counts may differ for a pair of patches.
+        assert_alike(name, *second, 1e-3, of_gradients=1e-2)
 
 
 def test_the_exported_encoder_keeps_its_filter(tmp_path: Path) -> None:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import socket
+import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from pydantic import ValidationError
 
 from pipeline.errors import UsageError
 from stages.models.object_aware_filter import ObjectAwareFilter
-from stages.models.sync_batch_norm import convert
 from stages.pretrain.batch import Batch
 from stages.pretrain.methods.method import Step
 from stages.pretrain.methods.vice import ViCE, region_index
@@ -27,6 +23,7 @@ from stages.pretrain.views.plan import Drawn, ImageRow
 from stages.pretrain.views.regions import MASKED
 from stages.regions.segments import grid_labels
 from tests.conftest import smooth_pixels
+from tests.stages.pretrain.methods.ranks import Results, on_one_and_two, steps_of
 from tests.stages.pretrain.methods.tiny import tiny_encoder
 
 STEP = Step(index=3, total=10, steps_per_epoch=2)
@@ -273,12 +270,8 @@ def test_a_filter_is_refused() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ ranks
-def _three_steps(rank: int, world_size: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
-    if world_size > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    results = {}
+def _train(rank: int, world_size: int) -> Results:
+    results: Results = {}
     for name in ("vit", "resnet", "per_image", "representative"):
         changes = {"resnet": {}, "vit": {}, "per_image": VARIANTS["paper_pooling"]} | {
             "representative": VARIANTS["representative"]
@@ -288,41 +281,15 @@ def _three_steps(rank: int, world_size: int, folder: str, port: int) -> None:
         share = 4 // world_size
         batch = drawn_batch(method.settings, count=share, first=rank * share)
         batch.views["view"] = batch.views["view"].double()
-        if world_size > 1:
-            convert(method)
-        wrapped = torch.nn.parallel.DistributedDataParallel(method) if world_size > 1 else method
-        optimizer = torch.optim.SGD(method.parameter_groups(), lr=0.1)
-        values = []
-        for index in range(3):
-            step = Step(index, 3, 1)
-            method.start_step(step)
-            terms = wrapped(batch)
-            torch.stack(list(terms.values())).sum().backward()
-            method.before_update(step)
-            optimizer.step()
-            optimizer.zero_grad()
-            method.after_step(step)
-            each = torch.stack([term.detach() for term in terms.values()])
-            if world_size > 1:
-                dist.all_reduce(each)
-            values.append(each / world_size)
+        terms = torch.stack([values for values, _ in steps_of(method, [batch] * 3, world_size, lr=0.1)])
         rows = method.queue[: int(method.queue_filled)].clone()
-        results[name] = (torch.stack(values), method.prototypes.detach().clone(), rows)
-    torch.save(results, Path(folder) / f"{world_size}-{rank}.pt")
-    if world_size > 1:
-        dist.destroy_process_group()
+        results[name] = (terms, method.prototypes.detach().clone(), rows)
+    return results
 
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    _three_steps(0, 1, str(tmp_path), port)
-    mp.spawn(_three_steps, args=(2, str(tmp_path), port), nprocs=2)
-    one = torch.load(tmp_path / "1-0.pt", weights_only=True)
-    for rank in range(2):
-        two = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)
-        for name, expected in one.items():
-            for mine, theirs in zip(two[name], expected, strict=True):
-                torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+    one, two = on_one_and_two(_train, tmp_path)
+    for name, rank in itertools.product(one, range(2)):
+        for mine, theirs in zip(two[rank][name], one[name], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
