@@ -46,6 +46,9 @@ def main() -> None:
         "| method | seconds a step | on top of SimCLR |",
         "| --- | --- | --- |",
         *(f"| {name} | {value:.3f} | {100 * (value / best['SimCLR'] - 1):+.1f} % |" for name, value in best.items()),
+        "",
+        "Online adds a frozen ResNet-18's forward pass on both views, by operations 15 % of a ResNet-50's step (1.8 of "
+        "3 x 4.1 G): use cached features where that matters.",
     ]
     print("\n".join(lines))
     if chosen.write:
