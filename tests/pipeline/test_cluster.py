@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -139,7 +141,9 @@ def test_a_ray_too_slow_to_come_up_is_started_again(says: str, tries: int, monke
         starts.append(options)
         raise RuntimeError(says)
 
-    monkeypatch.setattr("ray.init", init)
+    # A stand-in: Ray reads its token when it is imported, which a later test of this process does for real.
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init, shutdown=lambda: None))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     with pytest.raises(ClusterError, match=f"a local Ray does not start: RuntimeError: {says}"):
         cluster.start("local")
     assert len(starts) == tries
