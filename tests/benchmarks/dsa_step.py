@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 
+import torch
+
 from stages.models.settings import Backbone
 from stages.pretrain.settings.method import method_settings
 from tests.benchmarks.results import write_section
@@ -55,7 +57,10 @@ def main() -> None:
         flags = (
             " --full" if chosen.full else f" --backbone {chosen.backbone} --batch {chosen.batch} --size {chosen.size}"
         )
-        command = f"python -m tests.benchmarks.dsa_step --device {chosen.device}{flags}"
+        threads = f"OMP_NUM_THREADS={torch.get_num_threads()} " if chosen.device == "cpu" else ""
+        command = (
+            f"{threads}python -m tests.benchmarks.dsa_step --device {chosen.device}{flags} --repeats {chosen.repeats}"
+        )
         write_section(f"A SimCLR step with DSA ({chosen.device})", command, "\n".join(lines))
 
 

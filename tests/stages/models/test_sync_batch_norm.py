@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from timm.layers import BatchNormAct2d
 from torch import nn
 
 from stages.models.sync_batch_norm import SyncBatchNorm, SyncBatchNormAct, convert
+from tests.stages.pretrain.methods.ranks import Results, on_two
 
 
 def network() -> nn.Module:
@@ -55,10 +53,7 @@ def test_it_is_converted_once_and_keeps_its_parameters() -> None:
     assert isinstance(convert(nn.BatchNorm1d(3)), SyncBatchNorm)
 
 
-def _train(rank: int, world_size: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+def _train(rank: int, world_size: int) -> Results:
     module = convert(network())
     nn.parallel.DistributedDataParallel(module)  # refuses torch's own batch norm on CPUs
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
@@ -71,16 +66,12 @@ def _train(rank: int, world_size: int, folder: str, port: int) -> None:
             parameter.grad /= 6
         optimizer.step()
         optimizer.zero_grad()
-    torch.save({"state": module.state_dict(), "grad": mine.grad}, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return {"state": module.state_dict(), "grad": mine.grad}
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_train, args=(2, str(tmp_path), port), nprocs=2)
+    two = on_two(_train, tmp_path)
     module, batch = network(), inputs().requires_grad_()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
     for _ in range(2):
@@ -89,7 +80,6 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             parameter.grad /= 6
         optimizer.step()
         optimizer.zero_grad()
-    two = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     torch.testing.assert_close(torch.cat([part["grad"] for part in two]), batch.grad)
     for name, value in module.state_dict().items():
         torch.testing.assert_close(two[0]["state"][name], value, msg=name)

@@ -23,11 +23,16 @@ Worker = Callable[[int, int], Results]  # of a rank and the number of ranks; a f
 
 def on_one_and_two(worker: Worker, folder: Path) -> tuple[Results, list[Results]]:
     """What `worker` returns alone in this process, and what on each of two ranks."""
+    return worker(0, 1), on_two(worker, folder)
+
+
+def on_two(worker: Worker, folder: Path) -> list[Results]:
+    """What `worker` returns on each of two ranks, processes of one thread under gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(_on_rank, args=(worker, folder, port), nprocs=2)
-    return worker(0, 1), [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def _on_rank(rank: int, worker: Worker, folder: Path, port: int) -> None:
@@ -39,13 +44,16 @@ def _on_rank(rank: int, worker: Worker, folder: Path, port: int) -> None:
 
 
 def steps_of(
-    method: Method, batches: Iterable[Batch], world_size: int, *, lr: float
+    method: Method, batches: Iterable[Batch], world_size: int, *, lr: float, find_unused_parameters: bool = False
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Train as the loop does, with plain SGD; of each step the terms, a mean over the ranks, and the gradients."""
+    """Train as the loop does, with plain SGD; of each step the terms, a mean over the ranks, and the gradients.
+
+    Unless parameters may go unused, one that does is an error on two ranks.
+    """
     wrapped: torch.nn.Module = method
     if world_size > 1:
         convert(method)
-        wrapped = torch.nn.parallel.DistributedDataParallel(method, find_unused_parameters=True)
+        wrapped = torch.nn.parallel.DistributedDataParallel(method, find_unused_parameters=find_unused_parameters)
     optimizer = torch.optim.SGD(method.parameter_groups(), lr=lr)
     for index, batch in enumerate(batches):
         step = Step(index, 10, 1)
@@ -64,12 +72,17 @@ def steps_of(
 
 
 def assert_alike(
-    name: str, mine: tuple[Tensor, list[Tensor]], theirs: tuple[Tensor, list[Tensor]], rtol: float, of_gradients: float
+    name: str,
+    mine: tuple[Tensor, list[Tensor]],
+    theirs: tuple[Tensor, list[Tensor]],
+    *,
+    terms: tuple[float, float],
+    gradients: tuple[float, float],
 ) -> None:
-    """Terms within rtol, gradients within `of_gradients` of themselves and a tenth of it of the largest."""
-    torch.testing.assert_close(mine[0], theirs[0], rtol=rtol, atol=1e-8, msg=lambda text: f"{name}: {text}")
+    """Two steps agree: tolerances are (relative, absolute), for gradients the absolute one in parts of the largest."""
+    rtol, atol = terms
+    torch.testing.assert_close(mine[0], theirs[0], rtol=rtol, atol=atol, msg=lambda text: f"{name}: {text}")
     largest = max(float(gradient.abs().max()) for gradient in theirs[1])
+    rtol, atol = gradients[0], gradients[1] * largest
     for gradient, expected in zip(mine[1], theirs[1], strict=True):
-        torch.testing.assert_close(
-            gradient, expected, rtol=of_gradients, atol=largest * of_gradients / 10, msg=lambda text: f"{name}: {text}"
-        )
+        torch.testing.assert_close(gradient, expected, rtol=rtol, atol=atol, msg=lambda text: f"{name}: {text}")

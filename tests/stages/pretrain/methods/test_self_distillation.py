@@ -266,9 +266,9 @@ def test_two_ranks_give_the_terms_and_gradients_of_one(tmp_path: Path) -> None:
     one, two = on_one_and_two(_train, tmp_path)
     for name, rank in itertools.product(NAMES, range(2)):
         first, second = zip(two[rank][name], one[name], strict=True)
-        assert_alike(name, *first, 1e-7, of_gradients=1e-5)
+        assert_alike(name, *first, terms=(1e-7, 1e-8), gradients=(1e-7, 1e-6))
         # timm resizes position tables in float32: after an update, psi's counts may differ for a pair of patches.
-        assert_alike(name, *second, 1e-3, of_gradients=1e-2)
+        assert_alike(name, *second, terms=(1e-3, 1e-8), gradients=(1e-3, 1e-3))
 
 
 def test_the_exported_encoder_keeps_its_filter(tmp_path: Path) -> None:
