@@ -12,7 +12,7 @@ from pipeline.manifest import Manifest
 from pipeline.store import ArtifactStore
 
 if TYPE_CHECKING:
-    from pipeline.config import Pipeline
+    from pipeline.config.load import Pipeline
     from pipeline.display import RunDisplay
 
 ENCODER_FILES = ("encoder.safetensors", "encoder.json")

@@ -36,7 +36,7 @@ from pipeline.options import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.config import Pipeline
+    from pipeline.config.load import Pipeline
     from pipeline.plan import Plan
     from pipeline.store import ArtifactStore
 
@@ -160,7 +160,7 @@ def export(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of pipeline files, for editors that complete and check them."""
-    from pipeline.schema import pipeline_schema
+    from pipeline.config.schema import pipeline_schema
 
     print_json(pipeline_schema())
 
@@ -168,7 +168,7 @@ def schema() -> None:
 @app.command()
 def doctor(config: MaybeConfig = None, store: Store = None, address: Address = None, as_json: Json = False) -> None:
     """Check what a long run needs: versions, Ray, disk, store, tracking (exit code 1 if something fails)."""
-    from pipeline.config import DEFAULT_STORE, DEFAULT_TRACKING, load_pipeline
+    from pipeline.config.load import DEFAULT_STORE, DEFAULT_TRACKING, load_pipeline
     from pipeline.doctor import FAIL, examine
     from pipeline.printing import print_checks
     from pipeline.store import ArtifactStore
@@ -192,7 +192,7 @@ def _planned(
     force: list[str] | None,
     store: str | None,
 ) -> tuple[Pipeline, ArtifactStore, Plan]:
-    from pipeline.config import load_pipeline
+    from pipeline.config.load import load_pipeline
     from pipeline.display import RunDisplay
     from pipeline.plan import make_plan
     from pipeline.store import ArtifactStore

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipeline import history
-from pipeline.config import Pipeline, PipelineStage
-from pipeline.document import nearest
+from pipeline.config.document import nearest
+from pipeline.config.load import Pipeline, PipelineStage
 from pipeline.errors import ArtifactDamaged, ConfigError, Problem, SourceError, UsageError
 from pipeline.fingerprint import Identity, fingerprint, identity
 from pipeline.sources import as_json, source_digest

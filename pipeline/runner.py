@@ -21,7 +21,7 @@ from pipeline.tracking import FAILED, FINISHED, KILLED, StageTracker, Tracker, m
 
 if TYPE_CHECKING:
     from pipeline.cluster import Cluster
-    from pipeline.config import Pipeline, PipelineStage
+    from pipeline.config.load import Pipeline, PipelineStage
     from pipeline.display import RunDisplay
     from pipeline.lease import Holder
     from pipeline.plan import Plan, PlannedStage

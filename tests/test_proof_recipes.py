@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_pipeline
+from pipeline.config.load import load_pipeline
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT / "configs" / "quickstart"

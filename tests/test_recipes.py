@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_pipeline
+from pipeline.config.load import load_pipeline
 from pipeline.plan import make_plan
 from pipeline.store import ArtifactStore
 from stages.pretrain.stage import PretrainConfig

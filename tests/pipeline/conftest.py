@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import registry
+from pipeline.config import registry
 from tests.pipeline.bucket import s3_address, s3_environment, s3_server  # noqa: F401 - fixtures
 from tests.pipeline.pipelines import load, registered, scenes, write  # noqa: F401 - fixtures
 from tests.pipeline.workshop import FAKES, Workshop

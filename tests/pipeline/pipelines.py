@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import registry
-from pipeline.config import Pipeline, load_pipeline
+from pipeline.config import registry
+from pipeline.config.load import Pipeline, load_pipeline
 from tests.pipeline import fake_stages
 
 PIPELINE = """\

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import history, sources
-from pipeline.config import Pipeline
+from pipeline.config.load import Pipeline
 from pipeline.errors import ConfigError, UsageError
 from pipeline.plan import Plan, make_plan
 from pipeline.store import ArtifactStore
@@ -336,7 +336,7 @@ def test_planning_is_quick_and_imports_nothing_heavy(write: Callable[..., Path],
     code = """
 import sys, time
 started = time.monotonic()
-from pipeline.config import load_pipeline
+from pipeline.config.load import load_pipeline
 from pipeline.plan import make_plan
 from pipeline.store import ArtifactStore
 from tests.pipeline.fake_stages import STAGES

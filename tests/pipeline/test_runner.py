@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from pipeline.config import load_pipeline
+from pipeline.config.load import load_pipeline
 from pipeline.display import RunDisplay
 from pipeline.errors import ArtifactDamaged, SourceError
 from pipeline.plan import make_plan

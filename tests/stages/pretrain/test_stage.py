@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import load_pipeline
+from pipeline.config.load import load_pipeline
 from pipeline.errors import ConfigError
 from pipeline.plan import Plan, make_plan
 from pipeline.stage import edges, unfingerprinted

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config import load_pipeline
+from pipeline.config.load import load_pipeline
 from pipeline.errors import UsageError
 from pipeline.store import Artifact, ArtifactStore
 from stages.pretrain.assemble import assemble

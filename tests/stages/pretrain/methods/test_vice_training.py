@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import load_pipeline
+from pipeline.config.load import load_pipeline
 from pipeline.errors import UsageError
 from pipeline.store import Artifact, ArtifactStore
 from stages.models.encoder import Encoder

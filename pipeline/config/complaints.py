@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from pipeline.document import Complaints, Key, Node, nearest
-from pipeline.registry import variant
+from pipeline.config.document import Complaints, Key, Node, nearest
+from pipeline.config.registry import variant
 from pipeline.stage import InputKind, Settings, arms, field_name
 
 # "Input should be a valid integer, unable to parse ..." in words for somebody who wrote YAML.

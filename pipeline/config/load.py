@@ -13,9 +13,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline import registry
-from pipeline.complaints import add_problems
-from pipeline.document import Complaints, Key, Node, Place, nearest, override, read
+from pipeline.config import registry
+from pipeline.config.complaints import add_problems
+from pipeline.config.document import Complaints, Key, Node, Place, nearest, override, read
 from pipeline.errors import ConfigError, Problem, UsageError
 from pipeline.stage import Edge, Stage, edges, sources
 

@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
-from pipeline import registry
-from pipeline.config import DEFAULT_STORE, DEFAULT_TRACKING, STAGE_NAME
+from pipeline.config import registry
+from pipeline.config.load import DEFAULT_STORE, DEFAULT_TRACKING, STAGE_NAME
 from pipeline.stage import Settings, Stage, arms
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
-from pipeline.schema import pipeline_schema
+from pipeline.config.schema import pipeline_schema
 from tests.pipeline.pipelines import PIPELINE
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Pipeline, load_pipeline
+from pipeline.config.load import Pipeline, load_pipeline
 from pipeline.errors import ConfigError
 from pipeline.stage import Stage
 from tests.pipeline.fake_stages import STAGES, Pretrain, WithNeighbors
@@ -286,7 +286,7 @@ def test_stage_types_can_be_given(write: Callable[..., Path]) -> None:
 def test_a_stage_type_that_cannot_be_imported_is_a_problem(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.metadata import EntryPoint
 
-    from pipeline import registry
+    from pipeline.config import registry
 
     broken = EntryPoint("broken", "no_such_package.stages:Broken", "tessera.stages")
     monkeypatch.setattr(registry, "entry_points", lambda group: [broken])
@@ -295,12 +295,12 @@ def test_a_stage_type_that_cannot_be_imported_is_a_problem(load: Load, monkeypat
     assert "No module named 'no_such_package'" in found
 
 
-@pytest.mark.parametrize("module", ["pipeline.config", "pipeline.plan", "pipeline.schema"])
+@pytest.mark.parametrize("module", ["pipeline.config.load", "pipeline.plan", "pipeline.config.schema"])
 def test_planning_imports_nothing_heavy(module: str) -> None:
     """The installed stages' own settings included."""
     code = f"""
 import sys, {module}
-from pipeline import registry
+from pipeline.config import registry
 for name in registry.names(registry.STAGES):
     registry.load(registry.STAGES, name)
 for name in registry.names("tessera.methods"):

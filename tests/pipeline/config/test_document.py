@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.document import Complaints, Node, merge, override, parse, read
+from pipeline.config.document import Complaints, Node, merge, override, parse, read
 
 TOP = ("stages", "store")
 
