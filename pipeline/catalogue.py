@@ -6,10 +6,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifact import Artifact, Damage
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, ConfigError, UsageError
-from pipeline.manifest import Manifest
-from pipeline.store import ArtifactStore
+from pipeline.store.artifact import Artifact, Damage
+from pipeline.store.manifest import Manifest
+from pipeline.store.store import ArtifactStore
 
 if TYPE_CHECKING:
     from pipeline.config.load import Pipeline

@@ -38,7 +38,7 @@ from pipeline.options import (
 if TYPE_CHECKING:
     from pipeline.config.load import Pipeline
     from pipeline.plan import Plan
-    from pipeline.store import ArtifactStore
+    from pipeline.store.store import ArtifactStore
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -116,7 +116,7 @@ def lineage(
     as_json: Json = False,
 ) -> None:
     """Walk back to the sources of an artifact and forward to everything made from it."""
-    from pipeline.lineage import Graph, tree
+    from pipeline.store.lineage import Graph, tree
 
     config, targets = config_and_targets(names)
     if len(targets) != 1:
@@ -171,7 +171,7 @@ def doctor(config: MaybeConfig = None, store: Store = None, address: Address = N
     from pipeline.config.load import DEFAULT_STORE, DEFAULT_TRACKING, load_pipeline
     from pipeline.doctor import FAIL, examine
     from pipeline.printing import print_checks
-    from pipeline.store import ArtifactStore
+    from pipeline.store.store import ArtifactStore
 
     pipeline = load_pipeline(config, (), store) if config else None
     opened = ArtifactStore(pipeline.store if pipeline else store or DEFAULT_STORE)
@@ -195,7 +195,7 @@ def _planned(
     from pipeline.config.load import load_pipeline
     from pipeline.display import RunDisplay
     from pipeline.plan import make_plan
-    from pipeline.store import ArtifactStore
+    from pipeline.store.store import ArtifactStore
 
     pipeline = load_pipeline(config, overrides or (), store)
     opened = ArtifactStore(pipeline.store)

@@ -20,7 +20,7 @@ from pipeline.display import size
 from pipeline.errors import TesseraError
 
 if TYPE_CHECKING:
-    from pipeline.store import ArtifactStore
+    from pipeline.store.store import ArtifactStore
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 RAY_SECONDS = 90.0  # a local Ray takes 6-8 s; a cluster that hangs must not hang the doctor

@@ -12,7 +12,7 @@ from pipeline.errors import StoreError
 from pipeline.fingerprint import Identity
 
 if TYPE_CHECKING:
-    from pipeline.store import ArtifactStore
+    from pipeline.store.store import ArtifactStore
 
 
 NEW_FORMAT = "fingerprints are made in a new way"

@@ -52,7 +52,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard 
 def open_catalogue(config: str | None, overrides: list[str] | None, store: str | None) -> Catalogue:
     from pipeline.catalogue import Catalogue
     from pipeline.config.load import DEFAULT_STORE, load_pipeline
-    from pipeline.store import ArtifactStore
+    from pipeline.store.store import ArtifactStore
 
     if config is not None:
         pipeline = load_pipeline(config, overrides or (), store)

@@ -23,7 +23,8 @@ from pipeline.errors import ArtifactDamaged, ConfigError, Problem, SourceError, 
 from pipeline.fingerprint import Identity, fingerprint, identity
 from pipeline.sources import as_json, source_digest
 from pipeline.stage import Feed
-from pipeline.store import Artifact, ArtifactStore
+from pipeline.store.artifact import Artifact
+from pipeline.store.store import ArtifactStore
 
 Progress = Callable[[str, int, int], None]  # (source's address, files read, files to read)
 

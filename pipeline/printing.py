@@ -16,7 +16,8 @@ from pipeline.display import duration, size
 from pipeline.tracking import absolute_uri, flatten, how_to_open
 
 if TYPE_CHECKING:
-    from pipeline.store import Artifact, Removed
+    from pipeline.store.artifact import Artifact
+    from pipeline.store.garbage import Removed
 
 PIPE_WIDTH = 240
 PROBLEMS_SHOWN = 20

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from pipeline.cluster import Cluster
     from pipeline.config.load import Pipeline, PipelineStage
     from pipeline.display import RunDisplay
-    from pipeline.lease import Holder
     from pipeline.plan import Plan, PlannedStage
-    from pipeline.store import Artifact, ArtifactStore
+    from pipeline.store.artifact import Artifact
+    from pipeline.store.lease import Holder
+    from pipeline.store.store import ArtifactStore
 
 
 @dataclass

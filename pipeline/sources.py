@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import SourceError, StoreError
-from pipeline.objects import Objects, file_tag, mask
+from pipeline.store.objects import Objects, file_tag, mask
 
 if TYPE_CHECKING:
-    from pipeline.store import ArtifactStore
+    from pipeline.store.store import ArtifactStore
 
 ATTEMPTS = 3  # a source that is being written settles, or is refused
 

@@ -19,7 +19,8 @@ from pydantic.fields import FieldInfo
 from typing_extensions import TypeAliasType
 
 if TYPE_CHECKING:
-    from pipeline.store import Artifact, ArtifactWriter
+    from pipeline.store.artifact import Artifact
+    from pipeline.store.writer import ArtifactWriter
 
 __all__ = [
     "Context",

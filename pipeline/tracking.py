@@ -26,7 +26,7 @@ from pipeline.errors import UsageError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from pipeline.store import Artifact
+    from pipeline.store.artifact import Artifact
 
 PROBE_SECONDS = 3.0
 FLUSH_SECONDS = 2.0  # metrics of a training loop travel in batches: a remote server costs milliseconds a call

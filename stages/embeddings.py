@@ -16,7 +16,7 @@ from pipeline.stage import Context, Input, Outcome, Stage, StageConfig
 from stages.models.settings import Backbone
 
 if TYPE_CHECKING:
-    from pipeline.store import Artifact
+    from pipeline.store.artifact import Artifact
 
 _SHOWN = 32  # photographs in the preview
 

@@ -12,7 +12,7 @@ from pipeline.errors import SourceError
 from pipeline.stage import Context, Input, Outcome, Stage, StageConfig
 
 if TYPE_CHECKING:
-    from pipeline.store import Artifact
+    from pipeline.store.artifact import Artifact
     from stages.nearest import Neighbourhood
 
 _BLOCK = 4096  # queries searched at once
@@ -99,7 +99,7 @@ class Neighbors(Stage[NeighborsConfig]):
         The pictures are in the images artifact that the embeddings name as their input; this stage has no edge to it,
         and its result does not depend on it.
         """
-        from pipeline.store import ArtifactStore
+        from pipeline.store.store import ArtifactStore
 
         embeddings = context.inputs["embeddings"]
         kind, _, fingerprint = embeddings.manifest.inputs.get("images", "").partition("/")

@@ -19,7 +19,9 @@ from stages.images import ImageError
 from stages.tables import iter_batches
 
 if TYPE_CHECKING:
-    from pipeline.store import Artifact, ArtifactWriter, FileEntry
+    from pipeline.store.artifact import Artifact
+    from pipeline.store.manifest import FileEntry
+    from pipeline.store.writer import ArtifactWriter
 
 Row: TypeAlias = dict[str, Any]
 Batched: TypeAlias = Callable[[list[Row]], list[Any]]

@@ -22,7 +22,9 @@ from stages.shard_worker import Job, Piece, PieceActor, Report, Row, record_name
 
 if TYPE_CHECKING:
     from pipeline.stage import Context
-    from pipeline.store import Artifact, ArtifactWriter, FileEntry
+    from pipeline.store.artifact import Artifact
+    from pipeline.store.manifest import FileEntry
+    from pipeline.store.writer import ArtifactWriter
 
 _FEW = 4  # parts a worker; with fewer of them, parts are cut into pieces so that all workers have work to the end
 _SMALLEST_PIECE = 8  # images

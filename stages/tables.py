@@ -22,10 +22,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import StoreError
-from pipeline.store import cache_folder
+from pipeline.store.local_cache import cache_folder
 
 if TYPE_CHECKING:
-    from pipeline.store import Artifact, FileEntry
+    from pipeline.store.artifact import Artifact
+    from pipeline.store.manifest import FileEntry
 
 BOX = pa.list_(pa.float32(), 4)  # x0, y0, x1, y1 in pixels of the stored image (upright), continuous: width = x1 - x0
 OBJECT = pa.struct(

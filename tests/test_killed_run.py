@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.store import ArtifactStore
+from pipeline.store.store import ArtifactStore
 
 ROOT = Path(__file__).parents[1]
 PIPELINE = """

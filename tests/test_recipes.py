@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config.load import load_pipeline
 from pipeline.plan import make_plan
-from pipeline.store import ArtifactStore
+from pipeline.store.store import ArtifactStore
 from stages.pretrain.stage import PretrainConfig
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from pipeline.errors import SourceError
 from pipeline.stage import Context, Input, Outcome, Stage, StageConfig
 
 if TYPE_CHECKING:
-    from pipeline.store import Artifact
+    from pipeline.store.artifact import Artifact
     from stages.evaluate.vectors import Judged, Vectors
 
 _SHOWN_IMAGES, _SHOWN_NEIGHBORS = 6, 5

@@ -16,7 +16,7 @@ from stages.images import ImageError
 from stages.tables import iter_batches, open_shard
 
 if TYPE_CHECKING:
-    from pipeline.store import Artifact
+    from pipeline.store.artifact import Artifact
 
 T = TypeVar("T")
 Row = Mapping[str, Any]

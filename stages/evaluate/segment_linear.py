@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from pipeline.stage import Context, Input, Outcome, Stage, StageConfig
 
 if TYPE_CHECKING:
-    from pipeline.store import Artifact
+    from pipeline.store.artifact import Artifact
     from stages.evaluate.confusion import Scores
     from stages.evaluate.segments import Classes
 

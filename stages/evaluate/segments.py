@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.stage import Context
-    from pipeline.store import Artifact
+    from pipeline.store.artifact import Artifact
     from stages.evaluate.segment_linear import SegmentLinearConfig
 
 Labels = NDArray[np.int16]  # (H, W) index into Classes.names; -1 void

@@ -19,7 +19,7 @@ from stages.models.encoder import Encoder
 from stages.models.inference import RGB, Inference, centre_square
 
 if TYPE_CHECKING:
-    from pipeline.store import Artifact
+    from pipeline.store.artifact import Artifact
     from stages.evaluate.classify_knn import ClassifyKnnConfig
 
 

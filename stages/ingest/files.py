@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from pipeline.errors import SourceError, StoreError
-from pipeline.store import Objects
+from pipeline.store.objects import Objects
 from stages.images import ImageError
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.stage import Context
-from pipeline.store import ArtifactWriter
+from pipeline.store.writer import ArtifactWriter
 from stages.ingest.layout import Item, Layout, Vocabulary
 from stages.ingest.rows import Checked, check_all
 from stages.ingest.stage import IngestConfig, stopped

@@ -81,7 +81,7 @@ def read_weights(address: str) -> dict[str, Tensor]:
 def _read(address: str) -> bytes:
     """The bytes of a local path, or of a file in a bucket (`s3://bucket/file.pth`). Raises: SourceError, StoreError."""
     if "://" in address:
-        from pipeline.store import ArtifactStore
+        from pipeline.store.store import ArtifactStore
 
         folder, _, name = address.rpartition("/")
         data = ArtifactStore(folder).objects.get(name)

@@ -12,7 +12,7 @@ from stages.models.inference import Inference, centre_square, require_size
 from stages.models.settings import Backbone
 
 if TYPE_CHECKING:
-    from pipeline.store import Artifact
+    from pipeline.store.artifact import Artifact
 
 
 def prepare(row: dict[str, Any], *, resize: int, crop: int) -> dict[str, Any]:

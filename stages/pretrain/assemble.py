@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from pipeline.errors import SourceError
-from pipeline.store import Artifact
+from pipeline.store.artifact import Artifact
 from stages.models.encoder import Encoder
 from stages.models.sync_batch_norm import convert
 from stages.pretrain.data import ImageSource, TrainData

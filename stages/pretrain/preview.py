@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.store import Artifact
+from pipeline.store.artifact import Artifact
 from stages import pictures
 from stages.images import ImageError, decode
 from stages.models.encoder import Encoder

@@ -21,10 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.artifact import load
 from pipeline.errors import ArtifactMissing, UsageError
-from pipeline.objects import Objects
-from pipeline.store import Artifact
+from pipeline.store.artifact import Artifact, load
+from pipeline.store.objects import Objects
 from stages.pretrain.assemble import assemble
 from stages.pretrain.collectives import gather, rank, world_size
 from stages.pretrain.loop import BadStep, LeaveReplay, Run, Window, compute_gradients

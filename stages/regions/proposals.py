@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from stages.images import decode
 
 if TYPE_CHECKING:
-    from pipeline.store import Artifact
+    from pipeline.store.artifact import Artifact
     from stages.selective_search import SelectiveSearch
 
     Settings: TypeAlias = SelectiveSearch.Config

@@ -12,7 +12,7 @@ from stages.images import ImageError, decode
 from stages.tables import pack_labels
 
 if TYPE_CHECKING:
-    from pipeline.store import Artifact
+    from pipeline.store.artifact import Artifact
     from stages.superpixels import Superpixels
 
     Settings: TypeAlias = Superpixels.Config

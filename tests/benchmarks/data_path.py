@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.store import ArtifactStore
+from pipeline.store.store import ArtifactStore
 from stages.images import decode, decode_reduced, probe
 from stages.pretrain.data import ImageSource, TrainData, _worker_context
 from stages.pretrain.views import render_cpu

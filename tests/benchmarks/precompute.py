@@ -30,7 +30,8 @@ import pyarrow as pa
 
 from pipeline import cluster
 from pipeline.stage import Context, Resources
-from pipeline.store import Artifact, ArtifactStore
+from pipeline.store.artifact import Artifact
+from pipeline.store.store import ArtifactStore
 from stages.ingest.write import default_shard_rows
 from stages.regions.proposals import propose_row
 from stages.regions.segments import segment_row

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import cluster, doctor, tracking
 from pipeline.doctor import FAIL, OK, WARN, Check
-from pipeline.store import ArtifactStore
+from pipeline.store.store import ArtifactStore
 from tests.pipeline.workshop import Workshop
 
 

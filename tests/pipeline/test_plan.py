@@ -16,7 +16,7 @@ from pipeline import history, sources
 from pipeline.config.load import Pipeline
 from pipeline.errors import ConfigError, UsageError
 from pipeline.plan import Plan, make_plan
-from pipeline.store import ArtifactStore
+from pipeline.store.store import ArtifactStore
 from tests.pipeline.fake_stages import Superpixels
 from tests.pipeline.pipelines import PIPELINE
 
@@ -207,7 +207,7 @@ def test_a_second_plan_opens_no_source_and_no_artifact(
     for root, _, names in os.walk(store.address):  # as if the artifacts had been written a while ago
         for name in names:
             os.utime(Path(root) / name, (1, 1))
-    from pipeline import integrity
+    from pipeline.store import integrity
 
     monkeypatch.setattr(integrity, "GRAIN_NS", 0)
     make_plan(load(), store)
@@ -338,7 +338,7 @@ import sys, time
 started = time.monotonic()
 from pipeline.config.load import load_pipeline
 from pipeline.plan import make_plan
-from pipeline.store import ArtifactStore
+from pipeline.store.store import ArtifactStore
 from tests.pipeline.fake_stages import STAGES
 pipeline = load_pipeline("p.yaml", stage_types=STAGES)
 make_plan(pipeline, ArtifactStore("store"))

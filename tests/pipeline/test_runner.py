@@ -16,7 +16,7 @@ from pipeline.display import RunDisplay
 from pipeline.errors import ArtifactDamaged, SourceError
 from pipeline.plan import make_plan
 from pipeline.runner import RunFailed, explain, on_purpose, run, stopped_by
-from pipeline.store import ArtifactStore
+from pipeline.store.store import ArtifactStore
 from tests.pipeline.workshop import Workshop
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from pipeline import sources
 from pipeline.errors import SourceError
-from pipeline.objects import Objects
 from pipeline.sources import source_digest
-from pipeline.store import ArtifactStore
+from pipeline.store.objects import Objects
+from pipeline.store.store import ArtifactStore
 
 
 @pytest.fixture

@@ -12,7 +12,9 @@ import pyarrow as pa
 import pytest
 
 from pipeline.stage import Context, Resources
-from pipeline.store import Artifact, ArtifactStore, ArtifactWriter
+from pipeline.store.artifact import Artifact
+from pipeline.store.store import ArtifactStore
+from pipeline.store.writer import ArtifactWriter
 from stages.tables import SCHEMAS
 
 

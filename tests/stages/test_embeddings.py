@@ -10,7 +10,8 @@ import torch
 from pydantic import ValidationError
 
 from pipeline.stage import Context
-from pipeline.store import Artifact, ArtifactStore
+from pipeline.store.artifact import Artifact
+from pipeline.store.store import ArtifactStore
 from stages.embeddings import Embeddings, EmbeddingsConfig
 from stages.images import decode
 from stages.models.encoder import Encoder

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
 from pipeline.stage import Context, Resources
-from pipeline.store import Artifact, ArtifactStore
+from pipeline.store.artifact import Artifact
+from pipeline.store.store import ArtifactStore
 from stages.nearest import IndexSettings, Neighbourhood, recall
 from stages.neighbors import Neighbors, NeighborsConfig
 from stages.tables import SCHEMAS, Table

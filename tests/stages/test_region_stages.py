@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.errors import SourceError
 from pipeline.stage import Context, edges, unfingerprinted
-from pipeline.store import Artifact
+from pipeline.store.artifact import Artifact
 from stages.images import decode
 from stages.selective_search import SelectiveSearch
 from stages.superpixels import Superpixels

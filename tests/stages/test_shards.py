@@ -17,7 +17,8 @@ import pytest
 
 from pipeline.errors import ArtifactDamaged, ClusterError, SourceError, StageFailed
 from pipeline.stage import Context
-from pipeline.store import Artifact, ArtifactStore
+from pipeline.store.artifact import Artifact
+from pipeline.store.store import ArtifactStore
 from stages.images import ImageError
 from stages.shards import _pieces, map_shards
 from stages.tables import open_shard
@@ -235,7 +236,7 @@ def test_after_kill_9_of_the_driver_only_missing_parts_are_computed(
         from ray import cloudpickle
         from pipeline import cluster
         from pipeline.stage import Context, Resources
-        from pipeline.store import ArtifactStore
+        from pipeline.store.store import ArtifactStore
         cloudpickle.register_pickle_by_value(test_shards)
         cluster.start({ray.get_runtime_context().gcs_address!r})
         store = ArtifactStore({store.address!r})

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pipeline.errors import ArtifactDamaged, StoreError
-from pipeline.store import Artifact, ArtifactStore
+from pipeline.store.artifact import Artifact
+from pipeline.store.store import ArtifactStore
 from stages import tables
 from stages.tables import SCHEMAS, Table, iter_batches, open_shard, pack_labels, sample, unpack_labels
 
@@ -151,7 +152,7 @@ def test_ids_must_rise(store: ArtifactStore) -> None:
 
 @pytest.mark.parametrize("rows", [None, (0, 5), (3, 4), (95, 130), (64, 128), (199, 900), (50, 50)])
 def test_a_range_of_rows(store: ArtifactStore, rows: tuple[int, int] | None, monkeypatch: Any) -> None:
-    monkeypatch.setattr("pipeline.writer.ROW_GROUP_BYTES", 2_000)  # several row groups in the part
+    monkeypatch.setattr("pipeline.store.writer.ROW_GROUP_BYTES", 2_000)  # several row groups in the part
     artifact = boxes_artifact(store, [list(range(200))], "efefefefefef")
     [entry] = artifact.shards()
     found = [

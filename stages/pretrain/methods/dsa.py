@@ -27,7 +27,7 @@ from stages.pretrain.settings.dsa import DSASettings
 from stages.pretrain.views.plan import ViewPlan
 
 if TYPE_CHECKING:
-    from pipeline.store import Artifact
+    from pipeline.store.artifact import Artifact
 
 
 class DSA(Method):

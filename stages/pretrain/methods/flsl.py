@@ -32,7 +32,7 @@ from stages.pretrain.settings.flsl import AttentionSettings, FLSLSettings
 from stages.pretrain.views.plan import Photometric, ViewPlan, ViewSpec
 
 if TYPE_CHECKING:
-    from pipeline.store import Artifact
+    from pipeline.store.artifact import Artifact
 
 HEAD = "clusters"
 

@@ -18,7 +18,7 @@ from stages.pretrain.batch import Batch
 from stages.pretrain.views.plan import ViewPlan
 
 if TYPE_CHECKING:
-    from pipeline.store import Artifact
+    from pipeline.store.artifact import Artifact
 
 
 @dataclass(frozen=True)

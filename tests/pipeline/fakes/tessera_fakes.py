@@ -87,9 +87,9 @@ class OnRay(Stage[ScaledConfig]):
 
         @ray.remote
         def scale(value: float, factor: float, fail: str) -> tuple[float, str]:
-            import pipeline.store  # what a worker must be able to do
+            import pipeline.store.store  # what a worker must be able to do
 
-            assert pipeline.store.ArtifactStore
+            assert pipeline.store.store.ArtifactStore
             if fail:
                 raise SourceError(f"worker says {fail} (do better)")
             return value * factor, os.getcwd()

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from pipeline.stage import Context, Outcome, Resources, Stage
-from pipeline.store import Artifact, ArtifactStore
+from pipeline.store.artifact import Artifact
+from pipeline.store.store import ArtifactStore
 from stages.images import encode_mask
 from stages.models.encoder import Encoder
 from stages.models.settings import Backbone

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import SourceError, UsageError
-from pipeline.store import Artifact, ArtifactStore
+from pipeline.store.artifact import Artifact
+from pipeline.store.store import ArtifactStore
 from stages.evaluate.classify_knn import ClassifyKnn
 from stages.tables import SCHEMAS, Table, open_shard
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from pipeline.errors import SourceError, UsageError
-from pipeline.store import Artifact, ArtifactStore
+from pipeline.store.artifact import Artifact
+from pipeline.store.store import ArtifactStore
 from stages.evaluate.linear_probe import _draws, _enlarging, fit
 from stages.evaluate.segment_linear import SegmentLinear
 from stages.evaluate.segments import _draw_crop

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline.stage import Context, Outcome, Resources
-from pipeline.store import Artifact, ArtifactStore
+from pipeline.store.artifact import Artifact
+from pipeline.store.store import ArtifactStore
 from stages.ingest.stage import Ingest, IngestConfig
 from stages.tables import SCHEMAS, open_shard
 

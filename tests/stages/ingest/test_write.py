@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from pipeline.errors import SourceError
 from pipeline.stage import Context, Outcome, Resources
-from pipeline.store import Artifact, ArtifactStore
+from pipeline.store.artifact import Artifact
+from pipeline.store.store import ArtifactStore
 from stages.ingest import write
 from stages.ingest.layout import Item, Raw
 from stages.ingest.stage import Ingest, IngestConfig, make_layout
@@ -77,7 +78,7 @@ def content(artifact: Artifact) -> list[tuple[str, str]]:
 _DIES_AT_THE_THIRD_SHARD = """
 import os, signal, sys
 from pathlib import Path
-from pipeline.store import ArtifactStore
+from pipeline.store.store import ArtifactStore
 from stages.ingest import write
 from tests.stages.ingest.test_write import run
 

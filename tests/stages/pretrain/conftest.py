@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.stage import Context, Outcome
-from pipeline.store import Artifact, ArtifactStore
+from pipeline.store.artifact import Artifact
+from pipeline.store.store import ArtifactStore
 from stages.pretrain.stage import Pretrain, PretrainConfig
 from stages.tables import SCHEMAS
 from tests.conftest import encode, smooth_pixels

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipeline.errors import ClusterError, SourceError, UsageError
-from pipeline.store import ArtifactStore
+from pipeline.store.store import ArtifactStore
 from stages.pretrain.batch import Batch
 from stages.pretrain.data import ImageSource, TrainData
 from stages.pretrain.views.draw import draw_views

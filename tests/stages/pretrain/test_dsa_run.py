@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.errors import UsageError
 from pipeline.stage import Context, edges
-from pipeline.store import Artifact, ArtifactStore
+from pipeline.store.artifact import Artifact
+from pipeline.store.store import ArtifactStore
 from stages.pretrain.assemble import assemble
 from stages.pretrain.stage import Pretrain, PretrainConfig
 from stages.tables import SCHEMAS

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.errors import ClusterError
-from pipeline.store import Artifact
+from pipeline.store.artifact import Artifact
 from stages.models.encoder import Encoder
 from tests.stages.pretrain.conftest import RunStage
 

@@ -13,7 +13,7 @@ from pipeline.config.load import load_pipeline
 from pipeline.errors import ConfigError
 from pipeline.plan import Plan, make_plan
 from pipeline.stage import edges, unfingerprinted
-from pipeline.store import ArtifactStore
+from pipeline.store.store import ArtifactStore
 from stages.pretrain.stage import Pretrain, PretrainConfig
 
 COTAP = {

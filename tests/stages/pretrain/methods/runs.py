@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.store import Artifact, ArtifactStore
+from pipeline.store.artifact import Artifact
+from pipeline.store.store import ArtifactStore
 from stages.pretrain.assemble import assemble
 from stages.pretrain.checkpoint import CheckpointFolder, Progress
 from stages.pretrain.loop import train

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from pipeline.store import ArtifactStore
+from pipeline.store.store import ArtifactStore
 from stages.pretrain.batch import Batch
 from stages.pretrain.data import ImageSource, TrainData
 from stages.pretrain.methods.d3ssl import D3SSL

@@ -10,7 +10,8 @@ import torch
 
 from pipeline.config.load import load_pipeline
 from pipeline.errors import UsageError
-from pipeline.store import Artifact, ArtifactStore
+from pipeline.store.artifact import Artifact
+from pipeline.store.store import ArtifactStore
 from stages.pretrain.assemble import assemble
 from stages.pretrain.stage import PretrainConfig
 from tests.conftest import ROOT, encode, smooth_pixels

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.stage import edges
-from pipeline.store import Artifact
+from pipeline.store.artifact import Artifact
 from stages.models.encoder import Encoder
 from stages.models.settings import Backbone
 from stages.pretrain.assemble import assemble

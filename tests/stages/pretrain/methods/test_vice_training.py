@@ -11,7 +11,8 @@ import torch
 
 from pipeline.config.load import load_pipeline
 from pipeline.errors import UsageError
-from pipeline.store import Artifact, ArtifactStore
+from pipeline.store.artifact import Artifact
+from pipeline.store.store import ArtifactStore
 from stages.models.encoder import Encoder
 from stages.pretrain.assemble import assemble
 from stages.pretrain.checkpoint import CheckpointFolder

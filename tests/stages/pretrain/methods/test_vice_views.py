@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from pipeline.errors import SourceError
-from pipeline.store import ArtifactStore
+from pipeline.store.store import ArtifactStore
 from stages.pretrain.data import ImageSource, TrainData
 from stages.pretrain.methods.vice_views import NO_MUTUAL_REGION, view_plan
 from stages.pretrain.views.draw import generator

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.tree import Tree
 
-    from pipeline.store import Artifact
+    from pipeline.store.artifact import Artifact
 
 SOURCE = "source"
 

@@ -17,17 +17,17 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
-from pipeline import attempt as attempts
-from pipeline import garbage, integrity
-from pipeline.artifact import Artifact, Damage, Progress, load
 from pipeline.errors import ArtifactDamaged, StoreError
-from pipeline.garbage import Removed
-from pipeline.lease import Holder, Lease, held_token, live_holder
-from pipeline.manifest import FileEntry, Manifest, plain
-from pipeline.nodecache import cache_folder
-from pipeline.objects import Conflict, Objects, mask
-from pipeline.sealed import SealBroken, seal, unseal
-from pipeline.writer import ArtifactWriter
+from pipeline.store import attempt as attempts
+from pipeline.store import garbage, integrity
+from pipeline.store.artifact import Artifact, Damage, Progress, load
+from pipeline.store.garbage import Removed
+from pipeline.store.lease import Holder, Lease, held_token, live_holder
+from pipeline.store.local_cache import cache_folder
+from pipeline.store.manifest import FileEntry, Manifest, plain
+from pipeline.store.objects import Conflict, Objects, mask
+from pipeline.store.sealed import SealBroken, seal, unseal
+from pipeline.store.writer import ArtifactWriter
 
 __all__ = [
     "Artifact",

@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
-from pipeline.attempt import LIVE
 from pipeline.errors import ArtifactDamaged
-from pipeline.manifest import MANIFEST
-from pipeline.store import ArtifactStore, ArtifactWriter
+from pipeline.store.attempt import LIVE
+from pipeline.store.manifest import MANIFEST
+from pipeline.store.store import ArtifactStore
+from pipeline.store.writer import ArtifactWriter
 
 FINGERPRINTS = ("aaa", "bbb")
 Contents = dict[str, bytes]  # by logical name

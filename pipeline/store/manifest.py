@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from pipeline.sealed import BLANK, SealBroken, seal, unseal
+from pipeline.store.sealed import BLANK, SealBroken, seal, unseal
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # raised when an older Tessera could not read what a newer one writes

@@ -15,9 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, StoreError
-from pipeline.integrity import content_reason
-from pipeline.objects import Objects
-from pipeline.store import Artifact, ArtifactStore, ArtifactWriter, FileEntry
+from pipeline.store.artifact import Artifact
+from pipeline.store.integrity import content_reason
+from pipeline.store.manifest import FileEntry
+from pipeline.store.objects import Objects
+from pipeline.store.store import ArtifactStore
+from pipeline.store.writer import ArtifactWriter
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -166,7 +169,7 @@ def test_a_manifest_in_another_artifacts_folder_is_not_believed(store: ArtifactS
 
 
 def test_a_flip_within_one_tick_of_the_disks_clock_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.objects.file_tag", lambda stat: "the same tick")
+    monkeypatch.setattr("pipeline.store.objects.file_tag", lambda stat: "the same tick")
     store = ArtifactStore(tmp_path)
     artifact = make(store)
     assert store.check(artifact) == []
@@ -181,7 +184,7 @@ def test_a_check_reads_nothing_that_was_not_touched(store: ArtifactStore, monkey
         read.append(entry.name)
         return content_reason(objects, path, entry)
 
-    monkeypatch.setattr("pipeline.integrity.content_reason", counted)
+    monkeypatch.setattr("pipeline.store.integrity.content_reason", counted)
     for module in ("integrity", "writer"):  # files count as old enough for their tags to be trusted, without waiting
         monkeypatch.setattr(f"pipeline.{module}.GRAIN_NS", -(10**18))
     artifact = make(store)
@@ -217,7 +220,7 @@ def test_discarding_is_refused_while_another_process_computes(store: ArtifactSto
         make(store)
         holder = store.lease("images", "abc").holder()
         assert holder is not None
-        from pipeline import lease
+        from pipeline.store import lease
 
         token = lease._HELD.pop((store.address, "images/abc"))  # as another process sees it
         with pytest.raises(StoreError, match="images/abc cannot be deleted: process"):
@@ -318,7 +321,7 @@ def test_a_writer_that_was_swept_away_says_so(store: ArtifactStore) -> None:
     with pytest.raises(StoreError, match="its unfinished parts are gone"):
         writer.commit()
     stranger = pickle.loads(pickle.dumps(writer))
-    from pipeline import writer as module
+    from pipeline.store import writer as module
 
     module._CHECKED.clear()  # as a process on a node that does not share the folder
     with pytest.raises(StoreError, match="must be a folder that all nodes share"):

@@ -11,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.objects import Objects
-from pipeline.store import ArtifactStore
+from pipeline.store.objects import Objects
+from pipeline.store.store import ArtifactStore
 
 PARTS = 3
 CHANGES = ("put", "put_moved", "put_if", "delete", "delete_folder")  # every way in which a store changes
@@ -33,7 +33,7 @@ def write(address: str, kind: str, fingerprint: str, who: str = "", ready: Path 
 
 
 def _fill(writer: object, who: str) -> list[str]:
-    from pipeline.store import ArtifactWriter
+    from pipeline.store.writer import ArtifactWriter
 
     assert isinstance(writer, ArtifactWriter)
     done = []

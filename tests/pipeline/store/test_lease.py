@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StoreError
-from pipeline.lease import Holder, Lease, lease_path
-from pipeline.owner import Owner, machine, this_process
-from pipeline.store import ArtifactStore
+from pipeline.store.lease import Holder, Lease, lease_path
+from pipeline.store.owner import Owner, machine, this_process
+from pipeline.store.store import ArtifactStore
 
 
 @pytest.fixture(params=["local", "s3"])

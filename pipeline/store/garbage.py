@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from pipeline.artifact import Artifact, load
-from pipeline.attempt import live_attempts
 from pipeline.errors import ArtifactDamaged
-from pipeline.integrity import memo_path
-from pipeline.lease import Holder, Lease, live_holder
-from pipeline.manifest import MANIFEST
-from pipeline.objects import Found, Objects
-from pipeline.owner import Owner
-from pipeline.writer import progress_folder, scratch_root
+from pipeline.store.artifact import Artifact, load
+from pipeline.store.attempt import live_attempts
+from pipeline.store.integrity import memo_path
+from pipeline.store.lease import Holder, Lease, live_holder
+from pipeline.store.manifest import MANIFEST
+from pipeline.store.objects import Found, Objects
+from pipeline.store.owner import Owner
+from pipeline.store.writer import progress_folder, scratch_root
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from pipeline.credentials import s3_options
 from pipeline.errors import StoreError
-from pipeline.store_errors import explain
+from pipeline.store.credentials import s3_options
+from pipeline.store.failures import explain
 
 SCHEMES = ("s3", "gs", "az")
 

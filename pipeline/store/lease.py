@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from pipeline.errors import StoreError
-from pipeline.objects import Conflict, Objects
-from pipeline.owner import Owner, this_process
+from pipeline.store.objects import Conflict, Objects
+from pipeline.store.owner import Owner, this_process
 
 BEAT = 10.0  # seconds between heartbeats
 STALE = 60.0  # seconds without one after which a process on another machine counts as dead
@@ -210,7 +210,7 @@ class Lease:
             guard.parent.mkdir(parents=True, exist_ok=True)
             file = guard.open("ab")
         except OSError as error:
-            from pipeline.store_errors import explain
+            from pipeline.store.failures import explain
 
             raise explain(error, self._objects.address, "write", self._path) from error
         with file:

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import ArtifactDamaged, StoreError
-from pipeline.manifest import FileEntry
-from pipeline.objects import GRAIN_NS, Objects, file_tag
+from pipeline.store.manifest import FileEntry
+from pipeline.store.objects import GRAIN_NS, Objects, file_tag
 
 _SEEN: dict[tuple[str, str], str] = {}  # (path, sha256) -> tag: what this process has found in order
 

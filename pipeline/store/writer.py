@@ -15,15 +15,15 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from pipeline import attempt as attempts
-from pipeline.artifact import Artifact, is_part, load
-from pipeline.attempt import Attempt, Finished
 from pipeline.errors import StoreError
-from pipeline.integrity import write_memo
-from pipeline.manifest import MANIFEST, FileEntry, Manifest, plain
-from pipeline.nodecache import cache_folder
-from pipeline.objects import GRAIN_NS, Conflict, Found, Objects
-from pipeline.owner import this_process
+from pipeline.store import attempt as attempts
+from pipeline.store.artifact import Artifact, is_part, load
+from pipeline.store.attempt import Attempt, Finished
+from pipeline.store.integrity import write_memo
+from pipeline.store.local_cache import cache_folder
+from pipeline.store.manifest import MANIFEST, FileEntry, Manifest, plain
+from pipeline.store.objects import GRAIN_NS, Conflict, Found, Objects
+from pipeline.store.owner import this_process
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -252,7 +252,7 @@ def _make_scratch(objects: Objects, attempt: str) -> Path:
         folder = Path(tempfile.mkdtemp(prefix=f"{attempt}-", dir=scratch_root(objects)))
         (folder / ".owner.json").write_text(json.dumps(this_process().to_dict()))
     except OSError as error:
-        from pipeline.store_errors import explain
+        from pipeline.store.failures import explain
 
         raise explain(error, str(scratch_root(objects)), "write", "a scratch folder") from error
     return folder

@@ -16,12 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.artifact import is_part
-from pipeline.integrity import content_reason
-from pipeline.lease import held_token, live_holder
-from pipeline.manifest import FileEntry, plain
-from pipeline.objects import Found, Objects
-from pipeline.owner import Owner, this_process
+from pipeline.store.artifact import is_part
+from pipeline.store.integrity import content_reason
+from pipeline.store.lease import held_token, live_holder
+from pipeline.store.manifest import FileEntry, plain
+from pipeline.store.objects import Found, Objects
+from pipeline.store.owner import Owner, this_process
 
 LIVE: dict[str, int] = {}  # attempts whose writer this process has not closed -> how often they were begun
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.lease import Holder, lease_path
-from pipeline.owner import Owner, machine, this_process
-from pipeline.store import Artifact, ArtifactStore
-from pipeline.writer import scratch_root
+from pipeline.store.artifact import Artifact
+from pipeline.store.lease import Holder, lease_path
+from pipeline.store.owner import Owner, machine, this_process
+from pipeline.store.store import ArtifactStore
+from pipeline.store.writer import scratch_root
 
 NOW = timedelta(0)
 HOUR = timedelta(hours=1)

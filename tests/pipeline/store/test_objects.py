@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StoreError
-from pipeline.objects import Conflict, Objects
-from pipeline.store import ArtifactStore, mask
-from pipeline.store_errors import explain
+from pipeline.store.failures import explain
+from pipeline.store.objects import Conflict, Objects, mask
+from pipeline.store.store import ArtifactStore
 
 AWS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SKIP_SIGNATURE", "AWS_ENDPOINT_URL", "AWS_PROFILE")
 
@@ -113,7 +113,7 @@ def test_missing_credentials_are_named_at_once(tmp_path: Path, monkeypatch: pyte
     for name in AWS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setattr("pipeline.credentials._MACHINE_ROLE", ("127.0.0.1", 9))  # nobody answers there
+    monkeypatch.setattr("pipeline.store.credentials._MACHINE_ROLE", ("127.0.0.1", 9))  # nobody answers there
     began = time.monotonic()
     with pytest.raises(StoreError, match=r"there are no credentials for it \(set AWS_ACCESS_KEY_ID"):
         ArtifactStore("s3://bucket/no-credentials").find("encoder", "abc")

@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from pipeline.artifact import Artifact, Damage, Progress, load
 from pipeline.errors import ArtifactDamaged, StoreError
-from pipeline.manifest import MANIFEST, FileEntry
-from pipeline.nodecache import WRONG_CONTENT, wrong_size
-from pipeline.objects import GRAIN_NS, Found, Objects
-from pipeline.sealed import SealBroken, seal, unseal
+from pipeline.store.artifact import Artifact, Damage, Progress, load
+from pipeline.store.local_cache import WRONG_CONTENT, wrong_size
+from pipeline.store.manifest import MANIFEST, FileEntry
+from pipeline.store.objects import GRAIN_NS, Found, Objects
+from pipeline.store.sealed import SealBroken, seal, unseal
 
 MEMOS = ".tessera/memo"
 

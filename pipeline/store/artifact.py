@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ArtifactDamaged, ArtifactMissing
-from pipeline.manifest import MANIFEST, FileEntry, Manifest, ManifestBroken
-from pipeline.nodecache import WRONG_CONTENT, local_copy, wrong_size
-from pipeline.objects import Objects
+from pipeline.store.local_cache import WRONG_CONTENT, local_copy, wrong_size
+from pipeline.store.manifest import MANIFEST, FileEntry, Manifest, ManifestBroken
+from pipeline.store.objects import Objects
 
 
 @dataclass(frozen=True)

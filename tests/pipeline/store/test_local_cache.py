@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import nodecache
 from pipeline.errors import ArtifactDamaged, StoreError
-from pipeline.objects import Objects
-from pipeline.store import Artifact, ArtifactStore
+from pipeline.store import local_cache as nodecache
+from pipeline.store.artifact import Artifact
+from pipeline.store.objects import Objects
+from pipeline.store.store import ArtifactStore
 
 
 @pytest.fixture(autouse=True)

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.manifest import MANIFEST
-from pipeline.store import ArtifactStore
-from tests.pipeline.store_processes import PARTS, content, write
+from pipeline.store.manifest import MANIFEST
+from pipeline.store.store import ArtifactStore
+from tests.pipeline.store.store_processes import PARTS, content, write
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = timedelta(0)
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.pipeline.store_processes", *arguments]
+    command = [sys.executable, "-m", "tests.pipeline.store.store_processes", *arguments]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
