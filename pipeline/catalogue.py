@@ -29,7 +29,7 @@ class Catalogue:
         """Stage -> (kind, fingerprint) as the pipeline stands now. Raises: ConfigError when a source is gone."""
         if self.pipeline is None:
             return {}
-        from pipeline.plan import make_plan
+        from pipeline.plan.plan import make_plan
 
         return {stage.name: (stage.kind, stage.fingerprint) for stage in make_plan(self.pipeline, self.store).stages}
 
@@ -38,7 +38,7 @@ class Catalogue:
         """Stage -> (kind, fingerprint) as the pipeline was when it last ran: known without its sources."""
         if self.pipeline is None:
             return {}
-        from pipeline.history import recall
+        from pipeline.plan.history import recall
 
         return {
             name: (stage.kind, known["fingerprint"])

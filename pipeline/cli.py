@@ -37,7 +37,7 @@ from pipeline.options import (
 
 if TYPE_CHECKING:
     from pipeline.config.load import Pipeline
-    from pipeline.plan import Plan
+    from pipeline.plan.plan import Plan
     from pipeline.store.store import ArtifactStore
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -194,7 +194,7 @@ def _planned(
 ) -> tuple[Pipeline, ArtifactStore, Plan]:
     from pipeline.config.load import load_pipeline
     from pipeline.display import RunDisplay
-    from pipeline.plan import make_plan
+    from pipeline.plan.plan import make_plan
     from pipeline.store.store import ArtifactStore
 
     pipeline = load_pipeline(config, overrides or (), store)

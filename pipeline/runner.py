@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipeline import fingerprint, history
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, StageFailed, TesseraError
+from pipeline.plan import fingerprint, history
 from pipeline.provenance import git_commit, package_versions
 from pipeline.stage import Context, Outcome
 from pipeline.tracking import FAILED, FINISHED, KILLED, StageTracker, Tracker, masked
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pipeline.cluster import Cluster
     from pipeline.config.load import Pipeline, PipelineStage
     from pipeline.display import RunDisplay
-    from pipeline.plan import Plan, PlannedStage
+    from pipeline.plan.plan import Plan, PlannedStage
     from pipeline.store.artifact import Artifact
     from pipeline.store.lease import Holder
     from pipeline.store.store import ArtifactStore

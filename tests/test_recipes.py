@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.load import load_pipeline
-from pipeline.plan import make_plan
+from pipeline.plan.plan import make_plan
 from pipeline.store.store import ArtifactStore
 from stages.pretrain.stage import PretrainConfig
 

@@ -14,7 +14,7 @@ import pytest
 from pipeline.config.load import load_pipeline
 from pipeline.display import RunDisplay
 from pipeline.errors import ArtifactDamaged, SourceError
-from pipeline.plan import make_plan
+from pipeline.plan.plan import make_plan
 from pipeline.runner import RunFailed, explain, on_purpose, run, stopped_by
 from pipeline.store.store import ArtifactStore
 from tests.pipeline.workshop import Workshop

@@ -295,7 +295,7 @@ def test_a_stage_type_that_cannot_be_imported_is_a_problem(load: Load, monkeypat
     assert "No module named 'no_such_package'" in found
 
 
-@pytest.mark.parametrize("module", ["pipeline.config.load", "pipeline.plan", "pipeline.config.schema"])
+@pytest.mark.parametrize("module", ["pipeline.config.load", "pipeline.plan.plan", "pipeline.config.schema"])
 def test_planning_imports_nothing_heavy(module: str) -> None:
     """The installed stages' own settings included."""
     code = f"""

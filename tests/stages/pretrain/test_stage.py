@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from pipeline.config.load import load_pipeline
 from pipeline.errors import ConfigError
-from pipeline.plan import Plan, make_plan
+from pipeline.plan.plan import Plan, make_plan
 from pipeline.stage import edges, unfingerprinted
 from pipeline.store.store import ArtifactStore
 from stages.pretrain.stage import Pretrain, PretrainConfig

@@ -9,7 +9,7 @@ import re
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from pipeline.errors import StoreError
-from pipeline.fingerprint import Identity
+from pipeline.plan.fingerprint import Identity
 
 if TYPE_CHECKING:
     from pipeline.store.store import ArtifactStore

@@ -16,12 +16,12 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipeline import history
 from pipeline.config.document import nearest
 from pipeline.config.load import Pipeline, PipelineStage
 from pipeline.errors import ArtifactDamaged, ConfigError, Problem, SourceError, UsageError
-from pipeline.fingerprint import Identity, fingerprint, identity
-from pipeline.sources import as_json, source_digest
+from pipeline.plan import history
+from pipeline.plan.fingerprint import Identity, fingerprint, identity
+from pipeline.plan.sources import as_json, source_digest
 from pipeline.stage import Feed
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore

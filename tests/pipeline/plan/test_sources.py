@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import sources
 from pipeline.errors import SourceError
-from pipeline.sources import source_digest
+from pipeline.plan import sources
+from pipeline.plan.sources import source_digest
 from pipeline.store.objects import Objects
 from pipeline.store.store import ArtifactStore
 

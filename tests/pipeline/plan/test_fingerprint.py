@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, SerializeAsAny
 
-from pipeline.fingerprint import fingerprint, identity
+from pipeline.plan.fingerprint import fingerprint, identity
 from pipeline.stage import Context, Input, NoFingerprint, Outcome, Resources, Settings, Source, Stage, StageConfig
 
 
@@ -159,7 +159,7 @@ def test_type_version_and_named_packages_count(monkeypatch: pytest.MonkeyPatch) 
 
     assert len({of(), of(uses="other"), of(stage_type=Newer), of(stage_type=Hanging)}) == 4
     before = of(stage_type=Hanging)
-    monkeypatch.setattr("pipeline.fingerprint.version", lambda name: "99.0")
+    monkeypatch.setattr("pipeline.plan.fingerprint.version", lambda name: "99.0")
     assert of(stage_type=Hanging) != before
 
 

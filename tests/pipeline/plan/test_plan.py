@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import history, sources
 from pipeline.config.load import Pipeline
 from pipeline.errors import ConfigError, UsageError
-from pipeline.plan import Plan, make_plan
+from pipeline.plan import history, sources
+from pipeline.plan.plan import Plan, make_plan
 from pipeline.store.store import ArtifactStore
 from tests.pipeline.fake_stages import Superpixels
 from tests.pipeline.pipelines import PIPELINE
@@ -136,7 +136,7 @@ def test_another_type_version_or_package(load: Load, store: ArtifactStore, monke
     with monkeypatch.context() as patch:
         from importlib.metadata import version
 
-        patch.setattr("pipeline.fingerprint.version", lambda name: "99.0")
+        patch.setattr("pipeline.plan.fingerprint.version", lambda name: "99.0")
         assert states(make_plan(load(), store))["slic"] == [f"pydantic {version('pydantic')} -> 99.0"]
     other = load(PIPELINE.replace("uses: superpixels", "uses: embeddings").replace("    region_size: 20\n", ""))
     assert states(make_plan(other, store))["slic"] == ["stages.slic.uses superpixels -> embeddings"]
@@ -193,7 +193,7 @@ def test_a_new_way_to_make_fingerprints_is_said(
     load: Load, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     execute(load(), store)
-    monkeypatch.setattr("pipeline.fingerprint.FORMAT", 2)
+    monkeypatch.setattr("pipeline.plan.fingerprint.FORMAT", 2)
     assert states(make_plan(load(), store)) == {name: [history.NEW_FORMAT] for name in ALL}
 
 
@@ -337,7 +337,7 @@ def test_planning_is_quick_and_imports_nothing_heavy(write: Callable[..., Path],
 import sys, time
 started = time.monotonic()
 from pipeline.config.load import load_pipeline
-from pipeline.plan import make_plan
+from pipeline.plan.plan import make_plan
 from pipeline.store.store import ArtifactStore
 from tests.pipeline.fake_stages import STAGES
 pipeline = load_pipeline("p.yaml", stage_types=STAGES)
