@@ -13,7 +13,7 @@ from pipeline.store.store import ArtifactStore
 
 if TYPE_CHECKING:
     from pipeline.config.load import Pipeline
-    from pipeline.display import RunDisplay
+    from pipeline.run.display import RunDisplay
 
 ENCODER_FILES = ("encoder.safetensors", "encoder.json")
 

@@ -64,9 +64,9 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Compute what is not cached, stage by stage."""
-    from pipeline import runner
-    from pipeline.display import RunDisplay, results_only_on_stdout
     from pipeline.printing import print_closing, print_results
+    from pipeline.run import runner
+    from pipeline.run.display import RunDisplay, results_only_on_stdout
 
     pipeline, opened, plan = _planned(config, overrides, only, from_, force, store)
     try:
@@ -169,8 +169,8 @@ def schema() -> None:
 def doctor(config: MaybeConfig = None, store: Store = None, address: Address = None, as_json: Json = False) -> None:
     """Check what a long run needs: versions, Ray, disk, store, tracking (exit code 1 if something fails)."""
     from pipeline.config.load import DEFAULT_STORE, DEFAULT_TRACKING, load_pipeline
-    from pipeline.doctor import FAIL, examine
     from pipeline.printing import print_checks
+    from pipeline.run.doctor import FAIL, examine
     from pipeline.store.store import ArtifactStore
 
     pipeline = load_pipeline(config, (), store) if config else None
@@ -193,8 +193,8 @@ def _planned(
     store: str | None,
 ) -> tuple[Pipeline, ArtifactStore, Plan]:
     from pipeline.config.load import load_pipeline
-    from pipeline.display import RunDisplay
     from pipeline.plan.plan import make_plan
+    from pipeline.run.display import RunDisplay
     from pipeline.store.store import ArtifactStore
 
     pipeline = load_pipeline(config, overrides or (), store)

@@ -66,8 +66,8 @@ def artifacts_verify(
 ) -> None:
     """Read every byte again and name what is damaged (exit code 1 if anything is)."""
     from pipeline.catalogue import verify
-    from pipeline.display import RunDisplay
     from pipeline.printing import print_damages
+    from pipeline.run.display import RunDisplay
 
     with RunDisplay() as display:
         report = verify(open_catalogue(config, overrides, store), display)

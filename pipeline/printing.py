@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.display import duration, size
-from pipeline.tracking import absolute_uri, flatten, how_to_open
+from pipeline.run.display import duration, size
+from pipeline.run.tracking import absolute_uri, flatten, how_to_open
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact

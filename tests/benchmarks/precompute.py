@@ -28,7 +28,7 @@ import cv2
 import psutil
 import pyarrow as pa
 
-from pipeline import cluster
+from pipeline.run import cluster
 from pipeline.stage import Context, Resources
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore

@@ -21,7 +21,7 @@ from stages.tables import SCHEMAS
 @pytest.fixture(scope="session")
 def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Ray with 2 CPUs, started once and ended by its own driver."""
-    from pipeline import cluster
+    from pipeline.run import cluster
 
     before = os.environ.get("TESSERA_CACHE")
     os.environ["TESSERA_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")  # Ray's workers inherit it

@@ -234,7 +234,7 @@ def test_after_kill_9_of_the_driver_only_missing_parts_are_computed(
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         import test_shards
         from ray import cloudpickle
-        from pipeline import cluster
+        from pipeline.run import cluster
         from pipeline.stage import Context, Resources
         from pipeline.store.store import ArtifactStore
         cloudpickle.register_pickle_by_value(test_shards)

@@ -12,10 +12,10 @@ import time
 import pytest
 
 from pipeline.config.load import load_pipeline
-from pipeline.display import RunDisplay
 from pipeline.errors import ArtifactDamaged, SourceError
 from pipeline.plan.plan import make_plan
-from pipeline.runner import RunFailed, explain, on_purpose, run, stopped_by
+from pipeline.run.display import RunDisplay
+from pipeline.run.runner import RunFailed, explain, on_purpose, run, stopped_by
 from pipeline.store.store import ArtifactStore
 from tests.pipeline.workshop import Workshop
 

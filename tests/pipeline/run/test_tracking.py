@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import tracking
 from pipeline.errors import UsageError
-from pipeline.tracking import Tracker, absolute_uri, flatten, how_to_open, masked
+from pipeline.run import tracking
+from pipeline.run.tracking import Tracker, absolute_uri, flatten, how_to_open, masked
 from tests.pipeline.workshop import Workshop
 
 DATABASE = "sqlite:///mlflow.db"

@@ -15,9 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import cluster, tracking
-from pipeline.display import size
 from pipeline.errors import TesseraError
+from pipeline.run import cluster, tracking
+from pipeline.run.display import size
 
 if TYPE_CHECKING:
     from pipeline.store.store import ArtifactStore

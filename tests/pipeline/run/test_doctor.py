@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cluster, doctor, tracking
-from pipeline.doctor import FAIL, OK, WARN, Check
+from pipeline.run import cluster, doctor, tracking
+from pipeline.run.doctor import FAIL, OK, WARN, Check
 from pipeline.store.store import ArtifactStore
 from tests.pipeline.workshop import Workshop
 

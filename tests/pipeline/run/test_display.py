@@ -7,9 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
-from pipeline import display
-from pipeline.display import RunDisplay, duration, size
 from pipeline.printing import number
+from pipeline.run import display
+from pipeline.run.display import RunDisplay, duration, size
 
 
 def test_numbers_in_words() -> None:

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, StageFailed, TesseraError
 from pipeline.plan import fingerprint, history
-from pipeline.provenance import git_commit, package_versions
+from pipeline.run.provenance import git_commit, package_versions
+from pipeline.run.tracking import FAILED, FINISHED, KILLED, StageTracker, Tracker, masked
 from pipeline.stage import Context, Outcome
-from pipeline.tracking import FAILED, FINISHED, KILLED, StageTracker, Tracker, masked
 
 if TYPE_CHECKING:
-    from pipeline.cluster import Cluster
     from pipeline.config.load import Pipeline, PipelineStage
-    from pipeline.display import RunDisplay
     from pipeline.plan.plan import Plan, PlannedStage
+    from pipeline.run.cluster import Cluster
+    from pipeline.run.display import RunDisplay
     from pipeline.store.artifact import Artifact
     from pipeline.store.lease import Holder
     from pipeline.store.store import ArtifactStore
@@ -155,7 +155,7 @@ class _Run:
         if self.tracker.run_id is not None:
             self.result.tracking = masked(self.tracker.uri or "")
         if self.cluster is not None:
-            from pipeline import cluster
+            from pipeline.run import cluster
 
             cluster.stop(self.cluster, keep_logs=status == FAILED)
 
@@ -181,7 +181,7 @@ class _Run:
         entry = self.pipeline.stages[planned.name]
         inputs = self._inputs(planned)
         if entry.stage.uses_ray and self.cluster is None:
-            from pipeline import cluster
+            from pipeline.run import cluster
 
             self.cluster = cluster.start(self.address)
             self.display.say(f"on {self.cluster}")
@@ -299,7 +299,7 @@ def explain(error: BaseException) -> str:
 
 def _ending(result: StageResult) -> tuple[str, str]:
     """The line that closes a stage, and its colour."""
-    from pipeline.display import duration
+    from pipeline.run.display import duration
 
     if result.state == "done" and result.artifact is not None:
         counts = ", ".join(f"{count} {name}" for name, count in result.artifact.manifest.counts.items())

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import cluster
 from pipeline.errors import ClusterError
+from pipeline.run import cluster
 from tests.pipeline.workshop import Workshop
 
 ON_RAY = """
