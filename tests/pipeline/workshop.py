@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 
 FAKES = Path(__file__).parent / "fakes"
 PIPELINE = """

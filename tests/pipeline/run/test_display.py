@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from pipeline.printing import number
+from pipeline.cli.printing import number
 from pipeline.run import display
 from pipeline.run.display import RunDisplay, duration, size
 

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from pipeline.cli_artifacts import artifacts_app
-from pipeline.errors import TesseraError, UsageError
-from pipeline.options import (
+from pipeline.cli.artifacts import artifacts_app
+from pipeline.cli.options import (
     Address,
     Config,
     Force,
@@ -34,6 +33,7 @@ from pipeline.options import (
     split_names,
     store_of,
 )
+from pipeline.errors import TesseraError, UsageError
 
 if TYPE_CHECKING:
     from pipeline.config.load import Pipeline
@@ -64,7 +64,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Compute what is not cached, stage by stage."""
-    from pipeline.printing import print_closing, print_results
+    from pipeline.cli.printing import print_closing, print_results
     from pipeline.run import runner
     from pipeline.run.display import RunDisplay, results_only_on_stdout
 
@@ -100,7 +100,7 @@ def plan(
     if as_json:
         print_json(made.to_json())
     else:
-        from pipeline.printing import print_plan
+        from pipeline.cli.printing import print_plan
 
         print_plan(made.to_json())
 
@@ -127,7 +127,7 @@ def lineage(
     if as_json:
         print_json({"target": target.name, **graph.to_json()})
     else:
-        from pipeline.printing import stdout
+        from pipeline.cli.printing import stdout
 
         stdout().print(tree(graph, target.name), soft_wrap=True)
 
@@ -144,7 +144,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Copy an encoder's files out of the store: they load with timm and safetensors alone."""
-    from pipeline.catalogue import export as copy_out
+    from pipeline.cli.catalogue import export as copy_out
 
     config, targets = config_and_targets(names)
     if len(targets) != 1:
@@ -168,8 +168,8 @@ def schema() -> None:
 @app.command()
 def doctor(config: MaybeConfig = None, store: Store = None, address: Address = None, as_json: Json = False) -> None:
     """Check what a long run needs: versions, Ray, disk, store, tracking (exit code 1 if something fails)."""
+    from pipeline.cli.printing import print_checks
     from pipeline.config.load import DEFAULT_STORE, DEFAULT_TRACKING, load_pipeline
-    from pipeline.printing import print_checks
     from pipeline.run.doctor import FAIL, examine
     from pipeline.store.store import ArtifactStore
 

@@ -11,7 +11,7 @@ import typer
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
-    from pipeline.catalogue import Catalogue
+    from pipeline.cli.catalogue import Catalogue
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A pipeline file.", show_default=False)]
 MaybeConfig = Annotated[
@@ -50,7 +50,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard 
 
 
 def open_catalogue(config: str | None, overrides: list[str] | None, store: str | None) -> Catalogue:
-    from pipeline.catalogue import Catalogue
+    from pipeline.cli.catalogue import Catalogue
     from pipeline.config.load import DEFAULT_STORE, load_pipeline
     from pipeline.store.store import ArtifactStore
 

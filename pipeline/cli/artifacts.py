@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.errors import UsageError
-from pipeline.options import (
+from pipeline.cli.options import (
     Json,
     MaybeConfig,
     Overrides,
@@ -17,6 +16,7 @@ from pipeline.options import (
     print_json,
     store_of,
 )
+from pipeline.errors import UsageError
 
 artifacts_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show, check and clean artifacts.")
 
@@ -26,13 +26,13 @@ def artifacts_ls(
     config: MaybeConfig = None, overrides: Overrides = None, store: Store = None, as_json: Json = False
 ) -> None:
     """List the artifacts of a pipeline, or of a store."""
-    from pipeline.catalogue import rows
+    from pipeline.cli.catalogue import rows
 
     found = rows(open_catalogue(config, overrides, store))
     if as_json:
         print_json(found)
     else:
-        from pipeline.printing import print_artifacts
+        from pipeline.cli.printing import print_artifacts
 
         print_artifacts(found)
 
@@ -54,7 +54,7 @@ def artifacts_show(
     if as_json:
         print_json([{"address": a.address, **a.manifest.model_dump(mode="json")} for a in shown])
     else:
-        from pipeline.printing import print_artifact
+        from pipeline.cli.printing import print_artifact
 
         for artifact in shown:
             print_artifact(artifact)
@@ -65,8 +65,8 @@ def artifacts_verify(
     config: MaybeConfig = None, overrides: Overrides = None, store: Store = None, as_json: Json = False
 ) -> None:
     """Read every byte again and name what is damaged (exit code 1 if anything is)."""
-    from pipeline.catalogue import verify
-    from pipeline.printing import print_damages
+    from pipeline.cli.catalogue import verify
+    from pipeline.cli.printing import print_damages
     from pipeline.run.display import RunDisplay
 
     with RunDisplay() as display:
@@ -106,6 +106,6 @@ def artifacts_gc(
         rows = [{"path": row.path, "bytes": row.bytes, "reason": row.reason} for row in removed]
         print_json({"dry_run": dry_run, "removed": rows})
     else:
-        from pipeline.printing import print_removed
+        from pipeline.cli.printing import print_removed
 
         print_removed(removed, dry_run=dry_run)
