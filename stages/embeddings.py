@@ -52,11 +52,11 @@ class Embeddings(Stage[EmbeddingsConfig]):
 
         import ray
 
-        from stages.images import decode
+        from stages.data.images import decode
+        from stages.data.pictures import grid
+        from stages.data.tables import SCHEMAS
         from stages.models.embedder import Embedder, prepare
-        from stages.pictures import grid
         from stages.shards import map_shards
-        from stages.tables import SCHEMAS
 
         config, images = self.config, context.inputs["images"]
         source = context.inputs["encoder"] if config.backbone is None else config.backbone.anywhere()
@@ -92,8 +92,8 @@ class Embeddings(Stage[EmbeddingsConfig]):
 
 def _spread(images: Artifact, count: int) -> Iterator[dict[str, Any]]:
     """About `count` readable rows, taken evenly from all parts."""
-    from stages.images import ImageError, decode
-    from stages.tables import iter_batches
+    from stages.data.images import ImageError, decode
+    from stages.data.tables import iter_batches
 
     entries = [entry for entry in images.shards() if entry.rows]
     entries = entries[:: max(1, len(entries) // count)][:count]

@@ -74,7 +74,7 @@ class Neighbors(Stage[NeighborsConfig]):
     def _write(self, context: Context, parts: list[Part], index: Neighbourhood) -> None:
         import pyarrow as pa
 
-        from stages.tables import SCHEMAS
+        from stages.data.tables import SCHEMAS
 
         done, total = 0, sum(len(ids) for ids, _ in parts)
         for part, (ids, _) in enumerate(parts):
@@ -108,8 +108,8 @@ class Neighbors(Stage[NeighborsConfig]):
         if images is None:
             context.say(f"{context.name}: no preview, the images of {embeddings.name} are not in the store any more")
             return None
-        from stages.images import decode
-        from stages.pictures import neighbor_strip
+        from stages.data.images import decode
+        from stages.data.pictures import neighbor_strip
 
         rows = np.unique(np.linspace(0, len(index.ids) - 1, _SHOWN_IMAGES).astype(int))
         neighbors, similarities = index.search(rows, min(self.config.k, _SHOWN_NEIGHBORS))
@@ -130,7 +130,7 @@ Part = tuple[NDArray[np.int64], NDArray[np.float32]]  # ids (n,), vectors (n, D)
 
 
 def _read(embeddings: Artifact) -> list[Part]:
-    from stages.tables import open_shard
+    from stages.data.tables import open_shard
 
     parts = []
     for entry in embeddings.shards():
@@ -154,7 +154,7 @@ def _lists(blocks: list[NDArray[Any]], k: int) -> Any:
 
 def _encoded(images: Artifact, wanted: set[Any]) -> dict[int, bytes]:
     """The bytes of these images; only parts that hold one of them are read past their ids."""
-    from stages.tables import iter_batches, open_shard
+    from stages.data.tables import iter_batches, open_shard
 
     found: dict[int, bytes] = {}
     for entry in images.shards():

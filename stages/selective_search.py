@@ -42,9 +42,9 @@ class SelectiveSearch(Stage["SelectiveSearch.Config"]):
             return self
 
     def run(self, context: Context) -> Outcome:
+        from stages.data.tables import SCHEMAS
         from stages.regions.proposals import propose_row, show_boxes
         from stages.shards import map_shards
-        from stages.tables import SCHEMAS
 
         images, settings = context.inputs["images"], self.config.model_copy(update={"resources": Resources()})
         done = map_shards(context, images, propose_row, arguments=(settings,), schema=SCHEMAS["boxes"])

@@ -15,8 +15,8 @@ import cv2
 import pyarrow as pa
 
 from pipeline.errors import StageFailed
-from stages.images import ImageError
-from stages.tables import iter_batches
+from stages.data.images import ImageError
+from stages.data.tables import iter_batches
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact

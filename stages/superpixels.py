@@ -35,9 +35,9 @@ class Superpixels(Stage["Superpixels.Config"]):
         blur_sigma: float | None = Field(4, gt=0, description="of a 3x3 Gaussian blur before; null: none")
 
     def run(self, context: Context) -> Outcome:
+        from stages.data.tables import SCHEMAS
         from stages.regions.segments import segment_row, show_superpixels
         from stages.shards import map_shards
-        from stages.tables import SCHEMAS
 
         images, settings = context.inputs["images"], self.config.model_copy(update={"resources": Resources()})
         done = map_shards(context, images, segment_row, arguments=(settings,), schema=SCHEMAS["superpixels"])

@@ -160,9 +160,9 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
         """Test images beside the train images that voted for them."""
         import numpy as np
 
+        from stages.data.images import decode
+        from stages.data.pictures import neighbor_strip
         from stages.evaluate.features import rows
-        from stages.images import decode
-        from stages.pictures import neighbor_strip
 
         shown = np.unique(np.linspace(0, len(test.ids) - 1, _SHOWN_IMAGES).astype(int)).tolist()
         voters = result.neighbors[shown, :_SHOWN_NEIGHBORS].tolist()

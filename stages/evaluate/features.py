@@ -12,8 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import SourceError
-from stages.images import ImageError
-from stages.tables import iter_batches, open_shard
+from stages.data.images import ImageError
+from stages.data.tables import iter_batches, open_shard
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact

@@ -127,7 +127,7 @@ class SegmentLinear(Stage[SegmentLinearConfig]):
 
     def _preview(self, context: Context, classes: Classes, shown: list[tuple[Any, Any, Any]]) -> None:
         """Test images: the photograph, the truth, the prediction."""
-        from stages.pictures import class_colours, colour_mask, grid
+        from stages.data.pictures import class_colours, colour_mask, grid
 
         pictures = []
         for pixels, truth, prediction in shown:

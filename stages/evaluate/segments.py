@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
+from stages.data.images import ImageError, decode, decode_mask
 from stages.evaluate.confusion import Matrix, confusion, scores
 from stages.evaluate.features import Row, in_batches, prepared
 from stages.evaluate.linear_probe import Probe, fit, held_out
-from stages.images import ImageError, decode, decode_mask
 from stages.models.inference import RGB, Inference, squeeze
 
 if TYPE_CHECKING:

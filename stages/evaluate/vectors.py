@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stages.data.images import decode
 from stages.evaluate.features import Row, in_batches, prepared
 from stages.evaluate.weighted_knn import accuracy, nearest, ranks, votes
-from stages.images import decode
 from stages.models.encoder import Encoder
 from stages.models.inference import RGB, Inference, centre_square
 

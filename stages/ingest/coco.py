@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
-from stages.images import ImageError
+from stages.data.images import ImageError
 from stages.ingest.files import read_file
 from stages.ingest.layout import SPLITS, Found, Item, Layout, Listing, Raw, Vocabulary
 

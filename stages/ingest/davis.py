@@ -12,7 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
-from stages.images import probe
+from stages.data.images import probe
 from stages.ingest.layout import Item, Layout, Listing, Raw, Vocabulary, binary_to_classes, stem, top_folders
 
 

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pipeline.errors import SourceError, StoreError
 from pipeline.store.objects import Objects
-from stages.images import ImageError
+from stages.data.images import ImageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

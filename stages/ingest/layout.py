@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
-from stages.images import ImageError, decode_mask
+from stages.data.images import ImageError, decode_mask
 from stages.ingest.files import Files
 
 if TYPE_CHECKING:

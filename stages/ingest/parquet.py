@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import SourceError
-from stages.images import ImageError
+from stages.data.images import ImageError
 from stages.ingest.files import Files, split_address
 from stages.ingest.layout import SPLITS, Item, Layout, Listing, Raw, Vocabulary
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.images import decode, decode_mask
+from stages.data.images import decode, decode_mask
+from stages.data.pictures import class_colours, colour_mask, draw_boxes, grid
 from stages.ingest.layout import Item, Layout, Vocabulary
 from stages.ingest.rows import Row, check
 from stages.ingest.write import spread
-from stages.pictures import class_colours, colour_mask, draw_boxes, grid
 
 CELLS = 12
 _BOXES = 8  # the largest of an image: more of them hide it

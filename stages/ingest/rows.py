@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.images import ImageError, decode, decode_mask, encode_mask, probe
+from stages.data.images import ImageError, decode, decode_mask, encode_mask, probe
 from stages.ingest.layout import Found, Item, Layout, Raw, Vocabulary
 
 Row = dict[str, Any]

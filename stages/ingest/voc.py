@@ -9,7 +9,7 @@ from typing import ClassVar
 from xml.etree import ElementTree
 
 from pipeline.errors import SourceError
-from stages.images import ImageError
+from stages.data.images import ImageError
 from stages.ingest.layout import Found, Item, Layout, Listing, Raw, stem
 
 CLASSES = (

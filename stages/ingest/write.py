@@ -19,10 +19,10 @@ import pyarrow as pa
 
 from pipeline.stage import Context
 from pipeline.store.writer import ArtifactWriter
+from stages.data.tables import SCHEMAS
 from stages.ingest.layout import Item, Layout, Vocabulary
 from stages.ingest.rows import Checked, check_all
 from stages.ingest.stage import IngestConfig, stopped
-from stages.tables import SCHEMAS
 
 RAY_FROM = 2000  # images: below, starting tasks costs more than they save
 _SCHEMA = SCHEMAS["images"]

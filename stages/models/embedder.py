@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from stages.images import decode
+from stages.data.images import decode
 from stages.models.encoder import Encoder
 from stages.models.inference import Inference, centre_square, require_size
 from stages.models.settings import Backbone

@@ -10,15 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.store.artifact import Artifact
-from stages import pictures
-from stages.images import ImageError, decode
+from stages.data import pictures
+from stages.data.images import ImageError, decode
+from stages.data.tables import Table
 from stages.models.encoder import Encoder
 from stages.models.inference import Inference, squeeze
 from stages.pretrain.loop import Data
 from stages.pretrain.stage import PretrainConfig
 from stages.pretrain.views.plan import ViewPlan
 from stages.pretrain.views.preview import view_sheet
-from stages.tables import Table
 
 SHOWN = 6  # images, the same ones for every encoder trained on the same set
 

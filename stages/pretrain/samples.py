@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
-from stages.images import ImageError, decode, decode_reduced
+from stages.data.images import ImageError, decode, decode_reduced
+from stages.data.tables import unpack_labels
 from stages.pretrain.sampler import Slot
 from stages.pretrain.views import render_cpu
 from stages.pretrain.views.draw import draw, draw_neighbor, generator, reduction
 from stages.pretrain.views.plan import Draw, ImageRow, ViewPlan
-from stages.tables import unpack_labels
 
 MAX_TRIES = 1000  # images tried for one place in a batch before the run stops
 UNREADABLE = "unreadable image"
@@ -28,7 +28,7 @@ Pixels = NDArray[np.uint8]
 
 
 class Rows(Protocol):
-    """What is used of `stages.tables.Table`."""
+    """What is used of `stages.data.tables.Table`."""
 
     ids: NDArray[np.int64]
 

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.images import decode
+from stages.data.images import decode
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
@@ -104,8 +104,8 @@ def pairwise_iou(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def show_boxes(images: Artifact, settings: Settings, pictures: int = 8, boxes: int = 5) -> bytes:
     """A contact sheet: the first few boxes of some photographs."""
-    from stages.pictures import draw_boxes, grid
-    from stages.tables import sample
+    from stages.data.pictures import draw_boxes, grid
+    from stages.data.tables import sample
 
     cells, captions = [], []
     for row in sample(images, pictures, ["key", "image"]):

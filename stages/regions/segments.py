@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.images import ImageError, decode
-from stages.tables import pack_labels
+from stages.data.images import ImageError, decode
+from stages.data.tables import pack_labels
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
@@ -74,8 +74,8 @@ def without_gaps(labels: NDArray[np.int32]) -> tuple[NDArray[np.uint16], int]:
 
 def show_superpixels(images: Artifact, settings: Settings, pictures: int = 6) -> bytes:
     """A contact sheet: some photographs with the borders of their superpixels."""
-    from stages.pictures import draw_superpixels, grid
-    from stages.tables import sample
+    from stages.data.pictures import draw_superpixels, grid
+    from stages.data.tables import sample
 
     cells, captions = [], []
     for row in sample(images, pictures, ["key", "image"]):

@@ -28,12 +28,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.store.store import ArtifactStore
-from stages.images import decode, decode_reduced, probe
+from stages.data.images import decode, decode_reduced, probe
+from stages.data.tables import SCHEMAS, Table
 from stages.pretrain.data import ImageSource, TrainData, _worker_context
 from stages.pretrain.views import render_cpu
 from stages.pretrain.views.draw import draw_views, generator, reduction
 from stages.pretrain.views.plan import Photometric, ViewPlan, ViewSpec
-from stages.tables import SCHEMAS, Table
 from tests.benchmarks.results import write_section
 
 ROOT = Path(__file__).parents[2]

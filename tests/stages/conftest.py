@@ -15,7 +15,7 @@ from pipeline.stage import Context, Resources
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from pipeline.store.writer import ArtifactWriter
-from stages.tables import SCHEMAS
+from stages.data.tables import SCHEMAS
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,12 @@ from pydantic import ValidationError
 from pipeline.stage import Context
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
+from stages.data.images import decode
+from stages.data.tables import Table
 from stages.embeddings import Embeddings, EmbeddingsConfig
-from stages.images import decode
 from stages.models.encoder import Encoder
 from stages.models.inference import Inference, centre_square
 from stages.models.settings import Backbone
-from stages.tables import Table
 from tests.conftest import encode, smooth_pixels
 
 BACKBONE = Backbone(

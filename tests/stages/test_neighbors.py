@@ -15,9 +15,9 @@ from pipeline.errors import SourceError
 from pipeline.stage import Context, Resources
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
+from stages.data.tables import SCHEMAS, Table
 from stages.nearest import IndexSettings, Neighbourhood, recall
 from stages.neighbors import Neighbors, NeighborsConfig
-from stages.tables import SCHEMAS, Table
 from tests.conftest import encode, smooth_pixels
 
 

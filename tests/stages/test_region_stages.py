@@ -14,10 +14,10 @@ import pytest
 from pipeline.errors import SourceError
 from pipeline.stage import Context, edges, unfingerprinted
 from pipeline.store.artifact import Artifact
-from stages.images import decode
+from stages.data.images import decode
+from stages.data.tables import SCHEMAS, Table, unpack_labels
 from stages.selective_search import SelectiveSearch
 from stages.superpixels import Superpixels
-from stages.tables import SCHEMAS, Table, unpack_labels
 
 STAGES = [SelectiveSearch, Superpixels]
 

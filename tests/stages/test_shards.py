@@ -19,9 +19,9 @@ from pipeline.errors import ArtifactDamaged, ClusterError, SourceError, StageFai
 from pipeline.stage import Context
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
-from stages.images import ImageError
+from stages.data.images import ImageError
+from stages.data.tables import open_shard
 from stages.shards import _pieces, map_shards
-from stages.tables import open_shard
 
 pytestmark = pytest.mark.slow
 SCHEMA = pa.schema([("image_id", pa.int64()), ("size", pa.int32())])

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.pictures import draw_boxes, grid
+from stages.data.pictures import draw_boxes, grid
 from stages.pretrain.batch import Batch
 from stages.pretrain.views.geometry import flipped, overlap
 from stages.pretrain.views.plan import ViewPlan

@@ -13,10 +13,10 @@ import torch
 from pipeline.stage import Context, Outcome, Resources, Stage
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
-from stages.images import encode_mask
+from stages.data.images import encode_mask
+from stages.data.tables import SCHEMAS
 from stages.models.encoder import Encoder
 from stages.models.settings import Backbone
-from stages.tables import SCHEMAS
 from tests.conftest import encode
 
 COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]], np.uint8)

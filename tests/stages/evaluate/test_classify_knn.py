@@ -10,8 +10,8 @@ import pytest
 from pipeline.errors import SourceError, UsageError
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
+from stages.data.tables import SCHEMAS, Table, open_shard
 from stages.evaluate.classify_knn import ClassifyKnn
-from stages.tables import SCHEMAS, Table, open_shard
 
 from .conftest import RunStage
 

@@ -13,11 +13,11 @@ import torch
 from pipeline.errors import SourceError, UsageError
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
+from stages.data.images import encode_mask
+from stages.data.tables import SCHEMAS, open_shard
 from stages.evaluate.linear_probe import _draws, _enlarging, fit
 from stages.evaluate.segment_linear import SegmentLinear
 from stages.evaluate.segments import _draw_crop
-from stages.images import encode_mask
-from stages.tables import SCHEMAS, open_shard
 
 from .conftest import VOID, RunStage
 

@@ -12,8 +12,8 @@ import pytest
 from pipeline.stage import Context, Outcome, Resources
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
+from stages.data.tables import SCHEMAS, open_shard
 from stages.ingest.stage import Ingest, IngestConfig
-from stages.tables import SCHEMAS, open_shard
 
 FINGERPRINT = "0123456789abcdef01234567"
 

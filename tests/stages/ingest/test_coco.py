@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from pipeline.errors import SourceError
-from stages.images import decode_mask
+from stages.data.images import decode_mask
 from stages.ingest.coco import _check, _decompress, rasterise
 from tests.stages.ingest.conftest import Ingested
 

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.errors import SourceError
-from stages.images import decode
+from stages.data.images import decode
 from stages.ingest.stage import IngestConfig
 from tests.stages.ingest.conftest import Ingested
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import SourceError
-from stages.images import decode_mask
+from stages.data.images import decode_mask
 from tests.conftest import encode
 from tests.stages.ingest.conftest import Ingested
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import SourceError
-from stages.images import encode_mask
+from stages.data.images import encode_mask
 from tests.conftest import encode, smooth_pixels
 from tests.stages.ingest.conftest import Ingested
 

@@ -12,8 +12,8 @@ import pytest
 from pipeline.stage import Context, Outcome
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
+from stages.data.tables import SCHEMAS
 from stages.pretrain.stage import Pretrain, PretrainConfig
-from stages.tables import SCHEMAS
 from tests.conftest import encode, smooth_pixels
 
 SMALL = {

@@ -15,11 +15,11 @@ import torch
 
 from pipeline.errors import ClusterError, SourceError, UsageError
 from pipeline.store.store import ArtifactStore
+from stages.data.tables import SCHEMAS, Table, pack_labels
 from stages.pretrain.batch import Batch
 from stages.pretrain.data import ImageSource, TrainData
 from stages.pretrain.views.draw import draw_views
 from stages.pretrain.views.plan import Drawn, ImageRow, Photometric, ViewPlan, ViewSpec
-from stages.tables import SCHEMAS, Table, pack_labels
 from tests.conftest import encode, smooth_pixels
 
 COLOURS = Photometric(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5, solarize_p=0.2)

@@ -10,9 +10,9 @@ from pipeline.errors import UsageError
 from pipeline.stage import Context, edges
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
+from stages.data.tables import SCHEMAS
 from stages.pretrain.assemble import assemble
 from stages.pretrain.stage import Pretrain, PretrainConfig
-from stages.tables import SCHEMAS
 from tests.stages.pretrain.conftest import SMALL
 
 HOST = {"name": "moco", "size": 32, "queue": 10, "projector": {"hidden": 16, "out": 8}}

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from stages.images import decode
+from stages.data.images import decode
 from stages.regions.proposals import keep, pairwise_iou, propose, rank, search
 from stages.selective_search import SelectiveSearch
 

@@ -15,6 +15,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from pipeline.store.store import ArtifactStore
+from stages.data.tables import SCHEMAS, Table
 from stages.pretrain.batch import Batch
 from stages.pretrain.data import ImageSource, TrainData
 from stages.pretrain.methods.d3ssl import D3SSL
@@ -22,7 +23,6 @@ from stages.pretrain.methods.method import Step
 from stages.pretrain.settings.d3ssl import D3SSLSettings
 from stages.pretrain.views.draw import generator
 from stages.pretrain.views.plan import Draw, ImageRow
-from stages.tables import SCHEMAS, Table
 from tests.conftest import encode, smooth_pixels
 from tests.stages.pretrain.methods.ranks import Results, assert_alike, on_one_and_two, steps_of
 from tests.stages.pretrain.methods.tiny import tiny_encoder

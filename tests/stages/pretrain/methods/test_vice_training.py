@@ -13,13 +13,13 @@ from pipeline.config.load import load_pipeline
 from pipeline.errors import UsageError
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
+from stages.data.tables import pack_labels
 from stages.models.encoder import Encoder
 from stages.pretrain.assemble import assemble
 from stages.pretrain.checkpoint import CheckpointFolder
 from stages.pretrain.loop import train
 from stages.pretrain.stage import PretrainConfig
 from stages.regions.segments import grid_labels
-from stages.tables import pack_labels
 from tests.conftest import ROOT, encode, smooth_pixels
 from tests.stages.pretrain.conftest import SMALL
 from tests.stages.pretrain.methods.runs import commit, run, run_whole_and_cut

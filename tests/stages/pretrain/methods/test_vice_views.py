@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipeline.errors import SourceError
 from pipeline.store.store import ArtifactStore
+from stages.data.tables import SCHEMAS, Table, pack_labels
 from stages.pretrain.data import ImageSource, TrainData
 from stages.pretrain.methods.vice_views import NO_MUTUAL_REGION, view_plan
 from stages.pretrain.views.draw import generator
@@ -21,7 +22,6 @@ from stages.pretrain.views.geometry import apply, rectangle
 from stages.pretrain.views.plan import ImageRow
 from stages.pretrain.views.regions import MASKED
 from stages.regions.segments import grid_labels
-from stages.tables import SCHEMAS, Table, pack_labels
 from tests.conftest import encode, smooth_pixels
 from tests.stages.pretrain.methods.test_vice import build, drawn, image_row, settings
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from stages.images import decode
+from stages.data.images import decode
 from stages.pretrain.batch import Batch
 from stages.pretrain.views.geometry import crop_affine
 from stages.pretrain.views.plan import ViewPlan, ViewSpec

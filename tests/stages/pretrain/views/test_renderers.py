@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from stages.images import decode, decode_reduced
+from stages.data.images import decode, decode_reduced
 from stages.pretrain.views import render_cpu, render_gpu
 from stages.pretrain.views.draw import draw_views, generator
 from stages.pretrain.views.geometry import apply, crop_affine

@@ -302,6 +302,6 @@ def _legend_rows(legend: Sequence[tuple[str, Colour]], width: float) -> list[lis
 
 
 def _png(image: RGB) -> bytes:
-    from stages.images import encode_png
+    from stages.data.images import encode_png
 
     return encode_png(image)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stages import pictures
-from stages.images import decode
+from stages.data import pictures
+from stages.data.images import decode
 
 
 def plain(height: int, width: int, grey: int = 128) -> np.ndarray:

@@ -18,8 +18,8 @@ from hypothesis.extra import numpy as hnp
 from pipeline.errors import ArtifactDamaged, StoreError
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
-from stages import tables
-from stages.tables import SCHEMAS, Table, iter_batches, open_shard, pack_labels, sample, unpack_labels
+from stages.data import tables
+from stages.data.tables import SCHEMAS, Table, iter_batches, open_shard, pack_labels, sample, unpack_labels
 
 
 def boxes_artifact(store: ArtifactStore, ids: list[list[int]], fingerprint: str = "aaaaaaaaaaaa") -> Artifact:

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from stages.images import ImageError, Probe, decode, decode_mask, encode_jpeg, encode_mask, encode_png, probe
+from stages.data.images import ImageError, Probe, decode, decode_mask, encode_jpeg, encode_mask, encode_png, probe
 from tests.conftest import encode, smooth_pixels
 
 PIXELS = smooth_pixels(40, 28)

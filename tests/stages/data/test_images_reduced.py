@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.images import ImageError, decode, decode_reduced
+from stages.data.images import ImageError, decode, decode_reduced
 from tests.conftest import encode, smooth_pixels
 
 
