@@ -43,8 +43,8 @@ class SelectiveSearch(Stage["SelectiveSearch.Config"]):
 
     def run(self, context: Context) -> Outcome:
         from stages.data.tables import SCHEMAS
+        from stages.map_images.driver import map_shards
         from stages.regions.proposals import propose_row, show_boxes
-        from stages.shards import map_shards
 
         images, settings = context.inputs["images"], self.config.model_copy(update={"resources": Resources()})
         done = map_shards(context, images, propose_row, arguments=(settings,), schema=SCHEMAS["boxes"])

@@ -36,8 +36,8 @@ class Superpixels(Stage["Superpixels.Config"]):
 
     def run(self, context: Context) -> Outcome:
         from stages.data.tables import SCHEMAS
+        from stages.map_images.driver import map_shards
         from stages.regions.segments import segment_row, show_superpixels
-        from stages.shards import map_shards
 
         images, settings = context.inputs["images"], self.config.model_copy(update={"resources": Resources()})
         done = map_shards(context, images, segment_row, arguments=(settings,), schema=SCHEMAS["superpixels"])

@@ -34,10 +34,10 @@ from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from stages.data.tables import SCHEMAS
 from stages.ingest.write import default_shard_rows
+from stages.map_images.driver import map_shards
 from stages.regions.proposals import propose_row
 from stages.regions.segments import segment_row
 from stages.selective_search import SelectiveSearch
-from stages.shards import map_shards
 from stages.superpixels import Superpixels
 from tests.benchmarks.results import write_section
 

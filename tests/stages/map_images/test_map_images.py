@@ -21,7 +21,7 @@ from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from stages.data.images import ImageError
 from stages.data.tables import open_shard
-from stages.shards import _pieces, map_shards
+from stages.map_images.driver import _pieces, map_shards
 
 pytestmark = pytest.mark.slow
 SCHEMA = pa.schema([("image_id", pa.int64()), ("size", pa.int32())])
@@ -137,7 +137,7 @@ def test_a_finished_stage_starts_no_job(
     for index in range(2):
         ctx.output.record(f"shard-{index:05d}", {"images": 8, "counts": {}, "problems": []})
         ctx.output.put_table(index, SCHEMA.empty_table())
-    monkeypatch.setattr("stages.shards._pool", lambda *a, **k: pytest.fail("asked for a cluster"))
+    monkeypatch.setattr("stages.map_images.driver._pool", lambda *a, **k: pytest.fail("asked for a cluster"))
     assert map_shards(ctx, source, measure, schema=SCHEMA).images == 16
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipeline.errors import ClusterError, SourceError, StageFailed, TesseraError
-from stages.shard_worker import Job, Piece, PieceActor, Report, Row, record_name, run_piece, write_part
+from stages.map_images.worker import Job, Piece, PieceActor, Report, Row, record_name, run_piece, write_part
 
 if TYPE_CHECKING:
     from pipeline.stage import Context
