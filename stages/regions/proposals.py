@@ -12,7 +12,7 @@ from stages.data.images import decode
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
-    from stages.selective_search import SelectiveSearch
+    from stages.regions.selective_search import SelectiveSearch
 
     Settings: TypeAlias = SelectiveSearch.Config
 

@@ -13,7 +13,7 @@ from stages.data.tables import pack_labels
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
-    from stages.superpixels import Superpixels
+    from stages.regions.superpixels import Superpixels
 
     Settings: TypeAlias = Superpixels.Config
 

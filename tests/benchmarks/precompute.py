@@ -37,8 +37,8 @@ from stages.ingest.write import default_shard_rows
 from stages.map_images.driver import map_shards
 from stages.regions.proposals import propose_row
 from stages.regions.segments import segment_row
-from stages.selective_search import SelectiveSearch
-from stages.superpixels import Superpixels
+from stages.regions.selective_search import SelectiveSearch
+from stages.regions.superpixels import Superpixels
 from tests.benchmarks.results import write_section
 
 TITLE = "Precompute: Ray Data against multiprocessing.Pool"

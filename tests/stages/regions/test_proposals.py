@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from stages.data.images import decode
 from stages.regions.proposals import keep, pairwise_iou, propose, rank, search
-from stages.selective_search import SelectiveSearch
+from stages.regions.selective_search import SelectiveSearch
 
 Settings = SelectiveSearch.Config
 

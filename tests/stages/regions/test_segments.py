@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from stages.data.images import ImageError
 from stages.data.tables import unpack_labels
 from stages.regions.segments import grid_labels, segment, segment_row, without_gaps
-from stages.superpixels import Superpixels
+from stages.regions.superpixels import Superpixels
 
 
 def settings(**options: object) -> Superpixels.Config:

@@ -16,8 +16,8 @@ from pipeline.stage import Context, edges, unfingerprinted
 from pipeline.store.artifact import Artifact
 from stages.data.images import decode
 from stages.data.tables import SCHEMAS, Table, unpack_labels
-from stages.selective_search import SelectiveSearch
-from stages.superpixels import Superpixels
+from stages.regions.selective_search import SelectiveSearch
+from stages.regions.superpixels import Superpixels
 
 STAGES = [SelectiveSearch, Superpixels]
 
