@@ -16,8 +16,8 @@ from pipeline.stage import Context, Resources
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from stages.data.tables import SCHEMAS, Table
-from stages.nearest import IndexSettings, Neighbourhood, recall
-from stages.neighbors import Neighbors, NeighborsConfig
+from stages.neighbors.nearest import IndexSettings, Neighbourhood, recall
+from stages.neighbors.stage import Neighbors, NeighborsConfig
 from tests.conftest import encode, smooth_pixels
 
 

@@ -55,8 +55,8 @@ class Embeddings(Stage[EmbeddingsConfig]):
         from stages.data.images import decode
         from stages.data.pictures import grid
         from stages.data.tables import SCHEMAS
+        from stages.embeddings.embedder import Embedder, prepare
         from stages.map_images.driver import map_shards
-        from stages.models.embedder import Embedder, prepare
 
         config, images = self.config, context.inputs["images"]
         source = context.inputs["encoder"] if config.backbone is None else config.backbone.anywhere()

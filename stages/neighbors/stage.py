@@ -13,7 +13,7 @@ from pipeline.stage import Context, Input, Outcome, Stage, StageConfig
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
-    from stages.nearest import Neighbourhood
+    from stages.neighbors.nearest import Neighbourhood
 
 _BLOCK = 4096  # queries searched at once
 _SHOWN_IMAGES, _SHOWN_NEIGHBORS = 6, 6
@@ -43,7 +43,7 @@ class Neighbors(Stage[NeighborsConfig]):
 
     def run(self, context: Context) -> Outcome:
         try:
-            from stages.nearest import IndexSettings, Neighbourhood, recall
+            from stages.neighbors.nearest import IndexSettings, Neighbourhood, recall
         except ImportError as error:
             raise SourceError(
                 f"{context.name}: FAISS is not installed ({error}): "
