@@ -13,8 +13,8 @@ from stages.data.tables import Table
 from stages.models.encoder import Encoder
 from stages.models.sync_batch_norm import convert
 from stages.pretrain.data import ImageSource, TrainData
-from stages.pretrain.loop import Run
 from stages.pretrain.stage import PretrainConfig
+from stages.training.loop import Run
 
 OWN = "method."  # how the paths of a method's own inputs begin
 

@@ -15,10 +15,10 @@ from stages.data.images import ImageError, decode
 from stages.data.tables import Table
 from stages.models.encoder import Encoder
 from stages.models.inference import Inference, squeeze
-from stages.pretrain.loop import Data
 from stages.pretrain.stage import PretrainConfig
 from stages.pretrain.views.plan import ViewPlan
 from stages.pretrain.views.preview import view_sheet
+from stages.training.loop import Data
 
 SHOWN = 6  # images, the same ones for every encoder trained on the same set
 

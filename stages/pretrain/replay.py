@@ -25,12 +25,12 @@ from pipeline.errors import ArtifactMissing, UsageError
 from pipeline.store.artifact import Artifact, load
 from pipeline.store.objects import Objects
 from stages.pretrain.assemble import assemble
-from stages.pretrain.collectives import gather, rank, world_size
-from stages.pretrain.loop import BadStep, LeaveReplay, Run, Window, compute_gradients
 from stages.pretrain.methods.method import Step
-from stages.pretrain.settings.loop import WatchSettings
 from stages.pretrain.stage import PretrainConfig
-from stages.pretrain.watch import Watch
+from stages.training.collectives import gather, rank, world_size
+from stages.training.loop import BadStep, LeaveReplay, Run, Window, compute_gradients
+from stages.training.settings import WatchSettings
+from stages.training.watch import Watch
 
 FORMAT = 1
 

@@ -12,8 +12,8 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from pipeline.stage import Context, Feed, Input, Outcome, Settings, Stage, StageConfig
 from stages.models.settings import Backbone
-from stages.pretrain.settings.loop import LoopSettings
 from stages.pretrain.settings.method import MethodSettings, method_settings
+from stages.training.settings import LoopSettings
 
 
 class ImageSource(Settings):

@@ -10,12 +10,12 @@ import torch
 from stages.models.encoder import Encoder
 from stages.models.settings import Backbone
 from stages.pretrain.batch import Batch
-from stages.pretrain.loop import weighted_sum
 from stages.pretrain.methods.method import Method, Step
-from stages.pretrain.optim import build_optimizer
-from stages.pretrain.settings.loop import OptimizerSettings
 from stages.pretrain.settings.method import MethodSettings
 from stages.pretrain.views.draw import draw_views, generator
+from stages.training.loop import weighted_sum
+from stages.training.optim import build_optimizer
+from stages.training.settings import OptimizerSettings
 
 
 def made_up_batch(method: Method, count: int, device: str) -> Batch:

@@ -13,7 +13,7 @@ from stages.models.heads import ProjectionHead
 from stages.pretrain.losses.flsl_loss import inter_view, intra_view, volume
 from stages.pretrain.losses.mean_shift import attend, mean_shift, mixed, sharpened
 from stages.pretrain.methods.query_sampling import window_queries
-from stages.pretrain.schedules import linear_warmup
+from stages.training.schedules import linear_warmup
 from tests.golden.golden import assert_close, load, tensors
 
 WEIGHTS = {"intra": 0.03, "inter": 1.0, "vmr": 5.0}

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from stages.pretrain.schedules import cosine, linear_warmup
+from stages.training.schedules import cosine, linear_warmup
 from tests.golden.golden import load
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from stages.models.encoder import Encoder
 from stages.models.mlp import mlp
 from stages.pretrain.batch import Batch
-from stages.pretrain.collectives import gather_with_gradient
 from stages.pretrain.methods.two_view import TwoView, exactly
 from stages.pretrain.settings.barlow_twins import BarlowTwinsSettings
+from stages.training.collectives import gather_with_gradient
 
 
 class BarlowTwins(TwoView):

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from stages.models.encoder import Encoder
 from stages.models.heads import at_least_float32
 from stages.pretrain.batch import Batch
-from stages.pretrain.collectives import all_reduce_sum, gather
 from stages.pretrain.losses.d3ssl_loss import decoupling_loss, depositioning_loss
 from stages.pretrain.losses.roi_align import roi_align_regions
 from stages.pretrain.methods.d3ssl_views import view_plan
@@ -27,9 +26,10 @@ from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.methods.pairing import partners
 from stages.pretrain.methods.region_masks import compose, kept, union
 from stages.pretrain.methods.teacher import move_teacher
-from stages.pretrain.schedules import cosine
 from stages.pretrain.settings.d3ssl import D3SSLSettings
 from stages.pretrain.views.plan import ViewPlan
+from stages.training.collectives import all_reduce_sum, gather
+from stages.training.schedules import cosine
 
 
 class RegionEncoder(nn.Module):

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from stages.models.encoder import Encoder
 from stages.models.heads import at_least_float32
 from stages.pretrain.batch import Batch
-from stages.pretrain.collectives import gather, gather_with_gradient, rank, world_size
 from stages.pretrain.losses.dsa_arranging import arrange, arranging_loss, constraint_loss, pair_distances, pair_scores
 from stages.pretrain.losses.dsa_scoring import connection_scores, neighbourhood, prior_similarity
 from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.settings.dsa import DSASettings
 from stages.pretrain.views.plan import ViewPlan
+from stages.training.collectives import gather, gather_with_gradient, rank, world_size
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact

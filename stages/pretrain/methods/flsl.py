@@ -19,7 +19,6 @@ from torch import Tensor
 from stages.models.encoder import Encoder, Features
 from stages.models.heads import at_least_float32
 from stages.pretrain.batch import Batch
-from stages.pretrain.collectives import all_reduce_max, all_reduce_mean, all_reduce_sum, world_size
 from stages.pretrain.losses.dino_loss import centred_softmax, moved_center
 from stages.pretrain.losses.flsl_loss import inter_view, intra_view, volume
 from stages.pretrain.losses.mean_shift import attend, mean_shift, mixed, sharpened
@@ -27,9 +26,10 @@ from stages.pretrain.losses.sinkhorn import sinkhorn
 from stages.pretrain.methods.method import Step
 from stages.pretrain.methods.query_sampling import sample_queries
 from stages.pretrain.methods.teacher import Branch, SelfDistillation, entropy, make_head, usage
-from stages.pretrain.schedules import cosine, linear_warmup
 from stages.pretrain.settings.flsl import AttentionSettings, FLSLSettings
 from stages.pretrain.views.plan import Photometric, ViewPlan, ViewSpec
+from stages.training.collectives import all_reduce_max, all_reduce_mean, all_reduce_sum, world_size
+from stages.training.schedules import cosine, linear_warmup
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact

@@ -14,7 +14,6 @@ from torch import Tensor
 from stages.models.encoder import Encoder
 from stages.models.mlp import mlp
 from stages.pretrain.batch import Batch
-from stages.pretrain.collectives import gather
 from stages.pretrain.losses.moco import in_batch_contrast
 from stages.pretrain.methods.method import Step
 from stages.pretrain.methods.queue import Queue, queue_contrast
@@ -23,6 +22,7 @@ from stages.pretrain.settings.moco import MoCoSettings
 from stages.pretrain.settings.parts import TeacherSettings, jitter
 from stages.pretrain.settings.two_view import MLPSettings
 from stages.pretrain.views.plan import Photometric
+from stages.training.collectives import gather
 
 
 class MoCoV2(TwoView):

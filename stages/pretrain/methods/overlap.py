@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from stages.pretrain.batch import Batch
-from stages.pretrain.collectives import all_reduce_max, all_reduce_sum, world_size
 from stages.pretrain.losses.dense_alignment import dense_alignment_loss
 from stages.pretrain.losses.roi_align import roi_align
 from stages.pretrain.losses.sinkhorn import sinkhorn
 from stages.pretrain.settings.dino_dense import DenseSettings
 from stages.pretrain.views.geometry import flipped, overlap, unmirror
+from stages.training.collectives import all_reduce_max, all_reduce_sum, world_size
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from lightly.loss import NTXentLoss
 from torch import Tensor, nn
 
 from stages.models.heads import at_least_float32
-from stages.pretrain.collectives import gather
+from stages.training.collectives import gather
 
 
 class Queue(nn.Module):

@@ -15,8 +15,8 @@ from stages.models.encoder import Encoder, Features
 from stages.models.heads import ProjectionHead
 from stages.pretrain.batch import Batch
 from stages.pretrain.methods.method import Method, Step
-from stages.pretrain.schedules import cosine
 from stages.pretrain.settings.parts import HeadSettings, TeacherSettings
+from stages.training.schedules import cosine
 
 
 class Branch(nn.Module):

@@ -20,7 +20,6 @@ from stages.models.decoders import build_decoder
 from stages.models.encoder import Encoder
 from stages.models.heads import at_least_float32
 from stages.pretrain.batch import Batch
-from stages.pretrain.collectives import all_reduce_max, all_reduce_sum, gather, rank, world_size
 from stages.pretrain.losses.region_pool import coherence, pixel_rows, pool_regions, representatives
 from stages.pretrain.losses.sinkhorn import sinkhorn
 from stages.pretrain.losses.swapped_prediction import pushed, swapped_prediction
@@ -30,6 +29,7 @@ from stages.pretrain.methods.vice_views import view_plan
 from stages.pretrain.settings.vice import ViCESettings
 from stages.pretrain.views.plan import ViewPlan
 from stages.pretrain.views.regions import MASKED
+from stages.training.collectives import all_reduce_max, all_reduce_sum, gather, rank, world_size
 
 
 class DenseNetwork(nn.Module):

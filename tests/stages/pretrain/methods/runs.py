@@ -13,9 +13,9 @@ from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from stages.data.tables import SCHEMAS
 from stages.pretrain.assemble import assemble
-from stages.pretrain.checkpoint import CheckpointFolder, Progress
-from stages.pretrain.loop import train
 from stages.pretrain.stage import PretrainConfig
+from stages.training.checkpoint import CheckpointFolder, Progress
+from stages.training.loop import train
 
 State = dict[str, torch.Tensor]
 

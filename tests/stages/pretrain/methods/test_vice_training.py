@@ -16,10 +16,10 @@ from pipeline.store.store import ArtifactStore
 from stages.data.tables import pack_labels
 from stages.models.encoder import Encoder
 from stages.pretrain.assemble import assemble
-from stages.pretrain.checkpoint import CheckpointFolder
-from stages.pretrain.loop import train
 from stages.pretrain.stage import PretrainConfig
 from stages.regions.segments import grid_labels
+from stages.training.checkpoint import CheckpointFolder
+from stages.training.loop import train
 from tests.conftest import ROOT, encode, smooth_pixels
 from tests.stages.pretrain.conftest import SMALL
 from tests.stages.pretrain.methods.runs import commit, run, run_whole_and_cut

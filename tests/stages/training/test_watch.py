@@ -11,12 +11,12 @@ from torch import Tensor
 
 from pipeline.errors import StageFailed
 from stages.pretrain.batch import Batch
-from stages.pretrain.checkpoint import CheckpointFolder
-from stages.pretrain.loop import BadStep, train
 from stages.pretrain.methods.method import Step
-from stages.pretrain.settings.loop import WatchSettings
-from stages.pretrain.watch import Watch, effective_rank, mean_pairwise_cosine
-from tests.stages.pretrain.test_loop import IMAGES, Toy, make_run
+from stages.training.checkpoint import CheckpointFolder
+from stages.training.loop import BadStep, train
+from stages.training.settings import WatchSettings
+from stages.training.watch import Watch, effective_rank, mean_pairwise_cosine
+from tests.stages.training.test_loop import IMAGES, Toy, make_run
 
 
 def test_effective_rank_counts_directions() -> None:

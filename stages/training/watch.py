@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from stages.models.encoder import Encoder
 from stages.pretrain.batch import Batch
-from stages.pretrain.collectives import all_reduce_mean, gather_objects, world_size
 from stages.pretrain.methods.method import Method
-from stages.pretrain.settings.loop import WatchSettings
+from stages.training.collectives import all_reduce_mean, gather_objects, world_size
+from stages.training.settings import WatchSettings
 
 IMAGES = 64  # of a rank's batch that features are taken from
 PATCHES = 512  # of those images' patches, evenly spaced

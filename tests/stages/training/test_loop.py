@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from pipeline.errors import StageFailed
 from stages.models.encoder import Features
 from stages.pretrain.batch import Batch
-from stages.pretrain.checkpoint import CheckpointFolder, Progress, is_complete
-from stages.pretrain.loop import Run, train, weighted_sum
 from stages.pretrain.methods.method import Method, Step
-from stages.pretrain.optim import build_optimizer, clip_gradients, set_schedule
-from stages.pretrain.settings.loop import LoopSettings, OptimizerSettings
 from stages.pretrain.views.plan import ViewPlan, ViewSpec
+from stages.training.checkpoint import CheckpointFolder, Progress, is_complete
+from stages.training.loop import Run, train, weighted_sum
+from stages.training.optim import build_optimizer, clip_gradients, set_schedule
+from stages.training.settings import LoopSettings, OptimizerSettings
 
 IMAGES = torch.randn(64, 1, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from stages.pretrain.schedules import cosine
-from stages.pretrain.settings.loop import OptimizerSettings
+from stages.training.schedules import cosine
+from stages.training.settings import OptimizerSettings
 
 
 def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:

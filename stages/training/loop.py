@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from pipeline.errors import StageFailed
 from stages.pretrain.batch import Batch
-from stages.pretrain.checkpoint import Progress
-from stages.pretrain.collectives import all_reduce_mean, gather_objects, world_size
 from stages.pretrain.methods.method import Method, Step
-from stages.pretrain.optim import build_optimizer, clip_gradients, set_schedule
-from stages.pretrain.settings.loop import LoopSettings
-from stages.pretrain.watch import Watch
+from stages.training.checkpoint import Progress
+from stages.training.collectives import all_reduce_mean, gather_objects, world_size
+from stages.training.optim import build_optimizer, clip_gradients, set_schedule
+from stages.training.settings import LoopSettings
+from stages.training.watch import Watch
 
 
 class Data(Protocol):
