@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from pipeline.stage import Context, Feed, Input, Outcome, Settings, Stage, StageConfig
 from stages.models.settings import Backbone
-from stages.pretrain.settings.method import MethodSettings, method_settings
+from stages.pretrain.config.method import MethodSettings, method_settings
 from stages.training.settings import LoopSettings
 
 
@@ -75,7 +75,7 @@ class Pretrain(Stage[PretrainConfig]):
                 )
 
     def run(self, context: Context) -> Outcome:
-        from stages.pretrain.launch import pretrain
+        from stages.pretrain.launch.launch import pretrain
 
         return pretrain(self.config, context)
 

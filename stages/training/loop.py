@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import StageFailed
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.method import Method, Step
 from stages.training.checkpoint import Progress
 from stages.training.collectives import all_reduce_mean, gather_objects, world_size

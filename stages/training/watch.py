@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.models.encoder import Encoder
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.method import Method
 from stages.training.collectives import all_reduce_mean, gather_objects, world_size
 from stages.training.settings import WatchSettings

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.store.store import ArtifactStore
 from stages.data.images import decode, decode_reduced, probe
 from stages.data.tables import SCHEMAS, Table
-from stages.pretrain.data import ImageSource, TrainData, _worker_context
+from stages.pretrain.data.loader import ImageSource, TrainData, _worker_context
 from stages.pretrain.views import render_cpu
 from stages.pretrain.views.draw import draw_views, generator, reduction
 from stages.pretrain.views.plan import Photometric, ViewPlan, ViewSpec

@@ -12,7 +12,7 @@ import argparse
 import torch
 
 from stages.models.settings import Backbone
-from stages.pretrain.settings.method import method_settings
+from stages.pretrain.config.method import method_settings
 from tests.benchmarks.results import write_section
 from tests.benchmarks.stepper import Stepper, best_of
 

@@ -8,7 +8,7 @@ import argparse
 from typing import Any
 
 from stages.models.settings import Backbone
-from stages.pretrain.settings.method import method_settings
+from stages.pretrain.config.method import method_settings
 from tests.benchmarks.stepper import Stepper, best_of
 
 LIMITS = {"flsl": 1.25, "cotap": 1.5}

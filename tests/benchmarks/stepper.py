@@ -9,9 +9,9 @@ import torch
 
 from stages.models.encoder import Encoder
 from stages.models.settings import Backbone
-from stages.pretrain.batch import Batch
+from stages.pretrain.config.method import MethodSettings
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.method import Method, Step
-from stages.pretrain.settings.method import MethodSettings
 from stages.pretrain.views.draw import draw_views, generator
 from stages.training.loop import weighted_sum
 from stages.training.optim import build_optimizer

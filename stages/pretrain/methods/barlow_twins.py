@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stages.models.encoder import Encoder
 from stages.models.mlp import mlp
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.two_view import TwoView, exactly
 from stages.pretrain.settings.barlow_twins import BarlowTwinsSettings
 from stages.training.collectives import gather_with_gradient

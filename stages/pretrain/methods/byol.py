@@ -6,7 +6,7 @@ from torch import Tensor
 
 from stages.models.encoder import Encoder
 from stages.models.mlp import mlp
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.two_view import TwoView, byol_loss, exactly
 from stages.pretrain.settings.byol import BYOLSettings
 

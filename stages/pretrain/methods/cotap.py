@@ -17,7 +17,8 @@ from torch import Tensor
 from stages.models.encoder import Encoder, Features
 from stages.models.heads import ProjectionHead, at_least_float32
 from stages.models.object_aware_filter import ObjectAwareFilter
-from stages.pretrain.batch import Batch
+from stages.pretrain.config.parts import HeadSettings, jitter
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.losses.correspondence_bce import correspondence_bce
 from stages.pretrain.losses.cotap_ranking import cotap_ranking_loss
 from stages.pretrain.losses.dino_loss import dino_loss
@@ -28,7 +29,6 @@ from stages.pretrain.methods.overlap import align_patches, assign_patches, mean_
 from stages.pretrain.methods.pairing import partners
 from stages.pretrain.methods.teacher import Branch, SelfDistillation, entropy, make_head, usage
 from stages.pretrain.settings.cotap import CoTAPSettings, FilterSettings
-from stages.pretrain.settings.parts import HeadSettings, jitter
 from stages.pretrain.views.geometry import overlap
 from stages.pretrain.views.plan import ViewPlan, ViewSpec
 from stages.training.collectives import all_reduce_max, all_reduce_sum, gather

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stages.models.encoder import Encoder
 from stages.models.heads import at_least_float32
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.losses.d3ssl_loss import decoupling_loss, depositioning_loss
 from stages.pretrain.losses.roi_align import roi_align_regions
 from stages.pretrain.methods.d3ssl_views import view_plan

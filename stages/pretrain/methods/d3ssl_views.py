@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.pretrain.config.parts import jitter as colours
 from stages.pretrain.settings.d3ssl import D3SSLSettings
-from stages.pretrain.settings.parts import jitter as colours
 from stages.pretrain.views.draw import draw_views
 from stages.pretrain.views.geometry import clip_to_view
 from stages.pretrain.views.plan import Draw, Drawn, ImageRow, ViewPlan, ViewSpec

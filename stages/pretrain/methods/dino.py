@@ -10,13 +10,13 @@ from torch import Tensor
 
 from stages.models.encoder import Encoder, Features
 from stages.models.heads import ProjectionHead
-from stages.pretrain.batch import Batch
+from stages.pretrain.config.parts import jitter
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.losses.dino_loss import centred_softmax, dino_loss, moved_center
 from stages.pretrain.losses.sinkhorn import sinkhorn
 from stages.pretrain.methods.method import Step
 from stages.pretrain.methods.teacher import Branch, SelfDistillation, entropy, make_head, usage
 from stages.pretrain.settings.dino import DinoSettings
-from stages.pretrain.settings.parts import jitter
 from stages.pretrain.views.plan import ViewPlan, ViewSpec
 from stages.training.collectives import all_reduce_max, all_reduce_sum, world_size
 from stages.training.schedules import linear_warmup

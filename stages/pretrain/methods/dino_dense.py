@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stages.models.encoder import Encoder
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.dino import Dino
 from stages.pretrain.methods.overlap import align_patches, assign_patches, views_of
 from stages.pretrain.methods.teacher import make_head

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stages.models.encoder import Encoder
 from stages.models.heads import at_least_float32
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.losses.dsa_arranging import arrange, arranging_loss, constraint_loss, pair_distances, pair_scores
 from stages.pretrain.losses.dsa_scoring import connection_scores, neighbourhood, prior_similarity
 from stages.pretrain.methods.method import Method, Step

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stages.models.encoder import Encoder, Features
 from stages.models.heads import at_least_float32
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.losses.dino_loss import centred_softmax, moved_center
 from stages.pretrain.losses.flsl_loss import inter_view, intra_view, volume
 from stages.pretrain.losses.mean_shift import attend, mean_shift, mixed, sharpened

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stages.models.encoder import Encoder
 from stages.models.heads import at_least_float32
 from stages.models.positions import sincos_table
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.losses.mae import mae_loss, random_masking
 from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.settings.mae import DecoderSettings, MAESettings

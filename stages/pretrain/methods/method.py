@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from stages.models.encoder import Encoder
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.views.plan import ViewPlan
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from stages.models.encoder import Encoder
 from stages.models.mlp import mlp
-from stages.pretrain.batch import Batch
+from stages.pretrain.config.parts import TeacherSettings, jitter
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.losses.moco import in_batch_contrast
 from stages.pretrain.methods.method import Step
 from stages.pretrain.methods.queue import Queue, queue_contrast
 from stages.pretrain.methods.two_view import TwoView, exactly
 from stages.pretrain.settings.moco import MoCoSettings
-from stages.pretrain.settings.parts import TeacherSettings, jitter
 from stages.pretrain.settings.two_view import MLPSettings
 from stages.pretrain.views.plan import Photometric
 from stages.training.collectives import gather

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.losses.dense_alignment import dense_alignment_loss
 from stages.pretrain.losses.roi_align import roi_align
 from stages.pretrain.losses.sinkhorn import sinkhorn

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
 
 
 def partners(batch: Batch, group: int, *, shift: int | None = None, setting: str = "method.ranking.group") -> Tensor:

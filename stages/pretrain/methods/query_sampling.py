@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
 
 
 def window_queries(grid: int, window: int, cell_BQ: Tensor, corner_B: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from stages.models.encoder import Encoder
 from stages.models.mlp import mlp
-from stages.pretrain.batch import Batch
+from stages.pretrain.config.parts import jitter
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.losses.ressl import ressl_loss
 from stages.pretrain.methods.method import Step
 from stages.pretrain.methods.queue import Queue
 from stages.pretrain.methods.two_view import TwoView, exactly
-from stages.pretrain.settings.parts import jitter
 from stages.pretrain.settings.ressl import ReSSLSettings
 from stages.pretrain.views.plan import Photometric
 

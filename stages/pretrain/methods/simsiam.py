@@ -7,9 +7,9 @@ from torch import Tensor
 
 from stages.models.encoder import Encoder
 from stages.models.mlp import mlp
-from stages.pretrain.batch import Batch
+from stages.pretrain.config.parts import jitter
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.two_view import TwoView, exactly
-from stages.pretrain.settings.parts import jitter
 from stages.pretrain.settings.simsiam import SimSiamSettings
 from stages.pretrain.views.plan import Photometric
 

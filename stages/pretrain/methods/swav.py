@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from stages.models.encoder import Encoder
 from stages.models.heads import at_least_float32
 from stages.models.mlp import mlp
-from stages.pretrain.batch import Batch
+from stages.pretrain.config.parts import jitter
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.methods.queue import Queue
 from stages.pretrain.methods.teacher import usage
-from stages.pretrain.settings.parts import jitter
 from stages.pretrain.settings.swav import SwAVSettings
 from stages.pretrain.views.plan import ViewPlan, ViewSpec
 from stages.training.collectives import rank, world_size

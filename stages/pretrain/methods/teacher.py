@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from stages.models.encoder import Encoder, Features
 from stages.models.heads import ProjectionHead
-from stages.pretrain.batch import Batch
+from stages.pretrain.config.parts import HeadSettings, TeacherSettings
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.method import Method, Step
-from stages.pretrain.settings.parts import HeadSettings, TeacherSettings
 from stages.training.schedules import cosine
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from stages.models.encoder import Encoder
 from stages.models.heads import at_least_float32
-from stages.pretrain.batch import Batch
+from stages.pretrain.config.parts import TeacherSettings, jitter
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.methods.teacher import move_teacher
-from stages.pretrain.settings.parts import TeacherSettings, jitter
 from stages.pretrain.settings.two_view import TwoViewSettings
 from stages.pretrain.views.plan import Photometric, ViewPlan, ViewSpec
 from stages.training.schedules import cosine

@@ -19,7 +19,7 @@ from pipeline.errors import UsageError
 from stages.models.decoders import build_decoder
 from stages.models.encoder import Encoder
 from stages.models.heads import at_least_float32
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.losses.region_pool import coherence, pixel_rows, pool_regions, representatives
 from stages.pretrain.losses.sinkhorn import sinkhorn
 from stages.pretrain.losses.swapped_prediction import pushed, swapped_prediction

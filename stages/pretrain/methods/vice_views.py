@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.pretrain.settings.parts import jitter
+from stages.pretrain.config.parts import jitter
 from stages.pretrain.settings.vice import ViCESettings
 from stages.pretrain.views import regions
 from stages.pretrain.views.draw import draw_colour

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from stages.models.encoder import Encoder
 from stages.models.heads import at_least_float32
 from stages.models.mlp import mlp
-from stages.pretrain.batch import Batch
+from stages.pretrain.config.parts import jitter
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.losses.vicregl import View, global_parts, local_parts
 from stages.pretrain.methods.method import Method, Step
-from stages.pretrain.settings.parts import jitter
 from stages.pretrain.settings.vicregl import VICRegLSettings
 from stages.pretrain.views.plan import ViewPlan, ViewSpec
 from stages.training.collectives import gather_with_gradient

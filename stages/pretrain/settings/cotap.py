@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
+from stages.pretrain.config.method import MethodSettings
+from stages.pretrain.config.parts import Crops, HeadSettings, TeacherSettings
 from stages.pretrain.settings.dino_dense import DenseSettings
-from stages.pretrain.settings.method import MethodSettings
-from stages.pretrain.settings.parts import Crops, HeadSettings, TeacherSettings
 
 if TYPE_CHECKING:
     from stages.models.encoder import Encoder

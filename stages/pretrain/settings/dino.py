@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from stages.pretrain.settings.method import MethodSettings
-from stages.pretrain.settings.parts import Crops, HeadSettings, TeacherSettings, TeacherTemperature
+from stages.pretrain.config.method import MethodSettings
+from stages.pretrain.config.parts import Crops, HeadSettings, TeacherSettings, TeacherTemperature
 
 if TYPE_CHECKING:
     from stages.models.encoder import Encoder

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from pipeline.stage import Settings
+from stages.pretrain.config.parts import Crops, HeadSettings
 from stages.pretrain.settings.dino import DinoSettings
-from stages.pretrain.settings.parts import Crops, HeadSettings
 
 if TYPE_CHECKING:
     from stages.models.encoder import Encoder

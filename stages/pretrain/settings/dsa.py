@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, mo
 
 from pipeline.stage import Input
 from stages.models.settings import Backbone
-from stages.pretrain.settings.method import MethodSettings, method_settings
+from stages.pretrain.config.method import MethodSettings, method_settings
 
 if TYPE_CHECKING:
     from stages.models.encoder import Encoder

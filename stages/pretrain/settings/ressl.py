@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from stages.pretrain.settings.parts import TeacherSettings
+from stages.pretrain.config.parts import TeacherSettings
 from stages.pretrain.settings.two_view import MLPSettings, TwoViewSettings, at_least_two
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from stages.pretrain.settings.method import MethodSettings
-from stages.pretrain.settings.parts import Crops
+from stages.pretrain.config.method import MethodSettings
+from stages.pretrain.config.parts import Crops
 from stages.pretrain.settings.two_view import MLPSettings, at_least_two
 
 if TYPE_CHECKING:

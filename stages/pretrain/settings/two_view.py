@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from pipeline.stage import Settings
-from stages.pretrain.settings.method import MethodSettings
+from stages.pretrain.config.method import MethodSettings
 
 
 class MLPSettings(Settings):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.data.pictures import draw_boxes, grid
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.views.geometry import flipped, overlap
 from stages.pretrain.views.plan import ViewPlan
 

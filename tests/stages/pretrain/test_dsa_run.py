@@ -11,7 +11,7 @@ from pipeline.stage import Context, edges
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from stages.data.tables import SCHEMAS
-from stages.pretrain.assemble import assemble
+from stages.pretrain.launch.assemble import assemble
 from stages.pretrain.stage import Pretrain, PretrainConfig
 from tests.stages.pretrain.conftest import SMALL
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import StageFailed
 from stages.models.encoder import Features
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.views.plan import ViewPlan, ViewSpec
 from stages.training.checkpoint import CheckpointFolder, Progress, is_complete

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import StageFailed
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.method import Step
 from stages.training.checkpoint import CheckpointFolder
 from stages.training.loop import BadStep, train

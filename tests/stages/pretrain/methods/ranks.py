@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from stages.models.sync_batch_norm import convert
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.method import Method, Step
 
 Results = dict[str, Any]

@@ -12,7 +12,7 @@ import torch
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from stages.data.tables import SCHEMAS
-from stages.pretrain.assemble import assemble
+from stages.pretrain.launch.assemble import assemble
 from stages.pretrain.stage import PretrainConfig
 from stages.training.checkpoint import CheckpointFolder, Progress
 from stages.training.loop import train

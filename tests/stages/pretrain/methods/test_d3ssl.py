@@ -16,8 +16,8 @@ from pydantic import ValidationError
 
 from pipeline.store.store import ArtifactStore
 from stages.data.tables import SCHEMAS, Table
-from stages.pretrain.batch import Batch
-from stages.pretrain.data import ImageSource, TrainData
+from stages.pretrain.data.batch import Batch
+from stages.pretrain.data.loader import ImageSource, TrainData
 from stages.pretrain.methods.d3ssl import D3SSL
 from stages.pretrain.methods.method import Step
 from stages.pretrain.settings.d3ssl import D3SSLSettings

@@ -12,7 +12,7 @@ from pipeline.config.load import load_pipeline
 from pipeline.errors import UsageError
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
-from stages.pretrain.assemble import assemble
+from stages.pretrain.launch.assemble import assemble
 from stages.pretrain.stage import PretrainConfig
 from tests.conftest import ROOT, encode, smooth_pixels
 from tests.stages.pretrain.conftest import SMALL

@@ -18,13 +18,13 @@ from pipeline.stage import edges
 from pipeline.store.artifact import Artifact
 from stages.models.encoder import Encoder
 from stages.models.settings import Backbone
-from stages.pretrain.assemble import assemble
-from stages.pretrain.batch import Batch
+from stages.pretrain.config.method import method_settings
+from stages.pretrain.data.batch import Batch
+from stages.pretrain.launch.assemble import assemble
 from stages.pretrain.methods.flsl import FLSL, HEAD
 from stages.pretrain.methods.method import Step
 from stages.pretrain.methods.query_sampling import sample_queries
 from stages.pretrain.settings.flsl import FLSLSettings
-from stages.pretrain.settings.method import method_settings
 from stages.pretrain.stage import PretrainConfig
 from stages.pretrain.views.draw import draw_views, generator, shown
 from tests.stages.pretrain.conftest import SMALL, RunStage

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from stages.models.encoder import Encoder
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.methods.overlap import resample, views_of
 from stages.pretrain.settings.cotap import CoTAPSettings

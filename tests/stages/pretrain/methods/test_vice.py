@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from pipeline.errors import UsageError
 from stages.models.object_aware_filter import ObjectAwareFilter
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.method import Step
 from stages.pretrain.methods.vice import ViCE, region_index
 from stages.pretrain.methods.vice_views import view_plan

@@ -15,7 +15,7 @@ from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from stages.data.tables import pack_labels
 from stages.models.encoder import Encoder
-from stages.pretrain.assemble import assemble
+from stages.pretrain.launch.assemble import assemble
 from stages.pretrain.stage import PretrainConfig
 from stages.regions.segments import grid_labels
 from stages.training.checkpoint import CheckpointFolder

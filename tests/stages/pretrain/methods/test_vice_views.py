@@ -15,7 +15,7 @@ from PIL import Image
 from pipeline.errors import SourceError
 from pipeline.store.store import ArtifactStore
 from stages.data.tables import SCHEMAS, Table, pack_labels
-from stages.pretrain.data import ImageSource, TrainData
+from stages.pretrain.data.loader import ImageSource, TrainData
 from stages.pretrain.methods.vice_views import NO_MUTUAL_REGION, view_plan
 from stages.pretrain.views.draw import generator
 from stages.pretrain.views.geometry import apply, rectangle

@@ -6,7 +6,7 @@ import torch
 
 from stages.models.encoder import Encoder
 from stages.models.settings import Backbone
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
 
 HEAD = {"prototypes": 12, "hidden": 24, "bottleneck": 16}
 CROPS = {

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from stages.data.images import decode
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
 from stages.pretrain.views.geometry import crop_affine
 from stages.pretrain.views.plan import ViewPlan, ViewSpec
 from stages.pretrain.views.preview import view_sheet

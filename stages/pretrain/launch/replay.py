@@ -24,7 +24,7 @@ import torch.distributed as dist
 from pipeline.errors import ArtifactMissing, UsageError
 from pipeline.store.artifact import Artifact, load
 from pipeline.store.objects import Objects
-from stages.pretrain.assemble import assemble
+from stages.pretrain.launch.assemble import assemble
 from stages.pretrain.methods.method import Step
 from stages.pretrain.stage import PretrainConfig
 from stages.training.collectives import gather, rank, world_size

@@ -19,9 +19,9 @@ from torch import nn
 
 from pipeline.errors import ClusterError, StageFailed, TesseraError
 from pipeline.stage import Context, Outcome
-from stages.pretrain.assemble import assemble
-from stages.pretrain.preview import curves_table, preview_png, views_png
-from stages.pretrain.replay import leaver
+from stages.pretrain.launch.assemble import assemble
+from stages.pretrain.launch.preview import curves_table, preview_png, views_png
+from stages.pretrain.launch.replay import leaver
 from stages.pretrain.stage import PretrainConfig
 from stages.training.checkpoint import CheckpointFolder, Progress, is_complete, read_checkpoint, write_checkpoint
 from stages.training.loop import Run, train

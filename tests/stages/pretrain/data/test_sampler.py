@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UsageError
-from stages.pretrain.sampler import Sampler
+from stages.pretrain.data.sampler import Sampler
 
 
 def test_an_epoch_is_a_permutation() -> None:

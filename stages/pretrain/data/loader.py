@@ -19,10 +19,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.errors import ClusterError, SourceError, TesseraError, UsageError
-from stages.pretrain.batch import Batch
-from stages.pretrain.collate import Part, assemble_batch, collate
-from stages.pretrain.sampler import Sampler
-from stages.pretrain.samples import ImageSource, Reader
+from stages.pretrain.data.batch import Batch
+from stages.pretrain.data.collate import Part, assemble_batch, collate
+from stages.pretrain.data.sampler import Sampler
+from stages.pretrain.data.samples import ImageSource, Reader
 from stages.pretrain.views.plan import ViewPlan
 
 __all__ = ["ImageSource", "TrainData"]
@@ -172,7 +172,7 @@ def _worker_context() -> Any:
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stages.pretrain.data"])
+    context.set_forkserver_preload(["stages.pretrain.data.loader"])
     return context
 
 

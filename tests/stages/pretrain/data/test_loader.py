@@ -16,8 +16,8 @@ import torch
 from pipeline.errors import ClusterError, SourceError, UsageError
 from pipeline.store.store import ArtifactStore
 from stages.data.tables import SCHEMAS, Table, pack_labels
-from stages.pretrain.batch import Batch
-from stages.pretrain.data import ImageSource, TrainData
+from stages.pretrain.data.batch import Batch
+from stages.pretrain.data.loader import ImageSource, TrainData
 from stages.pretrain.views.draw import draw_views
 from stages.pretrain.views.plan import Drawn, ImageRow, Photometric, ViewPlan, ViewSpec
 from tests.conftest import encode, smooth_pixels

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.pretrain.batch import Batch
-from stages.pretrain.samples import Sample, Skip
+from stages.pretrain.data.batch import Batch
+from stages.pretrain.data.samples import Sample, Skip
 from stages.pretrain.views import render_gpu
 from stages.pretrain.views.plan import Draw
 

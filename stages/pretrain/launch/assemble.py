@@ -12,7 +12,7 @@ from pipeline.store.artifact import Artifact
 from stages.data.tables import Table
 from stages.models.encoder import Encoder
 from stages.models.sync_batch_norm import convert
-from stages.pretrain.data import ImageSource, TrainData
+from stages.pretrain.data.loader import ImageSource, TrainData
 from stages.pretrain.stage import PretrainConfig
 from stages.training.loop import Run
 

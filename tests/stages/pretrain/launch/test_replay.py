@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ArtifactMissing, StageFailed
-from stages.pretrain import replay
-from stages.pretrain.batch import Batch
+from stages.pretrain.data.batch import Batch
+from stages.pretrain.launch import replay
 from stages.pretrain.methods.dino import Dino
 from tests.stages.pretrain.conftest import RunStage
 
@@ -52,7 +52,7 @@ def test_the_command_prints_the_terms(run_stage: RunStage) -> None:
     watch = {"min_rank": 1000.0, "grace": 0, "patience": 1}
     with pytest.raises(StageFailed) as stopped:
         run_stage("c" * 24, {"steps": 3, "watch": watch, **ALONE})
-    command = [sys.executable, "-m", "stages.pretrain.replay", file_in(str(stopped.value))]
+    command = [sys.executable, "-m", "stages.pretrain.launch.replay", file_in(str(stopped.value))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])
     assert done.returncode == 0, done.stderr
     assert "rank_image" in done.stdout.splitlines()[0]
