@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stages.pretrain.losses.cotap_ranking import cotap_ranking_loss
+from stages.pretrain.methods.cotap.losses.cotap_ranking import cotap_ranking_loss
 from tests.benchmarks.results import write_section
 from tests.golden.cotap_reference import RowChunked
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from stages.pretrain.losses.region_pool import pool_regions
 from stages.pretrain.losses.sinkhorn import sinkhorn
-from stages.pretrain.losses.swapped_prediction import swapped_prediction
-from stages.pretrain.methods.vice import region_index
+from stages.pretrain.methods.vice.losses.region_pool import pool_regions
+from stages.pretrain.methods.vice.losses.swapped_prediction import swapped_prediction
+from stages.pretrain.methods.vice.method import region_index
 from tests.benchmarks.results import write_section
 
 VIEWS, IMAGES, SIDE, WIDTH, PROTOTYPES, CELLS = 4, 4, 256, 128, 128, 13  # 13 x 13 = 169 regions

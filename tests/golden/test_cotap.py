@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.pretrain.losses.cotap_ranking import cotap_ranking_loss, dominated_sums
+from stages.pretrain.methods.cotap.losses.cotap_ranking import cotap_ranking_loss, dominated_sums
 from tests.golden import cotap_reference as reference
 from tests.golden.golden import assert_close, tensors
 

@@ -11,9 +11,9 @@ import torch.nn.functional as functional
 from numpy.typing import NDArray
 
 from stages.evaluate.coupling import coupling_rate, mean_cosine_similarity
-from stages.pretrain.losses.d3ssl_loss import decoupling_loss, depositioning_loss
-from stages.pretrain.methods.region_masks import compose, kept, union
-from stages.pretrain.views.proposals import proposal_cutout
+from stages.pretrain.methods.d3ssl.losses.d3ssl_loss import decoupling_loss, depositioning_loss
+from stages.pretrain.methods.d3ssl.proposals import proposal_cutout
+from stages.pretrain.methods.d3ssl.region_masks import compose, kept, union
 from tests.golden.golden import assert_close, load, tensors
 
 

@@ -7,8 +7,14 @@ import torch
 import torch.nn.functional as functional
 
 from stages.evaluate.class_separation import class_separation
-from stages.pretrain.losses.dsa_arranging import arrange, arranging_loss, constraint_loss, pair_distances, pair_scores
-from stages.pretrain.losses.dsa_scoring import connection_scores, neighbourhood, prior_similarity
+from stages.pretrain.methods.dsa.losses.dsa_arranging import (
+    arrange,
+    arranging_loss,
+    constraint_loss,
+    pair_distances,
+    pair_scores,
+)
+from stages.pretrain.methods.dsa.losses.dsa_scoring import connection_scores, neighbourhood, prior_similarity
 from tests.golden.golden import assert_close, load, tensors
 
 FILES = ["dsa_small", "dsa_unnormalised", "dsa_defaults_eta20"]

@@ -10,9 +10,9 @@ from torch import Tensor
 from stages.evaluate.bbox_knn_votes import best_places, object_patches
 from stages.evaluate.weighted_knn import accuracy
 from stages.models.heads import ProjectionHead
-from stages.pretrain.losses.flsl_loss import inter_view, intra_view, volume
-from stages.pretrain.losses.mean_shift import attend, mean_shift, mixed, sharpened
-from stages.pretrain.methods.query_sampling import window_queries
+from stages.pretrain.methods.flsl.losses.flsl_loss import inter_view, intra_view, volume
+from stages.pretrain.methods.flsl.losses.mean_shift import attend, mean_shift, mixed, sharpened
+from stages.pretrain.methods.flsl.query_sampling import window_queries
 from stages.training.schedules import linear_warmup
 from tests.golden.golden import assert_close, load, tensors
 

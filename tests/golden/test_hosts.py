@@ -8,12 +8,12 @@ import torch.nn.functional as functional
 from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, NTXentLoss, SwaVLoss, VICRegLLoss, VICRegLoss
 from torch import Tensor
 
-from stages.pretrain.losses.mae import mae_loss, patchify, random_masking
-from stages.pretrain.losses.moco import in_batch_contrast
-from stages.pretrain.losses.ressl import ressl_loss
-from stages.pretrain.losses.vicregl import View, global_parts, local_parts
-from stages.pretrain.methods.queue import Queue, queue_contrast
-from stages.pretrain.methods.two_view import byol_loss
+from stages.pretrain.methods.hosts.losses.mae import mae_loss, patchify, random_masking
+from stages.pretrain.methods.hosts.losses.moco import in_batch_contrast
+from stages.pretrain.methods.hosts.losses.ressl import ressl_loss
+from stages.pretrain.methods.hosts.losses.vicregl import View, global_parts, local_parts
+from stages.pretrain.methods.hosts.two_view import byol_loss
+from stages.pretrain.methods.shared.queue import Queue, queue_contrast
 from tests.golden.golden import assert_close, tensors
 
 

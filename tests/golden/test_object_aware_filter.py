@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stages.models.object_aware_filter import ObjectAwareFilter
-from stages.pretrain.losses.prototype_entropy import prototype_entropy
+from stages.pretrain.methods.cotap.losses.prototype_entropy import prototype_entropy
 from tests.golden.golden import assert_close, tensors
 
 FILES = ["oaf_single_head", "oaf_multi_head"]

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
-from stages.pretrain.losses.region_pool import coherence, pool_regions, region_means, representatives
 from stages.pretrain.losses.sinkhorn import sinkhorn
-from stages.pretrain.losses.swapped_prediction import pushed, swapped_prediction
-from stages.pretrain.views.regions import clip_centre, common_rectangle, mutual, mutual_regions, square
+from stages.pretrain.methods.vice.losses.region_pool import coherence, pool_regions, region_means, representatives
+from stages.pretrain.methods.vice.losses.swapped_prediction import pushed, swapped_prediction
+from stages.pretrain.methods.vice.regions import clip_centre, common_rectangle, mutual, mutual_regions, square
 from tests.golden.golden import assert_close, load, tensors
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.errors import ArtifactMissing, StageFailed
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.launch import replay
-from stages.pretrain.methods.dino import Dino
+from stages.pretrain.methods.dino.method import Dino
 from tests.stages.pretrain.conftest import RunStage
 
 ALONE = {"resources": {"workers": 0}}

@@ -18,9 +18,9 @@ from pipeline.store.store import ArtifactStore
 from stages.data.tables import SCHEMAS, Table
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.data.loader import ImageSource, TrainData
-from stages.pretrain.methods.d3ssl import D3SSL
+from stages.pretrain.methods.d3ssl.method import D3SSL
+from stages.pretrain.methods.d3ssl.settings import D3SSLSettings
 from stages.pretrain.methods.method import Step
-from stages.pretrain.settings.d3ssl import D3SSLSettings
 from stages.pretrain.views.draw import generator
 from stages.pretrain.views.plan import Draw, ImageRow
 from tests.conftest import encode, smooth_pixels

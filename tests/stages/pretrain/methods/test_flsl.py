@@ -21,10 +21,10 @@ from stages.models.settings import Backbone
 from stages.pretrain.config.method import method_settings
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.launch.assemble import assemble
-from stages.pretrain.methods.flsl import FLSL, HEAD
+from stages.pretrain.methods.flsl.method import FLSL, HEAD
+from stages.pretrain.methods.flsl.query_sampling import sample_queries
+from stages.pretrain.methods.flsl.settings import FLSLSettings
 from stages.pretrain.methods.method import Step
-from stages.pretrain.methods.query_sampling import sample_queries
-from stages.pretrain.settings.flsl import FLSLSettings
 from stages.pretrain.stage import PretrainConfig
 from stages.pretrain.views.draw import draw_views, generator, shown
 from tests.stages.pretrain.conftest import SMALL, RunStage

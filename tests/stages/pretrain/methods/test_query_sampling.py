@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from stages.pretrain.data.batch import Batch
-from stages.pretrain.methods.query_sampling import sample_queries
+from stages.pretrain.methods.flsl.query_sampling import sample_queries
 from tests.stages.pretrain.methods.tiny import share
 
 

@@ -13,11 +13,11 @@ from pydantic import ValidationError
 
 from stages.models.encoder import Encoder
 from stages.pretrain.data.batch import Batch
+from stages.pretrain.methods.cotap.settings import CoTAPSettings
+from stages.pretrain.methods.dino.settings import DinoSettings
+from stages.pretrain.methods.dino_dense.settings import DinoDenseSettings
 from stages.pretrain.methods.method import Method, Step
-from stages.pretrain.methods.overlap import resample, views_of
-from stages.pretrain.settings.cotap import CoTAPSettings
-from stages.pretrain.settings.dino import DinoSettings
-from stages.pretrain.settings.dino_dense import DinoDenseSettings
+from stages.pretrain.methods.shared.overlap import resample, views_of
 from stages.pretrain.views.geometry import overlap
 from tests.stages.pretrain.methods.ranks import Results, assert_alike, on_one_and_two, steps_of
 from tests.stages.pretrain.methods.tiny import CROPS, HEAD, fake_batch, share, tiny_encoder

@@ -15,12 +15,12 @@ from pipeline.errors import UsageError
 from stages.models.object_aware_filter import ObjectAwareFilter
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.method import Step
-from stages.pretrain.methods.vice import ViCE, region_index
-from stages.pretrain.methods.vice_views import view_plan
-from stages.pretrain.settings.vice import ViCESettings
+from stages.pretrain.methods.vice.method import ViCE, region_index
+from stages.pretrain.methods.vice.regions import MASKED
+from stages.pretrain.methods.vice.settings import ViCESettings
+from stages.pretrain.methods.vice.views import view_plan
 from stages.pretrain.views.draw import generator
 from stages.pretrain.views.plan import Drawn, ImageRow
-from stages.pretrain.views.regions import MASKED
 from stages.regions.segments import grid_labels
 from tests.conftest import smooth_pixels
 from tests.stages.pretrain.methods.ranks import Results, on_one_and_two, steps_of

@@ -16,11 +16,11 @@ from pipeline.errors import SourceError
 from pipeline.store.store import ArtifactStore
 from stages.data.tables import SCHEMAS, Table, pack_labels
 from stages.pretrain.data.loader import ImageSource, TrainData
-from stages.pretrain.methods.vice_views import NO_MUTUAL_REGION, view_plan
+from stages.pretrain.methods.vice.regions import MASKED
+from stages.pretrain.methods.vice.views import NO_MUTUAL_REGION, view_plan
 from stages.pretrain.views.draw import generator
 from stages.pretrain.views.geometry import apply, rectangle
 from stages.pretrain.views.plan import ImageRow
-from stages.pretrain.views.regions import MASKED
 from stages.regions.segments import grid_labels
 from tests.conftest import encode, smooth_pixels
 from tests.stages.pretrain.methods.test_vice import build, drawn, image_row, settings

@@ -1,0 +1,255 @@
+"""CoTAP: semantic concentration for dense representations (methods.md 1; all equation numbers are the paper's).
+
+Terms: align_patch (Eq. 4, 5), align_image, sc_patch (Eq. 2, 12), sc_image, proto (Eq. 15, 16). Terms whose weight is
+0 are not computed, and heads that no term needs are not made.
+
+Shape legend: V crops (G global first), B images of this rank, D width, K prototypes, N patches of a view, S grid side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from stages.models.encoder import Encoder, Features
+from stages.models.heads import ProjectionHead, at_least_float32
+from stages.models.object_aware_filter import ObjectAwareFilter
+from stages.pretrain.config.parts import HeadSettings, jitter
+from stages.pretrain.data.batch import Batch
+from stages.pretrain.losses.dino_loss import dino_loss
+from stages.pretrain.losses.sinkhorn import sinkhorn
+from stages.pretrain.losses.soft_cross_entropy import soft_cross_entropy
+from stages.pretrain.methods.cotap.losses.correspondence_bce import correspondence_bce
+from stages.pretrain.methods.cotap.losses.cotap_ranking import cotap_ranking_loss
+from stages.pretrain.methods.cotap.losses.prototype_entropy import prototype_entropy
+from stages.pretrain.methods.cotap.settings import CoTAPSettings, FilterSettings
+from stages.pretrain.methods.shared.overlap import align_patches, assign_patches, mean_of, resample, views_of
+from stages.pretrain.methods.shared.pairing import partners
+from stages.pretrain.methods.shared.teacher import Branch, SelfDistillation, entropy, make_head, usage
+from stages.pretrain.views.geometry import overlap
+from stages.pretrain.views.plan import ViewPlan, ViewSpec
+from stages.training.collectives import all_reduce_max, all_reduce_sum, gather
+
+
+class CoTAP(SelfDistillation):
+    """Student and teacher with an object-aware filter; image-level terms on object-centric images only."""
+
+    def __init__(self, settings: CoTAPSettings, encoder: Encoder, *, global_batch: int) -> None:
+        add_filter(encoder, settings.filter)
+        uses = settings.uses
+        heads: dict[str, ProjectionHead] = {}
+        if uses("align_image") or uses("sc_image"):
+            heads["image"] = self._make_head(encoder.vector_width, settings.image_head, settings)
+        if uses("align_patch") or (uses("sc_patch") and settings.ranking.feature == "head"):
+            # Without align_patch nothing is scored: the head is an embedding alone.
+            scored = settings if uses("align_patch") else None
+            heads["dense"] = self._make_head(encoder.width, settings.dense_head, scored)
+        super().__init__(Branch(encoder, heads), settings.teacher)
+        self.settings = settings
+        self.group = settings.ranking.group_size(global_batch) if uses("sc_patch") else 0
+        self.roles: tuple[str, ...] | None = None
+        self._watched: dict[str, Tensor] = {}
+
+    @staticmethod
+    def _make_head(width: int, head: HeadSettings, settings: CoTAPSettings | None) -> ProjectionHead:
+        embeddings_only = settings is None or settings.literal_feature_softmax
+        return make_head(width, head, prototypes=0 if embeddings_only else None)
+
+    def use_sources(self, roles: Sequence[str]) -> None:
+        self.roles = tuple(roles)
+
+    def view_plan(self) -> ViewPlan:
+        settings = self.settings
+        colour = jitter((0.8, 0.8, 0.8, 0.2), blur_p=0.5)
+        globals_, locals_ = settings.global_crops, settings.local_crops
+
+        def spec(name: str, size: int, count: int, scale: tuple[float, float], min_overlap: float) -> ViewSpec:
+            return ViewSpec(
+                name,
+                size,
+                count,
+                scale,
+                flip_p=settings.flip,
+                photometric=colour,
+                min_overlap=min_overlap,
+                overlap_with="global",
+            )
+
+        views = [spec("global", globals_.size, globals_.count, globals_.scale, 0.02)]
+        if locals_.count and (settings.uses("align_patch") or settings.uses("align_image")):
+            views.append(spec("local", locals_.size, locals_.count, locals_.scale, 0.01))
+        if settings.uses("sc_image"):
+            views.append(
+                ViewSpec(
+                    "neighbor",
+                    globals_.size,
+                    1,
+                    globals_.scale,
+                    flip_p=settings.flip,
+                    photometric=colour,
+                    of="neighbor",
+                )
+            )
+        return ViewPlan(tuple(views), tables=("neighbors",) if settings.uses("sc_image") else ())
+
+    # -- terms -----------------------------------------------------------------------------------------------
+
+    def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        uses, globals_ = self.settings.uses, self.settings.global_crops.count
+        student = self.student_features(batch)
+        teacher = self.teacher_features(batch, *(["neighbor"] if uses("sc_image") else []))
+        teacher, neighbor = teacher[:globals_], teacher[globals_:]
+        objects_B = self._object_centric(batch)
+        terms: dict[str, Tensor] = {}
+        # The dense head runs once on every map; both patch terms read its embeddings.
+        embedded = self._dense_embeddings(student, teacher)
+        if uses("align_patch"):
+            terms["align_patch"] = self._align_patch(batch, *embedded)
+        if uses("align_image"):
+            terms["align_image"] = self._align_image(student, teacher, objects_B)
+        if uses("sc_patch"):
+            maps = embedded if self.settings.ranking.feature == "head" else _unit_maps(student, teacher)
+            terms["sc_patch"] = self._sc_patch(batch, *maps)
+        if uses("sc_image"):
+            terms["sc_image"] = self._sc_image(batch, student[0], neighbor[0], objects_B)
+        if uses("proto"):
+            terms["proto"] = self._proto(teacher[0], objects_B)
+        return terms
+
+    def _align_patch(self, batch: Batch, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+        """L_align: the teacher's assignments of patches, where crops overlap (both directions of Eq. 4 and 5)."""
+        dense = self.settings.dense
+        with torch.no_grad():
+            targets = [assign_patches(self.teacher.score_map("dense", map_BDhw), dense) for map_BDhw in teacher]
+        scores = [self.student.score_map("dense", map_BDhw) for map_BDhw in student]
+        return align_patches(scores, targets, views_of(batch), dense, may_flip=self.settings.flip > 0)
+
+    def _align_image(self, student: list[Features], teacher: list[Features], objects_B: Tensor) -> Tensor:
+        """Lbar_align: image-level alignment of all ordered crop pairs."""
+        with torch.no_grad():
+            teacher_GBK = self.teacher.head("image")(torch.stack([crop.vector for crop in teacher]))
+            targets_GBK = torch.stack([self._assign_images(scores_BK, objects_B) for scores_BK in teacher_GBK])
+            self._watched.update(teacher_entropy=entropy(targets_GBK), prototype_usage=usage(targets_GBK))
+        student_VBK = self.student.head("image")(torch.stack([crop.vector for crop in student]))
+        return mean_of(dino_loss(student_VBK, targets_GBK, temperature=self.settings.dense.temperature), objects_B)
+
+    def _sc_patch(self, batch: Batch, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+        """L_sc: correspondences of an image pair, ranked as the teacher ranks them (Eq. 2 and 12)."""
+        ranking = self.settings.ranking
+        partner_B = partners(batch, self.group)
+        valid_B = torch.ones(len(batch), dtype=torch.bool, device=partner_B.device)
+        online, target = student[0], teacher[0]
+        if ranking.pairs == "cross_view":
+            first, second = views_of(batch)[:2]
+            box_a, box_b, valid_B = overlap(first.affine, second.affine, first.size, second.size)
+            grid, may_flip = self.settings.dense.grid, self.settings.flip > 0
+            online = resample(online, box_a, first, grid, may_flip=may_flip)
+            target = resample(teacher[1], box_b, second, grid, may_flip=may_flip)
+            valid_B = valid_B & valid_B[partner_B]
+        p_BN = self._similarities(online, partner_B)
+        with torch.no_grad():
+            q_BN = self._similarities(target, partner_B)
+        if ranking.loss == "bce":
+            if ranking.similarity_range == "cosine":
+                p_BN, q_BN = 0.5 * p_BN + 0.5, 0.5 * q_BN + 0.5  # a probability, whatever the ranking would use
+            return mean_of(correspondence_bce(p_BN, q_BN), valid_B)
+        return mean_of(cotap_ranking_loss(p_BN, q_BN, tau1=ranking.tau1, tau2=ranking.tau2), valid_B)
+
+    def _similarities(self, map_BDhw: Tensor, partner_B: Tensor) -> Tensor:
+        """S(u, v) of Eq. 2, flattened: every patch of an image with every patch of its partner, (B, N*N)."""
+        # RoIAlign averages unit vectors: back to length 1, so that similarities keep their range.
+        unit_BDN = functional.normalize(at_least_float32(map_BDhw.flatten(2)), dim=1)
+        with torch.autocast(unit_BDN.device.type, enabled=False):
+            cosine_BN = torch.bmm(unit_BDN.transpose(1, 2), unit_BDN[partner_B]).flatten(1)
+        return 0.5 * cosine_BN + 0.5 if self.settings.ranking.similarity_range == "unit" else cosine_BN
+
+    def _sc_image(self, batch: Batch, student: Features, neighbor: Features, objects_B: Tensor) -> Tensor:
+        """Lbar_sc: the online view 1 of an image predicts the assignment of its neighbour."""
+        if batch.neighbor_ids is not None:
+            objects_B = objects_B & (batch.neighbor_ids >= 0)
+        with torch.no_grad():
+            targets_BK = self._assign_images(self.teacher.head("image")(neighbor.vector), objects_B)
+        scores_BK = self.student.head("image")(student.vector)
+        loss_B = soft_cross_entropy(scores_BK, targets_BK, temperature=self.settings.dense.temperature)
+        return mean_of(loss_B, objects_B)
+
+    def _proto(self, teacher: Features, objects_B: Tensor) -> Tensor:
+        """L_proto on the teacher's unfiltered map of view 1, images of all ranks; the gradient goes to U."""
+        assert self.settings.filter is not None
+        student_filter: ObjectAwareFilter = self.student.encoder.filter
+        unfiltered_BChw = teacher.map[:, : self.student.encoder.backbone_width]
+        images_NF = gather(student_filter.pooled(at_least_float32(unfiltered_BChw))[objects_B])
+        prototypes_MF = student_filter.prototypes.flatten(1)
+        return prototype_entropy(prototypes_MF, images_NF, temperature=self.settings.filter.temperature)
+
+    # -- pieces ----------------------------------------------------------------------------------------------
+
+    def _dense_embeddings(self, student: list[Features], teacher: list[Features]) -> tuple[list[Tensor], list[Tensor]]:
+        """The dense head's unit embeddings of the crops that the terms ask for, (B, d, h, w) each."""
+        if "dense" not in self.student.heads:
+            return [], []
+        crops = student if self.settings.uses("align_patch") else student[:1]
+        with torch.no_grad():
+            targets = [self.teacher.embed_map("dense", crop.map) for crop in teacher]
+        return [self.student.embed_map("dense", crop.map) for crop in crops], targets
+
+    def _assign_images(self, scores_BK: Tensor, chosen_B: Tensor) -> Tensor:
+        """Sinkhorn over the chosen images of all ranks; the other rows are 0."""
+        dense = self.settings.dense
+        assigned_BK = sinkhorn(
+            scores_BK[chosen_B],
+            epsilon=dense.epsilon,
+            iterations=dense.iterations,
+            all_reduce=all_reduce_sum,
+            all_reduce_max=all_reduce_max,
+        )
+        return scores_BK.new_zeros(scores_BK.shape, dtype=assigned_BK.dtype).index_put((chosen_B,), assigned_BK)
+
+    def _object_centric(self, batch: Batch) -> Tensor:
+        """(B,) bool: which images the image-level terms see. Without roles, all of them."""
+        if self.roles is None:
+            return torch.ones_like(batch.source, dtype=torch.bool)
+        is_object = torch.tensor([role == "objects" for role in self.roles], device=batch.source.device)
+        return is_object[batch.source]
+
+    def diagnostics(self) -> dict[str, float]:
+        return {name: value.item() for name, value in self._watched.items()}
+
+
+def _unit_maps(student: list[Features], teacher: list[Features]) -> tuple[list[Tensor], list[Tensor]]:
+    """The encoder's own maps in place of embeddings, each cell of length 1."""
+    return (
+        [functional.normalize(at_least_float32(crop.map), dim=1) for crop in student[:1]],
+        [functional.normalize(at_least_float32(crop.map), dim=1) for crop in teacher],
+    )
+
+
+def add_filter(encoder: Encoder, settings: FilterSettings | None) -> None:
+    """Gives an encoder the filter that the settings describe; one that it brought from an earlier run stays.
+
+    Raises: ValueError if `pre_last` is asked of something that is not a ViT, or the encoder's filter is another one.
+    """
+    if settings is None:
+        return
+    if settings.placement == "pre_last" and not encoder.is_vit:
+        raise ValueError("method.filter.placement: pre_last needs a ViT's last block; use post for this backbone")
+    heads = settings.heads
+    if heads is None:
+        heads = int(encoder.model.blocks[0].attn.num_heads) if encoder.is_vit else 1
+    wanted = ObjectAwareFilter(
+        encoder.backbone_width,
+        settings.prototypes,
+        heads=heads,
+        out_projection=settings.out_projection,
+        placement=settings.placement,
+    )
+    if encoder.filter is None:
+        encoder.filter = wanted
+    elif encoder.filter.settings() != wanted.settings():
+        raise ValueError(
+            f"method.filter asks for {wanted.settings()}, but the encoder it starts from has a filter of "
+            f"{encoder.filter.settings()}: set method.filter to the same"
+        )

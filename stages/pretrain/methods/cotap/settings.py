@@ -1,0 +1,110 @@
+"""What a config says about `cotap`: four concentration and alignment terms and the object-aware filter. Torch-free."""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.stage import Input, Settings
+from stages.pretrain.config.method import MethodSettings
+from stages.pretrain.config.parts import Crops, HeadSettings, TeacherSettings
+from stages.pretrain.methods.dino_dense.settings import DenseSettings
+
+if TYPE_CHECKING:
+    from stages.models.encoder import Encoder
+    from stages.pretrain.methods.method import Method
+
+
+class RankingSettings(Settings):
+    """The patch-level concentration term sc_patch (Eq. 2 and 12)."""
+
+    loss: Literal["cotap", "bce"] = Field("cotap", description="bce: the paper's ablation baseline (Eq. 8)")
+    pairs: Literal["cross_view", "same_view"] = Field(
+        "cross_view",
+        description="cross_view: online view 1 against target view 2, both RoIAligned to their overlap (n = grid^4); "
+        "same_view: online and target of view 1, whole maps",
+    )
+    feature: Literal["head", "backbone"] = Field(
+        "head", description="what similarities are of: the dense head's unit embedding, or the encoder's map"
+    )
+    similarity_range: Literal["unit", "cosine"] = Field(
+        "unit", description="unit: 0.5 cos + 0.5, in [0, 1] (the printed range); cosine: the raw cosine"
+    )
+    tau1: float = Field(-0.2, description="similarities below it carry no weight")
+    tau2: float = Field(0.5, gt=0, description="margin of the surrogate")
+    group: int | None = Field(
+        None,
+        ge=2,
+        description="images are paired with another one of their group of this many consecutive images of the global "
+        "batch, by a random cyclic shift, so that pairs do not depend on the number of workers; must divide every "
+        "worker's share (a micro-batch of it with accumulation); default: the largest of 4, 2 that divides the "
+        "global batch, else its smallest divisor",
+    )
+
+    def group_size(self, global_batch: int) -> int:
+        """`group`, or its default. Raises ValueError for a batch of one image, which has no pair."""
+        if self.group is not None:
+            return self.group
+        if global_batch < 2:
+            raise ValueError("sc_patch compares different images: give a batch of at least 2, or set its weight to 0")
+        common = gcd(4, global_batch)
+        return common if common > 1 else next(d for d in range(3, global_batch + 1) if global_batch % d == 0)
+
+
+class FilterSettings(Settings):
+    """The object-aware filter (methods.md 1.5)."""
+
+    placement: Literal["post", "pre_last"] = Field(
+        "post", description="post: after the final norm, the encoder's map grows by its width; pre_last: ViT only"
+    )
+    prototypes: int = Field(64, gt=0)
+    heads: int | None = Field(
+        None, gt=0, description="default: the ViT's own number; 1 is the literal single-head form"
+    )
+    out_projection: bool = True
+    temperature: float = Field(0.1, gt=0, description="tau3, of the prototype term")
+
+
+class CoTAPSettings(MethodSettings):
+    """CoTAP (methods.md 1): the second stage, started from a pre-trained encoder."""
+
+    terms: ClassVar[tuple[str, ...]] = ("align_patch", "align_image", "sc_patch", "sc_image", "proto")
+
+    name: str = "cotap"
+    neighbors: Input["neighbors"] | None = Field(None, description="k-NN table of the images, for sc_image")
+    global_crops: Crops = Crops(size=224, count=2, scale=(0.25, 1.0))
+    local_crops: Crops = Crops(size=96, count=4, scale=(0.05, 0.25))
+    flip: float = Field(0.0, ge=0, le=1, description="probability of a horizontal flip; regions are mirrored back")
+    image_head: HeadSettings = HeadSettings(prototypes=4096)
+    dense_head: HeadSettings = HeadSettings(prototypes=300)
+    literal_feature_softmax: bool = Field(
+        False, description="the head's embedding itself as the logits, as printed, instead of scores of prototypes"
+    )
+    dense: DenseSettings = DenseSettings()
+    ranking: RankingSettings = RankingSettings()
+    filter: FilterSettings | None = FilterSettings()
+    teacher: TeacherSettings = TeacherSettings(momentum=0.9997)
+
+    @model_validator(mode="after")
+    def _terms_have_what_they_need(self) -> CoTAPSettings:
+        if self.uses("sc_image") and self.neighbors is None:
+            raise ValueError(
+                "neighbors: the term sc_image needs a k-NN table; name a stage of kind neighbors, "
+                "or set weights.sc_image to 0"
+            )
+        if self.global_crops.count < 2:
+            raise ValueError("global_crops.count: CoTAP compares two global views; give at least 2")
+        if not any(self.uses(term) for term in self.terms):
+            raise ValueError("weights: every term weighs 0; give at least one a weight")
+        return self
+
+    def uses(self, term: str) -> bool:
+        """Whether a term has a weight, and what it needs; terms without are not computed."""
+        return self.weights.get(term, 1.0) != 0 and (term != "proto" or self.filter is not None)
+
+    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
+        from stages.pretrain.methods.cotap.method import CoTAP
+
+        return CoTAP(self, encoder, global_batch=global_batch)

@@ -1,0 +1,162 @@
+"""D3SSL: contrast of proposals, robust to their neighbours and their place (methods.md 4; the paper's equations).
+
+Terms: decouple (L_dc, Eq. 4), deposition (L_dp, Eq. 9). A term whose weight is 0 is not computed.
+
+Shape legend: B images of this rank, K proposals of each, R = B*K regions in that order, D width, S side of a view,
+M rows of the bank. Views: 1 the whole image, 2 a crop, 2s the crop at a smaller size, 3 the crop's regions pasted
+elsewhere on another image.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from stages.models.encoder import Encoder
+from stages.models.heads import at_least_float32
+from stages.pretrain.data.batch import Batch
+from stages.pretrain.losses.roi_align import roi_align_regions
+from stages.pretrain.methods.d3ssl.losses.d3ssl_loss import decoupling_loss, depositioning_loss
+from stages.pretrain.methods.d3ssl.region_masks import compose, kept, union
+from stages.pretrain.methods.d3ssl.settings import D3SSLSettings
+from stages.pretrain.methods.d3ssl.views import view_plan
+from stages.pretrain.methods.method import Method, Step
+from stages.pretrain.methods.shared.pairing import partners
+from stages.pretrain.methods.shared.teacher import move_teacher
+from stages.pretrain.views.plan import ViewPlan
+from stages.training.collectives import all_reduce_sum, gather
+from stages.training.schedules import cosine
+
+
+class RegionEncoder(nn.Module):
+    """f(x, b) (Eq. 1): RoIAlign on a ResNet's C4, its last stage, average pooling and the projector; on any other
+    backbone RoIAlign on the map that it gives, average pooling and the projector."""
+
+    def __init__(self, encoder: Encoder, head: nn.Module, roi_size: int) -> None:
+        super().__init__()
+        self.encoder, self.head, self.roi_size = encoder, head, roi_size
+
+    def forward(self, view_B3SS: Tensor, boxes_BK4: Tensor) -> Tensor:
+        """Boxes in the view's pixels -> unit vectors (R, D), in float32 or wider also under autocast."""
+        is_resnet = self.encoder.is_resnet
+        map_BChw = self.encoder.stem_to_c4(view_B3SS) if is_resnet else self.encoder(view_B3SS).map
+        boxes_BK4 = boxes_BK4 * (map_BChw.shape[-1] / view_B3SS.shape[-1])
+        regions_RCss = roi_align_regions(map_BChw, boxes_BK4, size=self.roi_size)
+        if is_resnet:
+            regions_RCss = self.encoder.c5(regions_RCss)
+        return functional.normalize(at_least_float32(self.head(regions_RCss.mean(dim=(2, 3)))), dim=1)
+
+    def teacher(self) -> RegionEncoder:
+        """A copy that needs no gradient; its encoder has no stochastic depth."""
+        twin = RegionEncoder(self.encoder.teacher(), copy.deepcopy(self.head), self.roi_size)
+        return twin.requires_grad_(False)
+
+
+class D3SSL(Method):
+    """A student, its moving average as the teacher, and a bank of the teacher's past regions as negatives."""
+
+    bank: Tensor  # (M, D)
+    bank_next: Tensor  # () where the next region goes
+    bank_filled: Tensor  # () rows in use
+    without_boxes: Tensor  # () images so far, of all ranks, that had no box to use
+
+    def __init__(self, settings: D3SSLSettings, encoder: Encoder, *, global_batch: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.student = RegionEncoder(encoder, _make_head(encoder, settings), settings.roi_size)
+        self.teacher = self.student.teacher()
+        self.group = settings.group_size(global_batch) if settings.uses("deposition") else 0
+        self.register_buffer("bank", torch.zeros(settings.bank.size, settings.head.out))
+        for name in ("bank_next", "bank_filled", "without_boxes"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+        self._fresh: list[Tensor] = []  # of this step's forward passes: regions for the bank
+        self._whole: list[Tensor] = []  # and images without boxes
+        self._watched: dict[str, Tensor] = {}
+
+    def view_plan(self) -> ViewPlan:
+        return view_plan(self.settings)
+
+    def start_step(self, step: Step) -> None:
+        self._fresh, self._whole = [], []
+
+    def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        settings, extras = self.settings, batch.extras
+        view1, view2 = batch.views["whole"][0], batch.views["crop"][0]
+        boxes1, boxes2, boxes2s, boxes3 = extras["boxes"].to(view1.dtype).unbind(1)
+        hat1 = self._hat(view1, extras["cuts"][:, 0], extras["regions"][:, 0])
+        with torch.no_grad():  # Eq. 3: the teacher sees the second view whole
+            z_t1, z_t2 = self.teacher(hat1, boxes1), self.teacher(view2, boxes2)
+        loss: dict[str, Any] = {"temperature": settings.temperature, "filled": self.bank_filled}
+
+        terms: dict[str, Tensor] = {}
+        if settings.uses("decouple"):
+            view2s = functional.avg_pool2d(view2, settings.size // settings.small_size)
+            hat2s = self._hat(view2s, extras["cuts"][:, 1], extras["regions"][:, 1])
+            z_s1, z_s2 = self.student(hat1, boxes1), self.student(hat2s, boxes2s)
+            with torch.autocast(view1.device.type, enabled=False):
+                terms["decouple"] = decoupling_loss(z_s1, z_s2, z_t1, z_t2, self.bank, **loss).mean()
+            self._watched["positive_cosine"] = (z_s1.detach() * z_t2).sum(dim=1).mean()
+        if settings.uses("deposition"):
+            z_s3 = self.student(self._pasted(batch, view2), boxes3)
+            with torch.autocast(view1.device.type, enabled=False):
+                terms["deposition"] = depositioning_loss(z_s3, z_t1, z_t2, self.bank, **loss).mean()
+            self._watched["pasted_cosine"] = (z_s3.detach() * z_t2).sum(dim=1).mean()
+
+        both = torch.stack([z_t1, z_t2], dim=1).flatten(0, 1)
+        self._fresh.append(both if settings.bank.holds == "both" else z_t1)
+        self._whole.append(extras["whole"].sum())
+        return terms
+
+    def _hat(self, view_B3SS: Tensor, cuts_BR4: Tensor, regions_BR4: Tensor) -> Tensor:
+        """Eq. 2: the view with the cut-outs (PRC), then the mask (PRM), both filled with one value."""
+        size, count = view_B3SS.shape[-1], self.settings.proposals
+        seen_BSS = kept(cuts_BR4, size)
+        if self.settings.mask.kind == "reveal":
+            seen_BSS &= union(regions_BR4, size)
+        elif self.settings.mask.kind == "erase":
+            seen_BSS &= union(regions_BR4[:, :count], size) | ~union(regions_BR4[:, count:], size)
+        return torch.where(seen_BSS[:, None], view_B3SS, self.settings.fill)
+
+    def _pasted(self, batch: Batch, view2_B3SS: Tensor) -> Tensor:
+        """x3 (Eq. 6 to 8): the crop's regions, moved and with holes, on the crop of the next image."""
+        other_B = partners(batch, self.group, shift=1, setting="method.background_group").to(view2_B3SS.device)
+        size = view2_B3SS.shape[-1]
+        mask_BSS = union(batch.extras["moved"], size) & kept(batch.extras["cuts"][:, 2], size)
+        return compose(view2_B3SS, view2_B3SS[other_B], mask_BSS, batch.extras["shift"])
+
+    def after_step(self, step: Step) -> None:
+        teacher = self.settings.teacher
+        move_teacher(self.teacher, self.student, cosine(step.index, step.total, teacher.momentum, teacher.momentum_end))
+        for fresh in self._fresh:  # after the loss: a batch is never its own negative
+            self._push(gather(fresh))
+        if self._whole:
+            self.without_boxes += all_reduce_sum(torch.stack(self._whole).sum())
+        self._fresh, self._whole = [], []
+
+    def _push(self, regions_ND: Tensor) -> None:
+        """First in, first out; of more regions than the bank has rows, the last ones."""
+        rows = len(self.bank)
+        regions_ND = regions_ND[-rows:].to(self.bank.dtype)
+        at_N = (self.bank_next + torch.arange(len(regions_ND), device=self.bank.device)) % rows
+        self.bank.index_copy_(0, at_N, regions_ND)
+        self.bank_next.copy_((self.bank_next + len(regions_ND)) % rows)
+        self.bank_filled.copy_((self.bank_filled + len(regions_ND)).clamp(max=rows))
+
+    def encoder(self) -> Encoder:
+        return (self.student if self.settings.export == "student" else self.teacher).encoder
+
+    def diagnostics(self) -> dict[str, float]:
+        counts = {"bank_filled": self.bank_filled / len(self.bank), "images_without_boxes": self.without_boxes}
+        return {name: float(value) for name, value in (self._watched | counts).items()}
+
+
+def _make_head(encoder: Encoder, settings: D3SSLSettings) -> nn.Sequential:
+    width = int(encoder.model.num_features) if encoder.is_resnet else encoder.width
+    hidden = settings.head.hidden
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, settings.head.out)
+    )

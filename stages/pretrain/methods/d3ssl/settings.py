@@ -1,0 +1,139 @@
+"""What a config says about `d3ssl`: contrast of proposals, de-coupled and de-positioned. Torch-free."""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.stage import Input, Settings
+from stages.pretrain.config.method import MethodSettings
+from stages.pretrain.config.parts import TeacherSettings
+
+if TYPE_CHECKING:
+    from stages.models.encoder import Encoder
+    from stages.pretrain.methods.method import Method
+
+Range = tuple[float, float]
+
+
+class CutoutSettings(Settings):
+    """PRC, the proposal-based random cutout (methods.md 4.4)."""
+
+    kind: Literal["proposal", "random", "none"] = Field(
+        "proposal", description="random: SoCo's, squares cut from half of the boxes (Table 5); none: no cutout"
+    )
+    ratio: Range = Field((0.2, 0.5), description="proposal: fraction of a box's area that is cut")
+    threshold: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="proposal: a box of which larger ones cut more than this is restored before its own cut; "
+        "default: the ratio drawn for that box (the successor's rule; the paper gives no number)",
+    )
+
+
+class MaskSettings(Settings):
+    """PRM, the proposal-based random mask (methods.md 4.4)."""
+
+    kind: Literal["reveal", "erase", "none"] = Field(
+        "reveal",
+        description="reveal: the boxes and one rectangle at each one's edge stay, all else is filled; erase: only "
+        "those rectangles are filled, outside the boxes (the paper's text allows both readings); none: no mask",
+    )
+    scale: Range = Field((0.2, 0.6), description="area of a rectangle as a fraction of its box's")
+    aspect: Range = Field((3 / 4, 4 / 3), description="width / height of a rectangle")
+
+
+class JitterSettings(Settings):
+    """RBJ, the restricted box jitter (methods.md 4.4); drawn anew for every view."""
+
+    kind: Literal["restricted", "contained", "plain", "none"] = Field(
+        "restricted",
+        description="restricted: never larger than the box; contained: nor outside of it; plain: SoCo's, larger or "
+        "smaller (Table 5); none: the boxes as they are",
+    )
+    ratio: float = Field(0.1, ge=0, lt=1, description="of the box's sides, for scaling and for the shift")
+
+
+class RegionHead(Settings):
+    """The projector: width -> hidden (batch norm, ReLU) -> out, l2."""
+
+    hidden: int = Field(4096, gt=0)
+    out: int = Field(256, gt=0)
+
+
+class BankSettings(Settings):
+    """Negatives: the teacher's regions of past batches, first in first out, common to all workers."""
+
+    size: int = Field(65536, ge=1, description="regions kept; of a batch with more of them, the last ones")
+    holds: Literal["both", "masked"] = Field(
+        "both", description="both: the teacher's regions of both of its views; masked: of the cut and masked one only"
+    )
+
+
+class D3SSLSettings(MethodSettings):
+    """D3SSL (methods.md 4). Without `deposition` (weights.deposition: 0) it is the paper's Table 7 baseline."""
+
+    terms: ClassVar[tuple[str, ...]] = ("decouple", "deposition")
+
+    name: str = "d3ssl"
+    boxes: Input["boxes"] | list[Input["boxes"]] = Field(
+        description="proposals of the images; with several image sources, one stage for each"
+    )
+    size: int = Field(224, gt=0, description="side of both full views in pixels; a multiple of the encoder's stride")
+    small_size: int = Field(112, gt=0, description="side of the second view's smaller copy; divides `size`")
+    crop_scale: Range = Field((0.4, 1.0), description="area of the second view as a fraction of the image's")
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip; boxes are mirrored with it")
+    proposals: int = Field(4, ge=1, description="K, boxes an image and step; fewer common to both views are repeated")
+    min_side: float = Field(16.0, ge=1, description="a box that keeps less of this on a side is not in a view; pixels")
+    cutout: CutoutSettings = CutoutSettings()
+    mask: MaskSettings = MaskSettings()
+    jitter: JitterSettings = JitterSettings()
+    fill: float = Field(0.0, description="normalised value of what is cut or masked; 0 is the mean colour")
+    roi_size: int = Field(14, ge=1, description="side of RoIAlign's output; a ResNet's last stage halves it (SoCo: 7)")
+    head: RegionHead = RegionHead()
+    temperature: float = Field(0.2, gt=0)
+    bank: BankSettings = BankSettings()
+    background_group: int | None = Field(
+        None,
+        ge=2,
+        description="deposition: regions are pasted onto the next image of their group of this many consecutive images "
+        "of the global batch, so that it does not depend on the number of workers; must divide every worker's share (a "
+        "micro-batch of it with accumulation); default: the largest of 4, 2 that divides the global batch, else its "
+        "smallest divisor",
+    )
+    teacher: TeacherSettings = TeacherSettings(momentum=0.99)
+    export: Literal["student", "teacher"] = Field(
+        "student", description="whose encoder is evaluated; student as in MoCo and SoCo, whose recipes D3SSL follows"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> D3SSLSettings:
+        if self.size % self.small_size:
+            raise ValueError(f"small_size: {self.small_size} does not divide size {self.size}")
+        if not any(self.uses(term) for term in self.terms):
+            raise ValueError("weights: every term weighs 0; give at least one a weight")
+        return self
+
+    def uses(self, term: str) -> bool:
+        """Whether a term has a weight; terms without are not computed."""
+        return self.weights.get(term, 1.0) != 0
+
+    def group_size(self, global_batch: int) -> int:
+        """`background_group`, or its default. Raises ValueError for a batch of one image, which has no background."""
+        if self.background_group is not None:
+            return self.background_group
+        if global_batch < 2:
+            raise ValueError(
+                "deposition pastes regions onto another image of the batch: give a batch of at least 2, or set "
+                "method.weights.deposition to 0"
+            )
+        common = gcd(4, global_batch)
+        return common if common > 1 else next(d for d in range(3, global_batch + 1) if global_batch % d == 0)
+
+    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
+        from stages.pretrain.methods.d3ssl.method import D3SSL
+
+        return D3SSL(self, encoder, global_batch=global_batch)

@@ -1,0 +1,39 @@
+"""What a config says about `dino`: image-level self-distillation with multi-crop. Torch-free."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from stages.pretrain.config.method import MethodSettings
+from stages.pretrain.config.parts import Crops, HeadSettings, TeacherSettings, TeacherTemperature
+
+if TYPE_CHECKING:
+    from stages.models.encoder import Encoder
+    from stages.pretrain.methods.method import Method
+
+
+class DinoSettings(MethodSettings):
+    """DINO (methods.md 2.7, 0.3, 0.5). Defaults are the official ones; reduce `head.prototypes` for small runs."""
+
+    terms: ClassVar[tuple[str, ...]] = ("align_image",)
+
+    name: str = "dino"
+    global_crops: Crops = Crops(size=224, count=2, scale=(0.4, 1.0))
+    local_crops: Crops = Crops(size=96, count=8, scale=(0.05, 0.4))
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+    head: HeadSettings = HeadSettings(prototypes=65536)
+    freeze_last_layer: int = Field(1, ge=0, description="epochs in which the image head's prototypes stay put")
+    student_temperature: float = Field(0.1, gt=0)
+    teacher_temperature: TeacherTemperature = TeacherTemperature()
+    centering: Literal["centre", "sinkhorn"] = Field(
+        "centre", description="centre: DINO's moving mean; sinkhorn: 3 iterations, the temperature as epsilon (DINOv2)"
+    )
+    center_momentum: float = Field(0.9, ge=0, le=1)
+    teacher: TeacherSettings = TeacherSettings()
+
+    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
+        from stages.pretrain.methods.dino.method import Dino
+
+        return Dino(self, encoder)

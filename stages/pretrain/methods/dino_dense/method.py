@@ -1,0 +1,42 @@
+"""DINO plus dense alignment: patches of two crops agree where the crops overlap (methods.md 1.4, Leopart's order).
+
+CoTAP's alignment terms as a method of their own: what CoTAP is compared with, and its usual first stage.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stages.models.encoder import Encoder
+from stages.pretrain.data.batch import Batch
+from stages.pretrain.methods.dino.method import Dino
+from stages.pretrain.methods.dino_dense.settings import DinoDenseSettings
+from stages.pretrain.methods.shared.overlap import align_patches, assign_patches, views_of
+from stages.pretrain.methods.shared.teacher import make_head
+
+
+class DinoDense(Dino):
+    """Terms: align_image, align_patch."""
+
+    settings: DinoDenseSettings
+    min_overlap = (0.02, 0.01)  # methods.md 0.7
+
+    def __init__(self, settings: DinoDenseSettings, encoder: Encoder) -> None:
+        super().__init__(settings, encoder, {"dense": make_head(encoder.width, settings.dense_head)})
+
+    def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        student, teacher = self.student_features(batch), self.teacher_features(batch)
+        with torch.no_grad():
+            targets = [
+                assign_patches(
+                    self.teacher.score_map("dense", self.teacher.embed_map("dense", crop.map)), self.settings.dense
+                )
+                for crop in teacher
+            ]
+        scores = [self.student.score_map("dense", self.student.embed_map("dense", crop.map)) for crop in student]
+        may_flip = self.settings.flip > 0
+        return {
+            "align_image": self.align_image(student, teacher),
+            "align_patch": align_patches(scores, targets, views_of(batch), self.settings.dense, may_flip=may_flip),
+        }

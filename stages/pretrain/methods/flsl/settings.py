@@ -1,0 +1,123 @@
+"""What a config says about `flsl`: clusters of features within and between views. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.stage import Input, Settings
+from stages.pretrain.config.method import MethodSettings
+from stages.pretrain.config.parts import Crops, HeadSettings, TeacherSettings, TeacherTemperature
+
+if TYPE_CHECKING:
+    from stages.models.encoder import Encoder
+    from stages.pretrain.methods.method import Method
+
+
+class TeacherCrop(Settings):
+    """The crop of the image that the teacher sees, and that the student's crops are cut from."""
+
+    size: int = Field(224, gt=0, description="side in pixels; a multiple of the ViT's patch")
+    scale: tuple[float, float] = Field((0.8, 1.0), description="area as a fraction of the image's")
+
+
+class AttentionSettings(Settings):
+    """An inverse temperature of the mean-shift: what multiplies the dot products, times the root of the width."""
+
+    end: float = Field(gt=0, description="at the end of the run; divided by sqrt(temperature_width)")
+    start: float | None = Field(None, gt=0, description="at the first step, then a cosine to `end`; default: constant")
+
+
+class QuerySettings(Settings):
+    """Which tokens become queries: one of every window (methods.md 3.4). Released code: windows 3 and 2, not random."""
+
+    window_global: int = Field(2, ge=1, description="tokens a side of a window, in the student's large crops")
+    window_local: int = Field(2, ge=1, description="the same in local crops")
+    random: bool = Field(True, description="a random token of each window; false: its top left one")
+
+
+class PreviousStage(Settings):
+    """The multi-stage constraint: cross-attention is held to what an earlier, frozen teacher attends to."""
+
+    encoder: Input["encoder"] = Field(description="the earlier teacher")
+    sharpness: float = Field(1e4, gt=0, description="of the sigmoid that makes a mask of its attention")
+    mixture_bias: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="the earlier attention's share at the end of the run; it falls from 1 to this along a cosine, so "
+        "that at 1 (the released code's default) the present teacher's attention never counts",
+    )
+
+
+class FLSLSettings(MethodSettings):
+    """FLSL (methods.md 3). For the encoder of the paper set backbone: {class_token: false, pos_embed: sincos}."""
+
+    terms: ClassVar[tuple[str, ...]] = ("intra", "inter", "vmr")
+    default_weights: ClassVar[Mapping[str, float]] = {"intra": 0.03, "inter": 1.0, "vmr": 5.0}  # v, eta, gamma
+
+    name: str = "flsl"
+    tokens: Literal["paper", "map"] = Field(
+        "paper",
+        description="paper: the encoder must be a ViT without [CLS] and with fixed sin-cos positions; "
+        "map: the cells of whatever feature map the encoder gives, ViT or ResNet",
+    )
+    teacher_crop: TeacherCrop = TeacherCrop()
+    global_crops: Crops = Field(
+        Crops(size=224, count=1, scale=(0.5, 1.0)), description="the student's large crops of each teacher crop"
+    )
+    local_crops: Crops = Field(
+        Crops(size=96, count=2, scale=(0.1, 0.4)),
+        description="the student's small crops of the teacher crop; scales are of that crop, not of the image",
+    )
+    two_teacher_views: bool = Field(
+        False,
+        description="the paper's symmetric form: two teacher crops of one place in different colours, each predicts "
+        "the student crops of the other; without local crops. False: the released code's form",
+    )
+    queries: QuerySettings = QuerySettings()
+    self_attention: AttentionSettings = Field(AttentionSettings(end=0.1), description="t_sa, from a token to its mode")
+    cross_attention: AttentionSettings = Field(
+        AttentionSettings(end=0.2),
+        description="t_ca, from a token to its mode in the teacher's crop; below t_sa the "
+        "method is reported to collapse",
+    )
+    temperature_width: int | None = Field(
+        None,
+        ge=1,
+        description="attention's numbers are divided by the root of this; default: the encoder's width; 384 is the "
+        "released code's constant",
+    )
+    head: HeadSettings = HeadSettings(prototypes=4096)
+    freeze_last_layer: int = Field(1, ge=0, description="epochs in which the centroids stay put")
+    student_temperature: float = Field(0.1, gt=0)
+    teacher_temperature: TeacherTemperature = TeacherTemperature()
+    centering: Literal["none", "centre", "sinkhorn"] = Field(
+        "none",
+        description="of the teacher's assignments. centre: DINO's moving mean; sinkhorn: the paper's ablation (with "
+        "weights.vmr 1), a softmax over all queries of the batch, rows then brought to sum 1",
+    )
+    center_momentum: float = Field(0.9, ge=0, le=1)
+    teacher: TeacherSettings = TeacherSettings()
+    previous: PreviousStage | None = Field(None, description="multi-stage training")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FLSLSettings:
+        if not self.uses("inter"):
+            raise ValueError("weights.inter: without it nothing trains the centroids; give it a weight above 0")
+        if self.global_crops.count < 1:
+            raise ValueError("global_crops.count: the student needs a large crop; give at least 1")
+        if self.two_teacher_views and "local_crops" in self.model_fields_set and self.local_crops.count:
+            raise ValueError("local_crops: two_teacher_views has none; leave them out or set two_teacher_views: false")
+        return self
+
+    def uses(self, term: str) -> bool:
+        """Whether a term has a weight; terms without are not computed."""
+        return self.weights.get(term, 1.0) != 0
+
+    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
+        from stages.pretrain.methods.flsl.method import FLSL
+
+        return FLSL(self, encoder)

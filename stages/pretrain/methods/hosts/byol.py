@@ -1,0 +1,25 @@
+"""BYOL: predict what the moving average makes of the other view, without negatives (methods.md 2.7)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from stages.models.encoder import Encoder
+from stages.models.mlp import mlp
+from stages.pretrain.data.batch import Batch
+from stages.pretrain.methods.hosts.settings.byol import BYOLSettings
+from stages.pretrain.methods.hosts.two_view import TwoView, byol_loss, exactly
+
+
+class BYOL(TwoView):
+    """Term: byol, the sum of both directions."""
+
+    def __init__(self, settings: BYOLSettings, encoder: Encoder) -> None:
+        projector = mlp(settings.projector.widths(encoder.vector_width))
+        predictor = mlp([settings.projector.out, settings.predictor_hidden, settings.projector.out])
+        super().__init__(settings, encoder, projector, predictor=predictor, teacher=settings.teacher)
+
+    def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        first, second = self.predict(batch)
+        target_first, target_second = self.targets(batch)
+        return {"byol": exactly(byol_loss, first, target_second) + exactly(byol_loss, second, target_first)}

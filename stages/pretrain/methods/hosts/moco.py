@@ -1,0 +1,79 @@
+"""MoCo v2 and v3: find a view's key, made by a moving average, among keys of other images (methods.md 2.7).
+
+Keys' batch norms use the statistics of all ranks (assemble.py); MoCo v2's shuffling between GPUs, which is there for
+batch norms that do not, is left out.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from stages.models.encoder import Encoder
+from stages.models.mlp import mlp
+from stages.pretrain.config.parts import TeacherSettings, jitter
+from stages.pretrain.data.batch import Batch
+from stages.pretrain.methods.hosts.losses.moco import in_batch_contrast
+from stages.pretrain.methods.hosts.settings.moco import MoCoSettings
+from stages.pretrain.methods.hosts.settings.two_view import MLPSettings
+from stages.pretrain.methods.hosts.two_view import TwoView, exactly
+from stages.pretrain.methods.method import Step
+from stages.pretrain.methods.shared.queue import Queue, queue_contrast
+from stages.pretrain.views.plan import Photometric
+from stages.training.collectives import gather
+
+
+class MoCoV2(TwoView):
+    """Term: moco. The first view asks, the second is its key, the queue holds the others."""
+
+    def __init__(self, settings: MoCoSettings, encoder: Encoder) -> None:
+        head = settings.projector or MLPSettings(hidden=2048, out=128)
+        teacher = settings.teacher or TeacherSettings(momentum=0.999, momentum_end=0.999)
+        super().__init__(settings, encoder, mlp(head.widths(encoder.vector_width), norm=False), teacher=teacher)
+        self.queue = Queue(settings.queue, head.out)
+        self.loss = queue_contrast(self.queue, settings.temperature or 0.2)
+        self._keys: list[Tensor] = []  # of this step's forward passes
+
+    def colours(self) -> tuple[Photometric, Photometric]:
+        colour = jitter((0.4, 0.4, 0.4, 0.1), blur_p=0.5)
+        return colour, colour
+
+    def start_step(self, step: Step) -> None:
+        self._keys = []
+
+    def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        assert self.teacher is not None
+        query_view, key_view = batch.views["global"]
+        query_BD = self.network(query_view)
+        with torch.no_grad():
+            key_BD = self.teacher(key_view)
+        self._keys.append(key_BD)
+        return {"moco": exactly(self.loss, query_BD, key_BD)}
+
+    def after_step(self, step: Step) -> None:
+        super().after_step(step)
+        for keys_BD in self._keys:  # after the loss, which saw earlier batches only
+            self.queue.push(keys_BD)
+        self._keys = []
+
+
+class MoCoV3(TwoView):
+    """Term: moco, the sum of both directions. Negatives are the keys of all ranks' batch."""
+
+    def __init__(self, settings: MoCoSettings, encoder: Encoder) -> None:
+        head = settings.projector or MLPSettings(hidden=4096, out=256, layers=3 if encoder.is_vit else 2)
+        projector = mlp(head.widths(encoder.vector_width), end="fixed_norm")
+        predictor = mlp(
+            [head.out, settings.predictor_hidden, head.out], end="fixed_norm" if encoder.is_vit else "plain"
+        )
+        teacher = settings.teacher or TeacherSettings(momentum=0.99)
+        super().__init__(settings, encoder, projector, predictor=predictor, teacher=teacher)
+        self.temperature = settings.temperature or (0.2 if encoder.is_vit else 1.0)
+
+    def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        first, second = self.predict(batch)
+        key_first, key_second = (gather(key_BD) for key_BD in self.targets(batch))
+        loss = partial(in_batch_contrast, first=batch.offset, temperature=self.temperature)
+        return {"moco": exactly(loss, first, key_second) + exactly(loss, second, key_first)}

@@ -1,0 +1,50 @@
+"""ReSSL: an image's similarities to earlier images are the same, strongly or weakly augmented (methods.md 2.7)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from stages.models.encoder import Encoder
+from stages.models.mlp import mlp
+from stages.pretrain.config.parts import jitter
+from stages.pretrain.data.batch import Batch
+from stages.pretrain.methods.hosts.losses.ressl import ressl_loss
+from stages.pretrain.methods.hosts.settings.ressl import ReSSLSettings
+from stages.pretrain.methods.hosts.two_view import TwoView, exactly
+from stages.pretrain.methods.method import Step
+from stages.pretrain.methods.shared.queue import Queue
+from stages.pretrain.views.plan import Photometric
+
+
+class ReSSL(TwoView):
+    """Term: ressl. View 0 is the student's, view 1 the teacher's."""
+
+    def __init__(self, settings: ReSSLSettings, encoder: Encoder) -> None:
+        projector = mlp(settings.projector.widths(encoder.vector_width))
+        super().__init__(settings, encoder, projector, teacher=settings.teacher)
+        self.queue = Queue(settings.queue, settings.projector.out)
+        self.loss = partial(ressl_loss, tau_s=settings.tau_student, tau_t=settings.tau_teacher)
+        self._keys: list[Tensor] = []  # of this step's forward passes
+
+    def colours(self) -> tuple[Photometric, Photometric]:
+        return jitter((0.4, 0.4, 0.4, 0.1), blur_p=0.5), Photometric()
+
+    def start_step(self, step: Step) -> None:
+        self._keys = []
+
+    def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        assert self.teacher is not None
+        strong, weak = batch.views["global"]
+        with torch.no_grad():
+            teacher_BD = self.teacher(weak)
+        self._keys.append(teacher_BD)
+        return {"ressl": exactly(self.loss, self.network(strong), teacher_BD, self.queue.rows)}
+
+    def after_step(self, step: Step) -> None:
+        super().after_step(step)
+        for keys_BD in self._keys:
+            self.queue.push(keys_BD)
+        self._keys = []

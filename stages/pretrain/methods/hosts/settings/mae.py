@@ -1,0 +1,45 @@
+"""What a config says about `mae`: rebuild an image from a quarter of its patches. Torch-free."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from pipeline.stage import Settings
+from stages.pretrain.config.method import MethodSettings
+
+if TYPE_CHECKING:
+    from stages.models.encoder import Encoder
+    from stages.pretrain.methods.method import Method
+
+
+class DecoderSettings(Settings):
+    """The transformer that rebuilds removed patches; thrown away after training."""
+
+    width: int = Field(512, gt=0, multiple_of=4)
+    blocks: int = Field(8, ge=1)
+    heads: int = Field(16, gt=0)
+
+
+class MAESettings(MethodSettings):
+    """MAE (methods.md 2.7), for ViTs only."""
+
+    terms: ClassVar[tuple[str, ...]] = ("mae",)
+
+    name: str = "mae"
+    size: int = Field(224, gt=0, description="side of a view in pixels; a multiple of the patch")
+    scale: tuple[float, float] = Field((0.2, 1.0), description="area of a crop as a fraction of the image's")
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+    mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is removed")
+    masks: int = Field(1, ge=1, description="masks of each image a step; DSA compares two and asks for them itself")
+    normalise_targets: bool = Field(True, description="every patch's pixels to mean 0 and variance 1")
+    decoder: DecoderSettings = DecoderSettings()
+
+    def as_host(self) -> MAESettings:
+        return self.model_copy(update={"masks": max(2, self.masks)})
+
+    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
+        from stages.pretrain.methods.hosts.mae import MAE
+
+        return MAE(self, encoder)

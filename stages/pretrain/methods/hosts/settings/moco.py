@@ -1,0 +1,41 @@
+"""What a config says about `moco`: a query against keys of a moving average, v2 with a queue or v3 within the batch.
+Torch-free.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from stages.pretrain.config.parts import TeacherSettings
+from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoViewSettings, at_least_two
+
+if TYPE_CHECKING:
+    from stages.models.encoder import Encoder
+    from stages.pretrain.methods.method import Method
+
+
+class MoCoSettings(TwoViewSettings):
+    """MoCo (methods.md 2.7). What is left out follows `version`."""
+
+    terms: ClassVar[tuple[str, ...]] = ("moco",)
+
+    name: str = "moco"
+    version: Literal["v2", "v3"] = Field("v2", description="v2: queue, one direction; v3: predictor, both directions")
+    scale: tuple[float, float] = Field((0.2, 1.0), description="area of a crop as a fraction of the image's")
+    temperature: float | None = Field(None, gt=0, description="default: v2 0.2; v3 0.2 for a ViT, 1.0 for a ResNet")
+    queue: int = Field(65536, ge=1, description="v2: keys of earlier batches")
+    projector: MLPSettings | None = Field(
+        None, description="default: v2 2048-128 without batch norm; v3 4096-256, of 3 layers for a ViT, else 2"
+    )
+    predictor_hidden: int = Field(4096, gt=0, description="v3")
+    teacher: TeacherSettings | None = Field(None, description="default: v2 0.999, constant; v3 0.99 rising to 1")
+
+    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
+        from stages.pretrain.methods.hosts.moco import MoCoV2, MoCoV3
+
+        if self.version == "v2":
+            return MoCoV2(self, encoder)
+        at_least_two(global_batch, self.name)
+        return MoCoV3(self, encoder)

@@ -1,0 +1,34 @@
+"""What a config says about `ressl`: relations to a queue of earlier images. Torch-free."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from stages.pretrain.config.parts import TeacherSettings
+from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoViewSettings, at_least_two
+
+if TYPE_CHECKING:
+    from stages.models.encoder import Encoder
+    from stages.pretrain.methods.method import Method
+
+
+class ReSSLSettings(TwoViewSettings):
+    """ReSSL (methods.md 2.7): the student sees a strong view, the teacher a weak one."""
+
+    terms: ClassVar[tuple[str, ...]] = ("ressl",)
+
+    name: str = "ressl"
+    scale: tuple[float, float] = Field((0.2, 1.0), description="area of a crop as a fraction of the image's")
+    tau_student: float = Field(0.1, gt=0)
+    tau_teacher: float = Field(0.04, gt=0)
+    queue: int = Field(131072, ge=1, description="teacher features of earlier batches; 16384 to 131072")
+    projector: MLPSettings = MLPSettings(hidden=4096, out=512)
+    teacher: TeacherSettings = TeacherSettings(momentum=0.999, momentum_end=0.999)
+
+    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
+        from stages.pretrain.methods.hosts.ressl import ReSSL
+
+        at_least_two(global_batch, self.name)
+        return ReSSL(self, encoder)

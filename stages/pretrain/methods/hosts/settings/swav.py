@@ -1,0 +1,45 @@
+"""What a config says about `swav`: views predict each other's balanced cluster assignments. Torch-free."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from stages.pretrain.config.method import MethodSettings
+from stages.pretrain.config.parts import Crops
+from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, at_least_two
+
+if TYPE_CHECKING:
+    from stages.models.encoder import Encoder
+    from stages.pretrain.methods.method import Method
+
+
+class SwAVSettings(MethodSettings):
+    """SwAV (methods.md 2.7)."""
+
+    terms: ClassVar[tuple[str, ...]] = ("swav",)
+
+    name: str = "swav"
+    global_crops: Crops = Crops(size=224, count=2, scale=(0.14, 1.0))
+    local_crops: Crops = Crops(size=96, count=6, scale=(0.05, 0.14))
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+    projector: MLPSettings = MLPSettings(hidden=2048, out=128)
+    prototypes: int = Field(3000, gt=0)
+    freeze_prototypes: int = Field(313, ge=0, description="steps in which the prototypes stay put")
+    temperature: float = Field(0.1, gt=0, description="of the predictions")
+    epsilon: float = Field(0.05, gt=0, description="of Sinkhorn")
+    iterations: int = Field(3, ge=1, description="of Sinkhorn")
+    queue: int = Field(
+        3840,
+        ge=0,
+        description="embeddings of each large crop that Sinkhorn balances over too; 0: none. The workers "
+        "share it out, so their number must divide it",
+    )
+    queue_from_epoch: int = Field(15, ge=0, description="it fills from here on, and is used once full")
+
+    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
+        from stages.pretrain.methods.hosts.swav import SwAV
+
+        at_least_two(global_batch, self.name)
+        return SwAV(self, encoder, global_batch=global_batch)

@@ -1,0 +1,43 @@
+"""What a config says about `vicregl`: VICReg of whole views and of their matched local features. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from stages.pretrain.config.method import MethodSettings
+from stages.pretrain.config.parts import Crops
+from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, at_least_two
+
+if TYPE_CHECKING:
+    from stages.models.encoder import Encoder
+    from stages.pretrain.methods.method import Method
+
+
+class VICRegLSettings(MethodSettings):
+    """VICRegL (methods.md 2.7). The paper's alpha 0.75 is the weight of `global`, 1 - alpha that of `local`."""
+
+    terms: ClassVar[tuple[str, ...]] = ("global", "local")
+    default_weights: ClassVar[Mapping[str, float]] = {"global": 0.75, "local": 0.25}
+
+    name: str = "vicregl"
+    global_crops: Crops = Crops(size=224, count=2, scale=(0.08, 1.0))
+    local_crops: Crops = Crops(size=96, count=0, scale=(0.05, 0.4))
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+    invariance: float = Field(25.0, ge=0, description="weight of squared distances")
+    variance: float = Field(25.0, ge=0, description="weight of the hinge on standard deviations")
+    covariance: float = Field(1.0, ge=0, description="weight of the squared covariances")
+    num_matches: tuple[int, int] = Field((20, 4), description="cells kept of a pair's first and second view")
+    match_order: Literal["raster", "distance"] = Field(
+        "raster", description="order of the match slots: raster as the official code, distance as lightly"
+    )
+    projector: MLPSettings = MLPSettings(hidden=8192, out=8192, layers=3)
+    local_projector: MLPSettings = MLPSettings(hidden=512, out=512, layers=3)
+
+    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
+        from stages.pretrain.methods.hosts.vicregl import VICRegL
+
+        at_least_two(global_batch, self.name)
+        return VICRegL(self, encoder)

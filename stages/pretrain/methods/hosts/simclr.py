@@ -1,0 +1,33 @@
+"""SimCLR: of all views of the batch, find the other view of the same image (methods.md 2.7)."""
+
+from __future__ import annotations
+
+from lightly.loss import NTXentLoss
+from torch import Tensor
+
+from stages.models.encoder import Encoder
+from stages.models.mlp import mlp
+from stages.pretrain.config.parts import jitter
+from stages.pretrain.data.batch import Batch
+from stages.pretrain.methods.hosts.settings.simclr import SimCLRSettings
+from stages.pretrain.methods.hosts.two_view import TwoView, exactly
+from stages.pretrain.views.plan import Photometric
+
+
+class SimCLR(TwoView):
+    """Term: simclr. Negatives are the other views of all ranks."""
+
+    def __init__(self, settings: SimCLRSettings, encoder: Encoder) -> None:
+        super().__init__(settings, encoder, mlp(settings.projector.widths(encoder.vector_width), end="norm"))
+        self.loss = NTXentLoss(temperature=settings.temperature, gather_distributed=True)
+
+    def colours(self) -> tuple[Photometric, Photometric]:
+        colour = jitter((0.8, 0.8, 0.8, 0.2), blur_p=0.5)
+        return colour, colour
+
+    def project(self, batch: Batch) -> list[Tensor]:
+        """Both views in one forward pass, as the paper does it: its batch norms see them together."""
+        return list(self.network(batch.views["global"].flatten(0, 1)).chunk(2))
+
+    def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        return {"simclr": exactly(self.loss, *self.project(batch))}

@@ -1,0 +1,35 @@
+"""SimSiam: predict the other view's projection, whose gradient is stopped; no moving average (methods.md 2.7)."""
+
+from __future__ import annotations
+
+from lightly.loss import NegativeCosineSimilarity
+from torch import Tensor
+
+from stages.models.encoder import Encoder
+from stages.models.mlp import mlp
+from stages.pretrain.config.parts import jitter
+from stages.pretrain.data.batch import Batch
+from stages.pretrain.methods.hosts.settings.simsiam import SimSiamSettings
+from stages.pretrain.methods.hosts.two_view import TwoView, exactly
+from stages.pretrain.views.plan import Photometric
+
+
+class SimSiam(TwoView):
+    """Term: simsiam, the mean of both directions."""
+
+    def __init__(self, settings: SimSiamSettings, encoder: Encoder) -> None:
+        out = settings.projector.out
+        projector = mlp(settings.projector.widths(encoder.vector_width), end="fixed_norm")
+        super().__init__(settings, encoder, projector, predictor=mlp([out, settings.predictor_hidden, out]))
+        self.loss = NegativeCosineSimilarity()
+
+    def colours(self) -> tuple[Photometric, Photometric]:
+        colour = jitter((0.4, 0.4, 0.4, 0.1), blur_p=0.5)
+        return colour, colour
+
+    def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        assert self.predictor is not None
+        z1, z2 = self.project(batch)
+        p1, p2 = self.predictor(z1), self.predictor(z2)
+        losses = exactly(self.loss, p1, z2.detach()), exactly(self.loss, p2, z1.detach())
+        return {"simsiam": 0.5 * (losses[0] + losses[1])}

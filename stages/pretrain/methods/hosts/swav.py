@@ -1,0 +1,106 @@
+"""SwAV: the assignment of one crop to prototypes is predicted from the others (methods.md 2.7).
+
+Shape legend: V crops of one size (G large ones), B images of this rank, D width of an embedding, K prototypes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as functional
+from lightly.loss import SwaVLoss
+from torch import Tensor, nn
+
+from stages.models.encoder import Encoder
+from stages.models.heads import at_least_float32
+from stages.models.mlp import mlp
+from stages.pretrain.config.parts import jitter
+from stages.pretrain.data.batch import Batch
+from stages.pretrain.methods.hosts.settings.swav import SwAVSettings
+from stages.pretrain.methods.method import Method, Step
+from stages.pretrain.methods.shared.queue import Queue
+from stages.pretrain.methods.shared.teacher import usage
+from stages.pretrain.views.plan import ViewPlan, ViewSpec
+from stages.training.collectives import rank, world_size
+
+
+class SwAV(Method):
+    """Term: swav."""
+
+    def __init__(self, settings: SwAVSettings, encoder: Encoder, *, global_batch: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.student = encoder
+        self.projector = mlp(settings.projector.widths(encoder.vector_width))
+        self.prototypes = nn.Linear(settings.projector.out, settings.prototypes, bias=False)
+        counts = settings.global_crops.count if settings.queue else 0
+        self.queues = nn.ModuleList(Queue(settings.queue, settings.projector.out) for _ in range(counts))
+        self.global_batch = global_batch
+        self.use_queue = False
+        self._embeddings: list[Tensor] = []  # (G, B, D) of this step's forward passes
+        self._watched: dict[str, Tensor] = {}
+        self.loss = SwaVLoss(
+            temperature=settings.temperature,
+            sinkhorn_iterations=settings.iterations,
+            sinkhorn_epsilon=settings.epsilon,
+            sinkhorn_gather_distributed=True,
+        )
+
+    def view_plan(self) -> ViewPlan:
+        colour = jitter((0.8, 0.8, 0.8, 0.2), blur_p=0.5)
+        crops = {"global": self.settings.global_crops, "local": self.settings.local_crops}
+        return ViewPlan(
+            tuple(
+                ViewSpec(name, crop.size, crop.count, crop.scale, flip_p=self.settings.flip, photometric=colour)
+                for name, crop in crops.items()
+                if crop.count
+            )
+        )
+
+    @torch.no_grad()
+    def start_step(self, step: Step) -> None:
+        self.prototypes.weight.copy_(functional.normalize(self.prototypes.weight, dim=1))
+        pushed = (step.index - self.settings.queue_from_epoch * step.steps_per_epoch) * self.global_batch
+        self.use_queue = bool(self.queues) and pushed >= self.settings.queue
+        self._embeddings = []
+
+    def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        crops = [batch.views[name] for name in ("global", "local") if name in batch.views]
+        # One forward pass of the encoder a size, one of the head for all crops.
+        vectors = [self.student(views_VB3SS.flatten(0, 1)).vector for views_VB3SS in crops]
+        embeddings_XD = functional.normalize(at_least_float32(self.projector(torch.cat(vectors))), dim=1)
+        large = len(batch.views["global"])
+        self._embeddings.append(embeddings_XD[: large * len(batch)].detach().reshape(large, len(batch), -1))
+        with torch.autocast(embeddings_XD.device.type, enabled=False):
+            scores = list(self.prototypes(embeddings_XD).split(len(batch)))  # of each crop, (B, K)
+            queued = [self.prototypes(rows_QD) for rows_QD in self._queue_share()] if self.use_queue else None
+            loss: Tensor = self.loss(scores[:large], scores[large:], queued)
+            predicted_XK = torch.cat(scores[:large]).detach().div(self.settings.temperature).softmax(dim=1)
+            self._watched = {"prototype_usage": usage(predicted_XK)}
+        return {"swav": loss.squeeze()}
+
+    def _queue_share(self) -> list[Tensor]:
+        """This rank's part of every crop's queue: together, Sinkhorn sees each entry once."""
+        size, ranks = self.settings.queue, world_size()
+        if size % ranks:
+            raise ValueError(
+                f"method.queue is {size}, which {ranks} workers cannot share: choose a multiple of resources.workers"
+            )
+        return [queue.rows[rank() :: ranks] for queue in self.queues if isinstance(queue, Queue)]
+
+    def before_update(self, step: Step) -> None:
+        if step.index < self.settings.freeze_prototypes:
+            self.prototypes.weight.grad = None
+
+    def after_step(self, step: Step) -> None:
+        if self.queues and step.epoch >= self.settings.queue_from_epoch:
+            for embeddings_GBD in self._embeddings:
+                for queue, embeddings_BD in zip(self.queues, embeddings_GBD, strict=True):
+                    assert isinstance(queue, Queue)
+                    queue.push(embeddings_BD)
+        self._embeddings = []
+
+    def encoder(self) -> Encoder:
+        return self.student
+
+    def diagnostics(self) -> dict[str, float]:
+        return {name: value.item() for name, value in self._watched.items()}

@@ -1,0 +1,119 @@
+"""Draws ViCE's views of one image and finds the regions that all of them show (methods.md 5.3 to 5.5).
+
+Runs in the loader's processes. Region ids are those of the `superpixels` table, cut with every view.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.pretrain.config.parts import jitter
+from stages.pretrain.methods.vice import regions
+from stages.pretrain.methods.vice.regions import Frame
+from stages.pretrain.methods.vice.settings import ViCESettings
+from stages.pretrain.views.draw import draw_colour
+from stages.pretrain.views.geometry import crop_affine, to_view
+from stages.pretrain.views.plan import Draw, Drawn, ImageRow, Photometric, ViewPlan, ViewSpec
+from stages.pretrain.views.render_cpu import cut_labels
+
+NO_MUTUAL_REGION = "no mutual region"
+
+
+def view_plan(settings: ViCESettings) -> ViewPlan:
+    """All views are coloured alike, the first one too."""
+    colours = jitter((0.8, 0.8, 0.8, 0.2), blur_p=0.5)
+    spec = ViewSpec("view", settings.size, settings.views, flip_p=settings.flip, photometric=colours)
+    tables = ("superpixels",) if settings.decomposition == "superpixels" else ()
+    return ViewPlan((spec,), tables=tables, drawer=RegionDrawer(settings, colours))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class RegionDrawer:
+    """A `ViewPlan.drawer`. Its extras:
+
+    regions (V, S, S) int32: of each view's pixels the mutual region, 0..n-1 and the same in all views, MASKED where
+        noise goes, -1 elsewhere; mirrored where the view is;
+    count () int64: n, at least 1: an image without a mutual region is skipped.
+    """
+
+    settings: ViCESettings
+    colours: Photometric
+
+    def __call__(self, rng: np.random.Generator, row: ImageRow) -> Drawn:
+        settings = self.settings
+        frame = self._frame(row)
+        squares = self._squares(rng, row, frame)
+        draws = []
+        for rect in squares:
+            flip = bool(rng.random() < settings.flip)
+            affine = crop_affine(frame.to_image(rect), settings.size, flip)
+            draws.append(Draw("view", affine, settings.size, draw_colour(self.colours, rng)))
+
+        labels, ids = self._labels(row)
+        maps = [cut_labels(labels, item) for item in draws]
+        shared = frame.to_image(regions.common_rectangle(squares))
+        rects = np.rint([to_view(shared, item.affine) for item in draws]).astype(np.int64).clip(0, settings.size)
+        masked = self._masked(rng, maps, rects, [x1 - x0 for x0, _, x1, _ in squares], ids)
+        rects[0] = (0, 0, settings.size, settings.size)  # of the first view the whole map counts (5.5)
+        kept = regions.mutual(maps, rects, ids)
+        for flags in masked:
+            kept &= ~flags
+        if settings.drop_region_zero:
+            kept[:1] = False
+        if not kept.any():
+            return Drawn([], skipped=NO_MUTUAL_REGION)
+        numbered, count = regions.mutual_regions(maps, kept, masked)
+        return Drawn(draws, {"regions": numbered, "count": np.array(count)})
+
+    def _frame(self, row: ImageRow) -> Frame:
+        standard = self.settings.standard
+        if standard.kind == "square":
+            return regions.square_frame(row.width, row.height, standard.size)
+        return regions.padded_frame(row.width, row.height, standard.size, standard.longest)
+
+    def _squares(self, rng: np.random.Generator, row: ImageRow, frame: Frame) -> list[regions.Whole]:
+        """Where the views lie in the standardised image (5.4)."""
+        settings = self.settings
+        weights = regions.content_map(regions.standardise(row.pixels(), frame))
+        sides = settings.size * rng.uniform(*settings.resize, settings.views)
+        x, y = regions.clip_centre(*regions.content_centre(rng, weights), sides[0], frame.width, frame.height)
+        squares = [regions.square(x, y, sides[0])]
+        for turn, side in enumerate(sides[1:]):
+            at = regions.surrounding_centre(rng, x, y, side, turn, settings.views - 1)
+            squares.append(regions.square(*regions.clip_centre(*at, side, frame.width, frame.height), side))
+        return squares
+
+    def _labels(self, row: ImageRow) -> tuple[NDArray[np.int32], int]:
+        """The decomposition of the stored image, and the number of its ids."""
+        if self.settings.decomposition == "pixels":
+            count = row.height * row.width
+            return np.arange(count, dtype=np.int32).reshape(row.height, row.width), count
+        assert row.superpixels is not None  # the reader skips images without
+        return row.superpixels, int(row.superpixels.max()) + 1
+
+    def _masked(
+        self,
+        rng: np.random.Generator,
+        maps: list[regions.Labels],
+        rects: NDArray[np.int64],
+        extents: list[int],
+        ids: int,
+    ) -> list[regions.Flags]:
+        """The regions masked in each view; none where masking is off (5.5)."""
+        mask, size = self.settings.mask, self.settings.size
+        if not mask.ratio:
+            return []
+        common = np.flatnonzero(regions.present(maps[0], rects[0], ids))
+        protected = rng.permutation(common)[: int(mask.protected * len(common))]
+        masked = []
+        for map_, extent in zip(maps, extents, strict=True):
+            # Half of what the view shows; the official code takes half of `size` before the view is resized to it.
+            reach = size / 2 if mask.centre == "view" else size / 2 * size / max(1, extent)
+            rectangle = regions.mask_rectangle(rng, size, mask.ratio, reach)
+            flags = regions.present(map_, np.array(rectangle), ids)
+            flags[protected] = False
+            masked.append(flags)
+        return masked
