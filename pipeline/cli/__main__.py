@@ -1,5 +1,7 @@
 """`python -m pipeline.cli` is the `tessera` command."""
 
+import sys
+
 from pipeline.cli.main import main
 
-main()
+sys.exit(main())

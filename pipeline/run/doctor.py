@@ -171,7 +171,7 @@ def _tracking(uri: str | None) -> Iterator[Check]:
 
 def _ray(address: str | None) -> Iterator[Check]:
     """Start or join Ray in a process of its own, which can be ended when it hangs."""
-    command = [sys.executable, "-c", "from pipeline.doctor import _ray_probe; _ray_probe()", address or ""]
+    command = [sys.executable, "-c", "from pipeline.run.doctor import _ray_probe; _ray_probe()", address or ""]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         output, errors = process.communicate(timeout=RAY_SECONDS)

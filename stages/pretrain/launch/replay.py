@@ -1,6 +1,6 @@
 """A step that went wrong, kept so that it can be run again alone.
 
-    python -m stages.pretrain.replay FILE
+    python -m stages.pretrain.launch.replay FILE
 
 prints every term with its weight and gradient norm and, where something is not finite, the operation whose backward
 pass made it so and the parameters that it reached. The file holds the config, the addresses of the input artifacts,
@@ -58,7 +58,7 @@ def leaver(config: PretrainConfig, inputs: Mapping[str, Artifact], run: Run, add
             Objects(address).put(name, data.getvalue())
         if world_size() > 1:
             dist.barrier()  # the first rank to raise ends the others, and the file must be whole by then
-        return f"To run that step again alone: python -m stages.pretrain.replay {Objects(address).join(name)}"
+        return f"To run that step again alone: python -m stages.pretrain.launch.replay {Objects(address).join(name)}"
 
     return leave
 

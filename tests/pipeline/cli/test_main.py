@@ -47,7 +47,7 @@ def test_help_answers_within_half_a_second() -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     heavy = ("rich", "pydantic", "ray", "torch", "mlflow", "numpy", "pyarrow", "obstore", "yaml")
-    code = f"import sys, pipeline.cli; print([m for m in {heavy!r} if m in sys.modules])"
+    code = f"import sys, pipeline.cli.main; print([m for m in {heavy!r} if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
 

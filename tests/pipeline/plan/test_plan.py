@@ -345,7 +345,7 @@ make_plan(pipeline, ArtifactStore("store"))
 heavy = {"torch", "ray", "mlflow", "cv2", "timm", "pyarrow", "pandas", "omegaconf", "matplotlib", "numpy"}
 print(sorted(heavy & sys.modules.keys()), time.monotonic() - started < 10)
 """
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True
     )

@@ -29,8 +29,8 @@ def test_a_cached_run_imports_neither_ray_nor_torch_nor_mlflow_and_is_fast(works
     workshop.write(tracking="sqlite:///mlflow.db")
     workshop.tessera("run", "p.yaml")
     code = (
-        "import sys, pipeline.cli\n"
-        "assert pipeline.cli.main(['run', 'p.yaml']) == 0\n"
+        "import sys, pipeline.cli.main\n"
+        "assert pipeline.cli.main.main(['run', 'p.yaml']) == 0\n"
         "print([m for m in ('ray', 'torch', 'mlflow', 'cv2', 'pandas') if m in sys.modules])"
     )
     times = []

@@ -165,7 +165,7 @@ def test_tracking_that_breaks_in_the_middle_is_told_once(tmp_path: Path) -> None
 
 def test_without_a_tracking_address_nothing_is_imported() -> None:
     code = (
-        "import sys; from pipeline.tracking import Tracker; t = Tracker(None, 'p', print); t.start('p', {});"
+        "import sys; from pipeline.run.tracking import Tracker; t = Tracker(None, 'p', print); t.start('p', {});"
         "s = t.stage('a', {}, {'x': 1}); s.log_metrics({'m': 1.0}, 0); s.finish('FINISHED'); t.finish('FINISHED', {});"
         "print('mlflow' in sys.modules)"
     )
@@ -174,7 +174,7 @@ def test_without_a_tracking_address_nothing_is_imported() -> None:
 
 def test_processes_started_together_make_one_database_and_one_experiment(tmp_path: Path) -> None:
     code = (
-        "from pipeline.tracking import Tracker; import sys\n"
+        "from pipeline.run.tracking import Tracker; import sys\n"
         f"t = Tracker('sqlite:///{tmp_path}/new/mlflow.db', 'p', sys.exit); t.start('p', {{}})\n"
         "t.finish('FINISHED', {}); print(t.experiment_id, t.run_id)"
     )

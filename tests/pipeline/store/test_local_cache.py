@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ArtifactDamaged, StoreError
-from pipeline.store import local_cache as nodecache
+from pipeline.store import local_cache
 from pipeline.store.artifact import Artifact
 from pipeline.store.objects import Objects
 from pipeline.store.store import ArtifactStore
@@ -27,13 +27,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were read to be hashed."""
     names: list[str] = []
-    plain = nodecache.differs
+    plain = local_cache.differs
 
-    def counted(path: Path, entry: nodecache.FileEntry) -> str:
+    def counted(path: Path, entry: local_cache.FileEntry) -> str:
         names.append(entry.name)
         return plain(path, entry)
 
-    monkeypatch.setattr(nodecache, "differs", counted)
+    monkeypatch.setattr(local_cache, "differs", counted)
     return names
 
 
@@ -45,12 +45,12 @@ def make(store: ArtifactStore, data: bytes = b"data") -> Artifact:
 
 def new_process() -> None:
     """Forget what only this process knows."""
-    nodecache._SEEN.clear()
+    local_cache._SEEN.clear()
 
 
 def grown_old(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files count as old enough for their tags to be trusted, without waiting."""
-    monkeypatch.setattr(nodecache, "GRAIN_NS", -(10**18))
+    monkeypatch.setattr(local_cache, "GRAIN_NS", -(10**18))
 
 
 def test_a_local_store_hands_out_its_own_file_and_hashes_it_once_a_machine(

@@ -186,7 +186,7 @@ def test_a_check_reads_nothing_that_was_not_touched(store: ArtifactStore, monkey
 
     monkeypatch.setattr("pipeline.store.integrity.content_reason", counted)
     for module in ("integrity", "writer"):  # files count as old enough for their tags to be trusted, without waiting
-        monkeypatch.setattr(f"pipeline.{module}.GRAIN_NS", -(10**18))
+        monkeypatch.setattr(f"pipeline.store.{module}.GRAIN_NS", -(10**18))
     artifact = make(store)
     assert store.check(artifact) == []
     assert read == []  # what was just written needs no reading

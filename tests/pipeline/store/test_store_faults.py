@@ -17,7 +17,7 @@ from pipeline.store.manifest import MANIFEST
 from pipeline.store.store import ArtifactStore
 from tests.pipeline.store.store_processes import PARTS, content, write
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NOW = timedelta(0)
 
 

@@ -232,18 +232,18 @@ def test_after_kill_9_of_the_driver_only_missing_parts_are_computed(
     driver = textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import test_shards
+        import test_map_images
         from ray import cloudpickle
         from pipeline.run import cluster
         from pipeline.stage import Context, Resources
         from pipeline.store.store import ArtifactStore
-        cloudpickle.register_pickle_by_value(test_shards)
+        cloudpickle.register_pickle_by_value(test_map_images)
         cluster.start({ray.get_runtime_context().gcs_address!r})
         store = ArtifactStore({store.address!r})
         source = store.find("images", {source.fingerprint!r})
         context = Context("sizes", "ba9876543210", {{}}, store.begin("sizes", "ba9876543210"), Resources())
         folder = {str(tmp_path / "first")!r}
-        test_shards.map_shards(context, source, test_shards.slowly, schema=test_shards.SCHEMA, arguments=(folder,))
+        test_map_images.map_shards(context, source, test_map_images.slowly, schema=test_map_images.SCHEMA, arguments=(folder,))
     """)
     output = tmp_path / "store" / "sizes" / "ba9876543210"
     with subprocess.Popen([sys.executable, "-c", driver]) as process:

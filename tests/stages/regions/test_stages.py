@@ -90,7 +90,7 @@ def test_scales_that_leave_nothing_are_refused() -> None:
 
 
 def test_planning_imports_nothing_heavy() -> None:
-    code = "import sys, stages.selective_search, stages.superpixels; print([m for m in sys.modules])"
+    code = "import sys, stages.regions.selective_search, stages.regions.superpixels; print([m for m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not [name for name in ("'cv2'", "'ray'", "'torch'", "'pyarrow'") if name in loaded]
 

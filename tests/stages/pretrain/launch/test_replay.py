@@ -23,7 +23,7 @@ ALONE = {"resources": {"workers": 0}}
 
 
 def file_in(message: str) -> str:
-    found = re.search(r"python -m stages\.pretrain\.replay (\S+)", message)
+    found = re.search(r"python -m stages\.pretrain\.launch\.replay (\S+)", message)
     assert found, message
     return found[1]
 
@@ -53,7 +53,7 @@ def test_the_command_prints_the_terms(run_stage: RunStage) -> None:
     with pytest.raises(StageFailed) as stopped:
         run_stage("c" * 24, {"steps": 3, "watch": watch, **ALONE})
     command = [sys.executable, "-m", "stages.pretrain.launch.replay", file_in(str(stopped.value))]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[4])
     assert done.returncode == 0, done.stderr
     assert "rank_image" in done.stdout.splitlines()[0]
     assert re.search(r"align_image\s+\d\.\d+\s+weight 1\s+gradient norm \d", done.stdout)
