@@ -9,7 +9,7 @@ import pytest
 from pipeline.config.load import load_pipeline
 from pipeline.plan.plan import make_plan
 from pipeline.store.store import ArtifactStore
-from stages.pretrain.stage import PretrainConfig
+from stages.pretrain.config.pretrain import PretrainConfig
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))

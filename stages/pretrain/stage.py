@@ -1,4 +1,4 @@
-"""The `pretrain` stage: images in, an encoder out. What it can be told; the work is in launch.py.
+"""The `pretrain` stage: images in, an encoder out. The work is in launch/, its config in config/pretrain.py.
 
 Torch and Ray are imported when it runs, not before: planning reads this file.
 """
@@ -6,46 +6,9 @@ Torch and Ray are imported when it runs, not before: planning reads this file.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
-
-from pipeline.stage import Context, Feed, Input, Outcome, Settings, Stage, StageConfig
-from stages.models.settings import Backbone
-from stages.pretrain.config.method import MethodSettings, method_settings
-from stages.training.settings import LoopSettings
-
-
-class ImageSource(Settings):
-    """One of several mixed image sources."""
-
-    from_: Input["images"] = Field(alias="from")
-    weight: float = Field(1.0, gt=0, description="share of every batch, relative to the other sources")
-    role: Literal["objects", "scenes"] = Field(
-        "objects", description="objects: one main object a picture; a method may limit a term to these"
-    )
-
-
-class PretrainConfig(LoopSettings, StageConfig):
-    images: Input["images"] | list[ImageSource] = Field(description="a stage, or several with weights")
-    split: str | None = Field(
-        None, description="train on this split only; default: 'train' where the images have one, else all"
-    )
-    init: Input["encoder"] | None = Field(None, description="start from this encoder; else from `backbone`")
-    backbone: Backbone | None = None
-    method: Annotated[SerializeAsAny[MethodSettings], BeforeValidator(method_settings)]
-
-    @model_validator(mode="after")
-    def _one_start(self) -> PretrainConfig:
-        if (self.init is None) == (self.backbone is None):
-            raise ValueError("init, backbone: give exactly one of the two")
-        return self
-
-    def image_sources(self) -> list[tuple[str, ImageSource]]:
-        """Dotted path of the input and the source, in order."""
-        if isinstance(self.images, str):
-            return [("images", ImageSource.model_validate({"from": self.images}))]
-        return [(f"images.{i}.from", source) for i, source in enumerate(self.images)]
+from pipeline.stage import Context, Feed, Outcome, Stage
+from stages.pretrain.config.pretrain import PretrainConfig
 
 
 class Pretrain(Stage[PretrainConfig]):
@@ -75,7 +38,7 @@ class Pretrain(Stage[PretrainConfig]):
                 )
 
     def run(self, context: Context) -> Outcome:
-        from stages.pretrain.launch.launch import pretrain
+        from stages.pretrain.launch.pretrain import pretrain
 
         return pretrain(self.config, context)
 

@@ -2,7 +2,7 @@
 
     step-00000120/
         state.pt        method and optimiser, tensors and plain containers only (read with weights_only=True)
-        progress.json   step, what the run is (fingerprint), the curves so far
+        progress.json   step, fingerprint of the artifact in the making, the curves so far
         complete.json   sha256 of the two, written last
 
 A folder that a crash left half-written, or that was damaged since, is passed over and the one before it is used.
@@ -26,21 +26,36 @@ MARKER = "complete.json"
 
 
 @dataclass
-class Progress:
-    """Where a run stands, beside its tensors."""
+class TrainingState:
+    """Where a training stands, beside its tensors."""
 
     step: int = 0  # optimiser steps done
     curves: list[dict[str, float]] = field(default_factory=list)  # one row a logged step, "step" among its keys
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> images replaced so far
+    problems: dict[str, str] = field(default_factory=dict)  # key -> reason, of the first images that were replaced
 
 
 def write_checkpoint(
-    folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, run: str
+    folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState, fingerprint: str
 ) -> None:
-    """Write one checkpoint into `folder`, which must not exist; the marker comes last."""
+    """Write one checkpoint; the marker comes last.
+
+    Args:
+        folder: where to; it must not exist.
+        method: whose parameters and buffers are kept.
+        optimizer: whose state is kept.
+        state: step, curves and what was skipped so far.
+        fingerprint: of the artifact that the training makes.
+    """
     folder.mkdir(parents=True)
     torch.save({"method": method.state_dict(), "optimizer": optimizer.state_dict()}, folder / "state.pt")
-    text = {"run": run, "step": progress.step, "curves": progress.curves, "skipped": progress.skipped}
+    text = {
+        "run": fingerprint,
+        "step": state.step,
+        "curves": state.curves,
+        "skipped": state.skipped,
+        "problems": state.problems,
+    }
     (folder / "progress.json").write_text(json.dumps(text))
     sums = {name: _sha256(folder / name) for name in ("state.pt", "progress.json")}
     part = folder / f"{MARKER}.part"
@@ -60,38 +75,54 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
-def read_checkpoint(folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer | None, run: str) -> Progress:
-    """Load a complete checkpoint in place. Raises ValueError if it belongs to another run."""
+def read_checkpoint(
+    folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer | None, fingerprint: str
+) -> TrainingState:
+    """Load a complete checkpoint into a method and, unless it is None, an optimiser.
+
+    Args:
+        folder: of the checkpoint; `is_complete` said that it is whole.
+        method: takes the tensors, in place.
+        optimizer: takes its state, in place; None where only the method is wanted.
+        fingerprint: of the artifact that the training makes.
+
+    Returns:
+        Where the training stood.
+
+    Raises:
+        ValueError: when the checkpoint belongs to another artifact.
+    """
     text: dict[str, Any] = json.loads((folder / "progress.json").read_text())
-    if text["run"] != run:
-        raise ValueError(f"checkpoint {folder} belongs to run {text['run']}, not to {run}")
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    method.load_state_dict(state["method"])
+    if text["run"] != fingerprint:
+        raise ValueError(f"checkpoint {folder} belongs to {text['run']}, not to {fingerprint}")
+    tensors = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    method.load_state_dict(tensors["method"])
     if optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])
-    return Progress(text["step"], text["curves"], text["skipped"])
+        optimizer.load_state_dict(tensors["optimizer"])
+    return TrainingState(text["step"], text["curves"], text["skipped"], text.get("problems", {}))
 
 
 class CheckpointFolder:
-    """Checkpoints of one run under one local folder: the newest two are kept."""
+    """Checkpoints of one training under one local folder: the newest two are kept."""
 
-    def __init__(self, root: Path, run: str, *, keep: int = 2, say: Callable[[str], None] = print) -> None:
-        self.root, self.run, self.keep, self.say = root, run, keep, say
+    def __init__(self, root: Path, fingerprint: str, *, keep: int = 2, say: Callable[[str], None] = print) -> None:
+        self.root, self.fingerprint, self.keep, self.say = root, fingerprint, keep, say
 
-    def save(self, method: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        folder = self.root / f"step-{progress.step:08d}"
+    def save(self, method: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
+        """Write the checkpoint of this step, then remove those that are no longer among the newest."""
+        folder = self.root / f"step-{state.step:08d}"
         shutil.rmtree(folder, ignore_errors=True)
-        write_checkpoint(folder, method, optimizer, progress, self.run)
+        write_checkpoint(folder, method, optimizer, state, self.fingerprint)
         for old in self._folders()[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def restore(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        """The newest whole checkpoint, loaded; a fresh `Progress` where there is none."""
+    def restore(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
+        """The newest whole checkpoint, loaded; a fresh `TrainingState` where there is none."""
         for folder in self._folders():
             if is_complete(folder):
-                return read_checkpoint(folder, method, optimizer, self.run)
+                return read_checkpoint(folder, method, optimizer, self.fingerprint)
             self.say(f"checkpoint {folder.name} is not whole; going back to the one before it")
-        return Progress()
+        return TrainingState()
 
     def _folders(self) -> list[Path]:
         return sorted(self.root.glob("step-*"), reverse=True)

@@ -17,33 +17,34 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import StageFailed
-from stages.pretrain.data.batch import Batch
-from stages.pretrain.methods.method import Method, Step
-from stages.training.checkpoint import Progress
+from stages.training.checkpoint import TrainingState
 from stages.training.collectives import all_reduce_mean, gather_objects, world_size
+from stages.training.contract import Step, Trainable, TrainingBatch
 from stages.training.optim import build_optimizer, clip_gradients, set_schedule
-from stages.training.settings import LoopSettings
+from stages.training.settings import LoopSettings, weight_of
 from stages.training.watch import Watch
+
+MAX_PROBLEMS = 100  # skipped images that are named; all are counted
 
 
 class Data(Protocol):
     """What the loop needs of the data: the same batches for the same step numbers, whenever asked."""
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int) -> Iterator[TrainingBatch]:
         """Forward passes start .. stop-1; each batch holds this rank's share of batch_size / accumulate images."""
 
 
 class Checkpoints(Protocol):
-    def save(self, method: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None: ...
+    def save(self, method: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None: ...
 
-    def restore(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> Progress: ...
+    def restore(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState: ...
 
 
 @dataclass(frozen=True)
-class Run:
-    """The parts of one training run, as one rank sees them."""
+class Training:
+    """The parts of one training, as one rank sees them."""
 
-    method: Method
+    method: Trainable
     data: Data
     settings: LoopSettings
     weights: Mapping[str, float]  # term -> weight; terms not named weigh 1
@@ -67,11 +68,11 @@ LeaveReplay = Callable[[BadStep], str]
 
 
 def train(
-    run: Run,
+    training: Training,
     checkpoints: Checkpoints,
     report: Report = lambda row: None,
     leave_replay: LeaveReplay = lambda bad: "",
-) -> Progress:
+) -> TrainingState:
     """Train to the end, from the last checkpoint where there is one.
 
     Args:
@@ -79,37 +80,37 @@ def train(
         leave_replay: called on every rank when a step has gone wrong; keeps what is needed to run it again and returns
             a sentence that says how (replay.py).
 
-    Returns: the final progress; its `curves` hold every row of the run, those before a resume included.
+    Returns: the final state; its `curves` hold every row, those before a resume included.
     Raises: StageFailed when a term or its gradient is not finite, or the features have collapsed (watch.py).
     """
-    settings, device = run.settings, run.device
+    settings, device = training.settings, training.device
     # Convolutions are faster with channels last (ResNet-18 on a CPU by a fifth); other layers do not care.
-    method = run.method.to(device).to(memory_format=torch.channels_last).train()
+    method = training.method.to(device).to(memory_format=torch.channels_last).train()
     optimizer = build_optimizer(method, settings.optimizer)
-    progress = checkpoints.restore(method, optimizer)
+    state = checkpoints.restore(method, optimizer)
     model: nn.Module = method
     if world_size() > 1:
         # Some steps leave some heads out (a batch without object-centric images), so unused parameters are normal.
         model = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False, find_unused_parameters=True)
-    checkpoint_every = settings.checkpoint_every or max(1, run.total_steps // 20)
-    window, watch = Window(run), Watch(settings.watch, run.weights)
+    checkpoint_every = settings.checkpoint_every or max(1, training.total_steps // 20)
+    window, watch = Window(training), Watch(settings.watch, training.weights)
 
-    passes = run.data.batches(progress.step * settings.accumulate, run.total_steps * settings.accumulate)
-    for index in range(progress.step, run.total_steps):
-        step = Step(index, run.total_steps, run.steps_per_epoch)
+    passes = training.data.batches(state.step * settings.accumulate, training.total_steps * settings.accumulate)
+    for index in range(state.step, training.total_steps):
+        step = Step(index, training.total_steps, training.steps_per_epoch)
         lr, decay = set_schedule(
             optimizer,
             settings.optimizer,
             step=index,
-            total=run.total_steps,
-            steps_per_epoch=run.steps_per_epoch,
+            total=training.total_steps,
+            steps_per_epoch=training.steps_per_epoch,
             batch_size=settings.batch_size,
         )
-        batch = compute_gradients(run, model, step, passes, window, watch)
+        batch = compute_gradients(training, model, step, passes, window, watch)
         method.before_update(step)
         norm = clip_gradients(method.parameters(), settings.optimizer)
         done = index + 1
-        must_save = done % checkpoint_every == 0 or done == run.total_steps
+        must_save = done % checkpoint_every == 0 or done == training.total_steps
         logged = done % settings.log_every == 0 or must_save
         seen = watch.look(method, batch, precision=settings.precision) if logged else {}
         # Before the optimiser moves: a replay starts from the state that this step had.
@@ -121,31 +122,30 @@ def train(
         method.after_step(step)
         window.end_step(norm)
 
-        progress.step = done
+        state.step = done
         if logged:
             row = window.flush(done, {"lr": lr, "weight_decay": decay, **seen})
-            progress.curves.append(row)
-            for reason, count in window.take_skipped().items():
-                progress.skipped[reason] = progress.skipped.get(reason, 0) + count
+            state.curves.append(row)
+            window.hand_over_skipped(state)
             report(row)
         if must_save:
-            checkpoints.save(method, optimizer, progress)
-    return progress
+            checkpoints.save(method, optimizer, state)
+    return state
 
 
 def compute_gradients(
-    run: Run, model: nn.Module, step: Step, passes: Iterator[Batch], window: Window, watch: Watch
-) -> Batch:
+    training: Training, model: nn.Module, step: Step, passes: Iterator[TrainingBatch], window: Window, watch: Watch
+) -> TrainingBatch:
     """The forward and backward passes of one step; what came out is in the window. Returns the last batch."""
-    settings, method = run.settings, run.method
-    # One seed a step, not one a run: a resumed run needs no generator states to continue exactly.
+    settings, method = training.settings, training.method
+    # one seed a step, not one a training: a resumed one needs no generator states to continue exactly.
     torch.manual_seed(settings.seed * 1_000_003 + step.index)
     method.start_step(step)
     for nth in range(settings.accumulate):
-        batch = next(passes).to(run.device)
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        batch = next(passes).to(training.device)
+        with torch.autocast(training.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             terms = model(batch)
-        total = weighted_sum(terms, run.weights)
+        total = weighted_sum(terms, training.weights)
         if nth == settings.accumulate - 1 and watch.gradients_due(step.index):
             window.of_terms |= watch.gradient_norms(terms, method.parameter_groups())
         torch.autograd.backward(total / settings.accumulate)
@@ -157,25 +157,26 @@ def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> T
     """Sum of weight * term over the terms of a step, in float32; a term without a weight weighs 1."""
     if not terms:
         raise ValueError("a method must return at least one term")
-    return torch.stack([weights.get(name, 1.0) * term.float() for name, term in terms.items()]).sum()
+    return torch.stack([weight_of(weights, name) * term.float() for name, term in terms.items()]).sum()
 
 
 class Window:
     """Terms since the last logged row, kept on the device so that no step waits for it."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, training: Training) -> None:
+        self.training = training
         self.names: list[str] = []
         self.rows: list[Tensor] = []
         self.norms: list[Tensor] = []
         self.of_terms: dict[str, float] = {}  # the newest gradient norms and weights of single terms
         self.images = 0
         self.skipped: Counter[str] = Counter()
+        self.problems: dict[str, str] = {}
         self.started = time.perf_counter()
         self.pending: list[Tensor] = []  # of this step's forward passes: values of the terms,
         self.image_ids: list[Tensor] = []  # and images
 
-    def add(self, batch: Batch, terms: Mapping[str, Tensor], total: Tensor) -> None:
+    def add(self, batch: TrainingBatch, terms: Mapping[str, Tensor], total: Tensor) -> None:
         """One forward pass."""
         names = [*terms, "total"]
         if self.names and names != self.names:
@@ -185,6 +186,7 @@ class Window:
         self.image_ids.append(batch.image_ids)
         self.images += len(batch) * world_size()
         self.skipped.update(batch.skipped)
+        self.problems.update(batch.problems)
 
     def end_step(self, norm: Tensor) -> None:
         self.rows.append(torch.stack(self.pending).mean(0))
@@ -195,7 +197,7 @@ class Window:
         """The mean over the window's steps and the ranks; empties the window."""
         values_ST, norms_S = all_reduce_mean(torch.stack(self.rows)).cpu(), torch.stack(self.norms).cpu()
         seconds = time.perf_counter() - self.started
-        row = {"step": float(step), "epoch": step / self.run.steps_per_epoch}
+        row = {"step": float(step), "epoch": step / self.training.steps_per_epoch}
         row |= dict(zip(self.names, values_ST.double().mean(0).tolist(), strict=True))
         row |= {"grad_norm": norms_S.double().mean().item(), **self.of_terms, **extra}
         row["images_per_s"] = self.images / seconds
@@ -203,7 +205,12 @@ class Window:
         self.started = time.perf_counter()
         return row
 
-    def take_skipped(self) -> Counter[str]:
-        """Reasons and counts since the last call, over all ranks."""
-        taken, self.skipped = self.skipped, Counter()
-        return sum(gather_objects(taken), Counter())
+    def hand_over_skipped(self, state: TrainingState) -> None:
+        """Move what all ranks have skipped since the last call into `state`, the same on every rank."""
+        for skipped, problems in gather_objects((self.skipped, self.problems)):
+            for reason, count in skipped.items():
+                state.skipped[reason] = state.skipped.get(reason, 0) + count
+            for key, reason in problems.items():
+                if len(state.problems) < MAX_PROBLEMS:
+                    state.problems.setdefault(key, reason)
+        self.skipped, self.problems = Counter(), {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -89,3 +90,8 @@ class LoopSettings(Settings):
             return self.steps
         assert self.epochs is not None  # the validator saw to it
         return max(1, round(self.epochs * self.steps_per_epoch(images)))
+
+
+def weight_of(weights: Mapping[str, float], term: str) -> float:
+    """The weight of a term of the loss; 1 for a term that `weights` does not name."""
+    return weights.get(term, 1.0)

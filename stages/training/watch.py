@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from stages.models.encoder import Encoder
-from stages.pretrain.data.batch import Batch
-from stages.pretrain.methods.method import Method
 from stages.training.collectives import all_reduce_mean, gather_objects, world_size
-from stages.training.settings import WatchSettings
+from stages.training.contract import Trainable, TrainingBatch
+from stages.training.settings import WatchSettings, weight_of
 
 IMAGES = 64  # of a rank's batch that features are taken from
 PATCHES = 512  # of those images' patches, evenly spaced
@@ -40,12 +39,12 @@ class Watch:
         trained = list(parameters)
         found: dict[str, float] = {}
         for name, term in terms.items():
-            weight = self.weights.get(name, 1.0)
+            weight = weight_of(self.weights, name)
             found[f"weight/{name}"] = weight
             found[f"grad_norm/{name}"] = abs(weight) * _gradient_norm(term, trained) if weight else 0.0
         return found
 
-    def look(self, method: Method, batch: Batch, *, precision: str) -> dict[str, float]:
+    def look(self, method: Trainable, batch: TrainingBatch, *, precision: str) -> dict[str, float]:
         """What a row of the curves says beside its terms: the method's own numbers and `feature_spread`."""
         return method.diagnostics() | feature_spread(method.encoder(), batch, precision=precision)
 
@@ -82,14 +81,14 @@ class Watch:
 
 
 @torch.no_grad()
-def feature_spread(encoder: Encoder, batch: Batch, *, precision: str) -> dict[str, float]:
+def feature_spread(encoder: Encoder, batch: TrainingBatch, *, precision: str) -> dict[str, float]:
     """Effective rank and mean pairwise cosine of what the encoder (the teacher, where there is one) makes of the
     batch's first view: "rank_image" and "cosine_image" of the image vectors, "rank_patch" and "cosine_patch".
 
     Means over ranks; a single row has no cosine.
     """
     modes = [(module, module.training) for module in encoder.modules()]
-    view_B3SS = next(iter(batch.views.values()))[0][:IMAGES]
+    view_B3SS = batch.watched_images()[:IMAGES]
     with torch.autocast(view_B3SS.device.type, torch.bfloat16, enabled=precision == "bf16"):
         seen = encoder.eval()(view_B3SS)
     for module, training in modes:

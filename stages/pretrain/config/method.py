@@ -1,25 +1,25 @@
-"""Base of every method's settings, and how a name in YAML becomes one."""
+"""Base of every method's settings, and how a name in YAML becomes one. Torch-free: planning reads settings only."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
+from pipeline.config import registry
+from pipeline.errors import UsageError
 from pipeline.stage import Settings
+from stages.training.settings import weight_of
 
-if TYPE_CHECKING:
-    from stages.models.encoder import Encoder
-    from stages.pretrain.methods.method import Method
+METHODS = "tessera.methods"  # entry-point group
 
 
 class MethodSettings(Settings):
-    """`method:` in YAML. A subclass declares `terms`, the inputs that only it needs, and its own knobs."""
+    """`method:` in YAML. A subclass names its method's class and terms, the inputs that only it needs, its options."""
 
-    variant_group: ClassVar[str | None] = "tessera.methods"
+    variant_group: ClassVar[str | None] = METHODS
+    builds: ClassVar[str]  # "package.module:Class" of the method; imported when the method is built, not before
     terms: ClassVar[tuple[str, ...]]  # the names that `weights` may scale
     default_weights: ClassVar[Mapping[str, float]] = {}  # where a paper's weights are not 1; the config's come on top
 
@@ -42,31 +42,58 @@ class MethodSettings(Settings):
             raise ValueError(f"weights: no such term {', '.join(unknown)}; {self.name} has {', '.join(self.terms)}")
         return self
 
+    def uses(self, term: str) -> bool:
+        """Whether a term has a weight; terms without are not computed."""
+        return weight_of(self.weights, term) != 0
+
     def term_weights(self) -> dict[str, float]:
         """Every term with its weight, in the method's order: what the loop sums."""
-        return {term: self.weights.get(term, 1.0) for term in self.terms}
+        return {term: weight_of(self.weights, term) for term in self.terms}
 
     def as_host(self) -> MethodSettings:
         """These settings where a regulariser that compares two views of an image wraps the method (DSA)."""
         return self
 
-    @abstractmethod
-    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
-        """The method around a freshly built student encoder. Imports torch here, not above."""
+    def least_batch(self) -> int:
+        """Images that the global batch must hold: 2 where the terms compare images or normalise over them."""
+        return 1
+
+    def build(self, encoder: Any, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Any:
+        """The method (`Method` of stages/pretrain/methods/method.py) around a student `Encoder`.
+
+        Args:
+            encoder: the student, freshly built or loaded.
+            total_steps: optimiser steps of the whole training.
+            steps_per_epoch: optimiser steps of one epoch.
+            global_batch: images of one optimiser step over all ranks.
+
+        Raises:
+            ValueError: when the encoder or the batch does not suit the method.
+        """
+        if global_batch < self.least_batch():
+            raise ValueError(
+                f"method {self.name} compares the images of a batch: set batch_size to at least {self.least_batch()}"
+            )
+        return registry.imported(self.builds).build(
+            self, encoder, total_steps=total_steps, steps_per_epoch=steps_per_epoch, global_batch=global_batch
+        )
 
 
 def method_settings(value: Any) -> Any:
-    """The settings object for a mapping with a `name`; used by the pre-train stage's config as a validator."""
+    """The settings object for a mapping with a `name`: a validator of fields that hold a method.
+
+    Raises:
+        ValueError: when the name is missing or unknown, or its class cannot be imported.
+    """
     if isinstance(value, MethodSettings):
         return value
+    known = registry.names(METHODS)
     if not isinstance(value, dict) or "name" not in value:
-        raise ValueError(f"a method is a mapping with a name, one of {', '.join(method_names())}")
-    for entry in entry_points(group="tessera.methods"):
-        if entry.name == value["name"]:
-            settings_class: type[MethodSettings] = entry.load()
-            return settings_class.model_validate(value)
-    raise ValueError(f"no method is called {value['name']!r}; there are {', '.join(method_names())}")
-
-
-def method_names() -> list[str]:
-    return sorted({entry.name for entry in entry_points(group="tessera.methods")})
+        raise ValueError(f"a method is a mapping with a name, one of {', '.join(known)}")
+    if value["name"] not in known:
+        raise ValueError(f"no method is called {value['name']!r}; there are {', '.join(known)}")
+    try:
+        settings_class: type[MethodSettings] = registry.load(METHODS, value["name"])
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+    return settings_class.model_validate(value)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field
 
 from pipeline.stage import Settings
-
-if TYPE_CHECKING:
-    from stages.pretrain.views.plan import Photometric
+from stages.pretrain.views.plan import Photometric
 
 
 class Crops(Settings):
@@ -29,6 +25,15 @@ class HeadSettings(Settings):
     fixed_gain: bool = Field(True, description="prototypes have length 1 (DINO's norm_last_layer)")
 
 
+class DenseSettings(Settings):
+    """Alignment of patches in Leopart's order (methods.md 1.4): Sinkhorn on the target grid, then RoIAlign."""
+
+    temperature: float = Field(0.1, gt=0, description="of the student's softmax")
+    epsilon: float = Field(0.05, gt=0, description="of Sinkhorn on the teacher's scores")
+    iterations: int = Field(3, ge=1, description="of Sinkhorn")
+    grid: int = Field(7, ge=1, description="cells a side that an overlap is resampled to")
+
+
 class TeacherSettings(Settings):
     """The teacher's momentum, a cosine from `momentum` to `momentum_end` over the run."""
 
@@ -46,6 +51,4 @@ class TeacherTemperature(Settings):
 
 def jitter(strength: tuple[float, float, float, float], *, blur_p: float, solarize_p: float = 0.0) -> Photometric:
     """The colour operations of the DINO family: jitter p 0.8, grey p 0.2, blur sigma U(0.1, 2)."""
-    from stages.pretrain.views.plan import Photometric
-
     return Photometric(jitter=strength, jitter_p=0.8, gray_p=0.2, blur_p=blur_p, solarize_p=solarize_p)

@@ -23,6 +23,7 @@ class Batch:
     extras: dict[str, Tensor] = field(default_factory=dict)  # what the drawer stacked, (B, ...); an "embedding"
     neighbor_ids: Tensor | None = None  # (B,) int64: the image behind views of="neighbor"; -1 where none
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> images replaced while this batch was made
+    problems: dict[str, str] = field(default_factory=dict)  # key -> reason, of those images
     seed: int = 0  # of this step, equal on all ranks: for random choices inside compute_terms
     offset: int = 0  # index of this rank's first row in the global batch
 
@@ -43,6 +44,10 @@ class Batch:
             extras={name: move(extra) for name, extra in self.extras.items()},
             neighbor_ids=None if self.neighbor_ids is None else move(self.neighbor_ids),
         )
+
+    def watched_images(self) -> Tensor:
+        """(B, 3, S, S): the first view, whose features are watched for collapse."""
+        return next(iter(self.views.values()))[0]
 
     def generator(self, image_id: int | None = None) -> torch.Generator:
         """A CPU generator for this step (or this step and image): the same on every rank and world size."""

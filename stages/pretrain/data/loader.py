@@ -28,7 +28,6 @@ from stages.pretrain.views.plan import ViewPlan
 __all__ = ["ImageSource", "TrainData"]
 
 MAX_PART = 32  # images a worker sends at once: bounds shared memory and the wait for the first batch
-MAX_PROBLEMS = 100  # images named in `problems`; all are counted
 _Task = tuple[int, int, int]  # step, and the rows start..stop-1 of its global batch
 
 
@@ -45,7 +44,7 @@ class TrainData:
         device: where batches end up; default: the GPU for renderer "gpu", else the CPU.
         mean, std: of red, green, blue on the [0, 1] scale; the encoder's.
 
-    Attributes: steps_per_epoch; skipped (reason -> images replaced so far); problems (key -> reason, the first 100).
+    Attributes: steps_per_epoch.
     Raises: UsageError when ranks do not divide the batch, or a table that the plan asks for is missing.
     """
 
@@ -78,8 +77,6 @@ class TrainData:
         self.share, self.offset = global_batch // world_size, rank * (global_batch // world_size)
         self.seed, self.workers, self.renderer = seed, workers, renderer
         self.mean, self.std = tuple(float(x) for x in mean), tuple(float(x) for x in std)
-        self.skipped: dict[str, int] = {}
-        self.problems: dict[str, str] = {}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -104,9 +101,7 @@ class TrainData:
         for part in parts:
             for skip in part.skipped:
                 batch.skipped[skip.reason] = batch.skipped.get(skip.reason, 0) + 1
-                self.skipped[skip.reason] = self.skipped.get(skip.reason, 0) + 1
-                if len(self.problems) < MAX_PROBLEMS:
-                    self.problems[skip.key] = skip.detail or skip.reason
+                batch.problems[skip.key] = skip.detail or skip.reason
         batch.seed = _step_seed(self.seed, parts[0].step)
         batch.offset = self.offset
         return batch

@@ -27,7 +27,7 @@ UNREADABLE = "unreadable image"
 Pixels = NDArray[np.uint8]
 
 
-class Rows(Protocol):
+class RowReader(Protocol):
     """What is used of `stages.data.tables.Table`."""
 
     ids: NDArray[np.int64]
@@ -41,14 +41,14 @@ class Rows(Protocol):
 class ImageSource:
     """One image set of a mixture, with the tables that were made from it. Picklable, as the tables are."""
 
-    images: Rows  # columns key, image, width, height
+    images: RowReader  # columns key, image, width, height
     ids: Sequence[int] | NDArray[np.int64] | None = None  # train on these only; default: all
     weight: float = 1.0
     role: Literal["objects", "scenes"] = "objects"
-    boxes: Rows | None = None
-    superpixels: Rows | None = None
-    neighbors: Rows | None = None
-    embeddings: Rows | None = None
+    boxes: RowReader | None = None
+    superpixels: RowReader | None = None
+    neighbors: RowReader | None = None
+    embeddings: RowReader | None = None
 
     @cached_property
     def chosen(self) -> NDArray[np.int64]:

@@ -4,6 +4,7 @@ driver's own process and the benchmarks all call this."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -12,11 +13,20 @@ from pipeline.store.artifact import Artifact
 from stages.data.tables import Table
 from stages.models.encoder import Encoder
 from stages.models.sync_batch_norm import convert
+from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.data.loader import ImageSource, TrainData
-from stages.pretrain.stage import PretrainConfig
-from stages.training.loop import Run
+from stages.pretrain.methods.method import Method
+from stages.training.loop import Training
 
 OWN = "method."  # how the paths of a method's own inputs begin
+
+
+@dataclass(frozen=True)
+class Pretraining(Training):
+    """A training whose parts are a method and its views."""
+
+    method: Method
+    data: TrainData
 
 
 def assemble(
@@ -27,7 +37,7 @@ def assemble(
     world_size: int = 1,
     device: torch.device | str = "cpu",
     loader_workers: int = 0,
-) -> Run:
+) -> Pretraining:
     """The method, its data and its schedule lengths, for `rank` of `world_size`.
 
     Args:
@@ -68,7 +78,7 @@ def assemble(
         mean=encoder.mean,
         std=encoder.std,
     )
-    return Run(method, data, config, config.method.term_weights(), total_steps, steps_per_epoch, device)
+    return Pretraining(method, data, config, config.method.term_weights(), total_steps, steps_per_epoch, device)
 
 
 def image_sources(config: PretrainConfig, inputs: Mapping[str, Artifact]) -> list[ImageSource]:
@@ -109,3 +119,12 @@ def _split_ids(artifact: Artifact, split: str | None, path: str) -> list[int]:
     if not ids:
         raise SourceError(f"{path}: no image of split {wanted!r}; there are {', '.join(sorted(set(splits)))}")
     return ids
+
+
+def loader_workers(config: PretrainConfig, cpus: int) -> int:
+    """Loader processes a worker: on a CPU one is enough to hide the decoding, on a GPU all cores feed it."""
+    if config.loader_workers is not None:
+        return config.loader_workers
+    if torch.cuda.is_available():
+        return min(8, max(1, cpus - 1))
+    return 1 if cpus > 1 else 0

@@ -15,10 +15,10 @@ from stages.data.images import ImageError, decode
 from stages.data.tables import Table
 from stages.models.encoder import Encoder
 from stages.models.inference import Inference, squeeze
-from stages.pretrain.stage import PretrainConfig
+from stages.pretrain.config.pretrain import PretrainConfig
+from stages.pretrain.data.loader import TrainData
 from stages.pretrain.views.plan import ViewPlan
 from stages.pretrain.views.preview import view_sheet
-from stages.training.loop import Data
 
 SHOWN = 6  # images, the same ones for every encoder trained on the same set
 
@@ -69,7 +69,7 @@ def pca_sheet(encoder: Encoder, images: Table) -> bytes | None:
     return pictures.grid(cells, columns=4, title="patch features: first three principal components as colours")
 
 
-def views_png(data: Data, plan: ViewPlan, encoder: Encoder) -> bytes:
+def views_png(data: TrainData, plan: ViewPlan, encoder: Encoder) -> bytes:
     """The crops of the first batch as the method saw them, with the rectangles that they share."""
     return view_sheet(next(data.batches(0, 1)), plan, encoder.mean, encoder.std, title="views of the first batch")
 

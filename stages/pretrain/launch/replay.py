@@ -24,18 +24,18 @@ import torch.distributed as dist
 from pipeline.errors import ArtifactMissing, UsageError
 from pipeline.store.artifact import Artifact, load
 from pipeline.store.objects import Objects
+from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.launch.assemble import assemble
 from stages.pretrain.methods.method import Step
-from stages.pretrain.stage import PretrainConfig
 from stages.training.collectives import gather, rank, world_size
-from stages.training.loop import BadStep, LeaveReplay, Run, Window, compute_gradients
+from stages.training.loop import BadStep, LeaveReplay, Training, Window, compute_gradients
 from stages.training.settings import WatchSettings
 from stages.training.watch import Watch
 
 FORMAT = 1
 
 
-def leaver(config: PretrainConfig, inputs: Mapping[str, Artifact], run: Run, address: str) -> LeaveReplay:
+def leaver(config: PretrainConfig, inputs: Mapping[str, Artifact], training: Training, address: str) -> LeaveReplay:
     """Writes replay files under `address`, a folder or a bucket prefix that outlives this process."""
 
     def leave(bad: BadStep) -> str:
@@ -50,7 +50,7 @@ def leaver(config: PretrainConfig, inputs: Mapping[str, Artifact], run: Run, add
                 "image_ids": image_ids,
                 "config": json.dumps(config.model_dump(mode="json", by_alias=True)),
                 "inputs": {path: (a.objects.address, a.kind, a.fingerprint) for path, a in inputs.items()},
-                "method": run.method.state_dict(),
+                "method": training.method.state_dict(),
                 "optimizer": bad.optimizer.state_dict(),
             }
             data = io.BytesIO()
@@ -64,7 +64,7 @@ def leaver(config: PretrainConfig, inputs: Mapping[str, Artifact], run: Run, add
 
 
 def replay(kept: Mapping[str, Any], *, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Run the kept step again, in one process whatever the run had, and say what came out.
+    """Training the kept step again, in one process whatever the run had, and say what came out.
 
     Returns: "step"; "image_ids" (one list a forward pass); "terms" (name -> value, "total" among them); "weights" and
     "grad_norms" by term; "bad_parameters" (names with a gradient that is not finite); "culprit": the operation that
@@ -73,23 +73,32 @@ def replay(kept: Mapping[str, Any], *, device: torch.device | str = "cpu") -> di
     if kept["format"] != FORMAT:
         raise UsageError(f"replay file of format {kept['format']}; this version reads {FORMAT}")
     config = PretrainConfig.model_validate(json.loads(kept["config"]))
-    run = assemble(config, {path: _open(*where) for path, where in kept["inputs"].items()}, device=device)
-    run.method.to(run.device).to(memory_format=torch.channels_last).train()
+    training = assemble(config, {path: _open(*where) for path, where in kept["inputs"].items()}, device=device)
+    training.method.to(training.device).to(memory_format=torch.channels_last).train()
     index, accumulate = kept["step"], config.accumulate
 
     def once() -> Window:
-        run.method.load_state_dict(kept["method"])
-        run.method.zero_grad(set_to_none=True)
-        window = Window(run)
-        watch = Watch(WatchSettings(gradients_every=1), run.weights)
-        passes = run.data.batches(index * accumulate, (index + 1) * accumulate)
-        compute_gradients(run, run.method, Step(index, run.total_steps, run.steps_per_epoch), passes, window, watch)
+        training.method.load_state_dict(kept["method"])
+        training.method.zero_grad(set_to_none=True)
+        window = Window(training)
+        watch = Watch(WatchSettings(gradients_every=1), training.weights)
+        passes = training.data.batches(index * accumulate, (index + 1) * accumulate)
+        compute_gradients(
+            training,
+            training.method,
+            Step(index, training.total_steps, training.steps_per_epoch),
+            passes,
+            window,
+            watch,
+        )
         return window
 
     window = once()
     values, terms = torch.stack(window.pending).mean(0).tolist(), window.names[:-1]  # the last is their total
     bad = [
-        name for name, p in run.method.named_parameters() if p.grad is not None and not p.grad.isfinite().all().item()
+        name
+        for name, p in training.method.named_parameters()
+        if p.grad is not None and not p.grad.isfinite().all().item()
     ]
     found = {
         "step": index,

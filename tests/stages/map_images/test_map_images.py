@@ -243,7 +243,8 @@ def test_after_kill_9_of_the_driver_only_missing_parts_are_computed(
         source = store.find("images", {source.fingerprint!r})
         context = Context("sizes", "ba9876543210", {{}}, store.begin("sizes", "ba9876543210"), Resources())
         folder = {str(tmp_path / "first")!r}
-        test_map_images.map_shards(context, source, test_map_images.slowly, schema=test_map_images.SCHEMA, arguments=(folder,))
+        this = test_map_images
+        this.map_shards(context, source, this.slowly, schema=this.SCHEMA, arguments=(folder,))
     """)
     output = tmp_path / "store" / "sizes" / "ba9876543210"
     with subprocess.Popen([sys.executable, "-c", driver]) as process:

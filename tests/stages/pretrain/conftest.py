@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +41,23 @@ def store(tmp_path: Path) -> ArtifactStore:
     return ArtifactStore(str(tmp_path / "store"))
 
 
+def write_photographs(store: ArtifactStore, fingerprint: str, unreadable: Collection[int] = ()) -> Artifact:
+    """24 photographs of 48x40, in two shards; those in `unreadable` are cut short."""
+    writer = store.begin("images", fingerprint)
+    for shard in range(2):
+        rows = []
+        for i in range(shard * 12, shard * 12 + 12):
+            row = dict.fromkeys(SCHEMAS["images"].names) | {"image_id": i, "key": f"{i:03d}.jpg", "split": "train"}
+            image = encode(smooth_pixels(48, 40, i))[: 200 if i in unreadable else None]
+            rows.append(row | {"image": image, "width": 48, "height": 40, "sha256": ""})
+        writer.put_table(shard, pa.Table.from_pylist(rows, schema=SCHEMAS["images"]))
+    return writer.commit()
+
+
 @pytest.fixture
 def images(store: ArtifactStore) -> Artifact:
-    """24 photographs of 48x40, in two parts."""
-    writer = store.begin("images", "0" * 24)
-    for part in range(2):
-        rows = []
-        for i in range(part * 12, part * 12 + 12):
-            row = dict.fromkeys(SCHEMAS["images"].names) | {"image_id": i, "key": f"{i:03d}.jpg", "split": "train"}
-            rows.append(row | {"image": encode(smooth_pixels(48, 40, i)), "width": 48, "height": 40, "sha256": ""})
-        writer.put_table(part, pa.Table.from_pylist(rows, schema=SCHEMAS["images"]))
-    return writer.commit()
+    """24 photographs, all of them readable."""
+    return write_photographs(store, "0" * 24)
 
 
 RunStage = Callable[..., tuple[Outcome, Artifact]]
@@ -65,10 +71,11 @@ def run_stage(store: ArtifactStore, images: Artifact) -> RunStage:
         fingerprint: str,
         settings: Mapping[str, Any],
         on_row: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None,
+        trained_on: Artifact = images,
     ) -> tuple[Outcome, Artifact]:
         config = PretrainConfig.model_validate({**SMALL, **settings})
         output = store.begin("encoder", fingerprint)
-        inputs = {"images": images}
+        inputs = {"images": trained_on}
         context = Context("train", fingerprint, inputs, output, config.resources, log_metrics=on_row)
         outcome = Pretrain(config).run(context)
         return outcome, output.commit(metrics=outcome.metrics, counts=outcome.counts, preview=outcome.preview)

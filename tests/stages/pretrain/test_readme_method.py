@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from pipeline.config import registry
 from tests.stages.pretrain.conftest import RunStage
 
 README = Path(__file__).parents[3] / "README.md"
 
 
 @pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A package with the file and the entry point of the README; returns the file's text."""
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A package with the file and the entry point of the README; gives the file's text."""
     section = README.read_text().partition("## Adding a method")[2].partition("\n## ")[0]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     entry = re.search(r"```toml\n(.*?)```", section, re.DOTALL)
@@ -30,7 +32,9 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (facts / "entry_points.txt").write_text("[tessera.methods]\n" + entry[1].split("]\n")[1].replace('"', ""))
     monkeypatch.syspath_prepend(package)
     monkeypatch.delitem(sys.modules, "dense_simsiam", raising=False)
-    return code[1]
+    registry._entries.cache_clear()
+    yield code[1]
+    registry._entries.cache_clear()
 
 
 def test_it_is_short_and_trains(installed: str, run_stage: RunStage) -> None:

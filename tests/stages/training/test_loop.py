@@ -14,8 +14,8 @@ from stages.models.encoder import Features
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.views.plan import ViewPlan, ViewSpec
-from stages.training.checkpoint import CheckpointFolder, Progress, is_complete
-from stages.training.loop import Run, train, weighted_sum
+from stages.training.checkpoint import CheckpointFolder, TrainingState, is_complete
+from stages.training.loop import Training, train, weighted_sum
 from stages.training.optim import build_optimizer, clip_gradients, set_schedule
 from stages.training.settings import LoopSettings, OptimizerSettings
 
@@ -74,13 +74,20 @@ class ToyData:
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         for i in range(start, stop):
             ids = torch.arange(i * self.share, (i + 1) * self.share) % len(IMAGES)
-            yield Batch(ids, torch.zeros_like(ids), {"global": IMAGES[ids].transpose(0, 1)}, {}, skipped={"blurred": 1})
+            yield Batch(
+                ids,
+                torch.zeros_like(ids),
+                {"global": IMAGES[ids].transpose(0, 1)},
+                {},
+                skipped={"blurred": 1},
+                problems={f"{i}.jpg": "blurred"},
+            )
 
 
-def make_run(steps: int = 12, method: Method | None = None, **settings: object) -> Run:
+def make_run(steps: int = 12, method: Method | None = None, **settings: object) -> Training:
     config = LoopSettings.model_validate({"steps": steps, "batch_size": 8, "log_every": 1, **settings})
     data = ToyData(config.batch_size // config.accumulate)
-    return Run(method or Toy(), data, config, {"shrink": 0.1}, steps, 4, torch.device("cpu"))
+    return Training(method or Toy(), data, config, {"shrink": 0.1}, steps, 4, torch.device("cpu"))
 
 
 class StopAt(CheckpointFolder):
@@ -88,14 +95,14 @@ class StopAt(CheckpointFolder):
 
     stop = 5
 
-    def save(self, method: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        super().save(method, optimizer, progress)
-        if progress.step == self.stop:
+    def save(self, method: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
+        super().save(method, optimizer, state)
+        if state.step == self.stop:
             raise KeyboardInterrupt
 
 
-def curve(progress: Progress) -> list[tuple[float, float, float]]:
-    return [(row["step"], row["predict"], row["total"]) for row in progress.curves]
+def curve(state: TrainingState) -> list[tuple[float, float, float]]:
+    return [(row["step"], row["predict"], row["total"]) for row in state.curves]
 
 
 def test_training_lowers_the_loss_and_repeats_bit_for_bit(tmp_path: Path) -> None:
@@ -104,6 +111,7 @@ def test_training_lowers_the_loss_and_repeats_bit_for_bit(tmp_path: Path) -> Non
     assert curve(first) == curve(second)
     assert first.curves[-1]["total"] < 0.8 * first.curves[0]["total"]
     assert first.skipped == {"blurred": 40}
+    assert first.problems == {f"{i}.jpg": "blurred" for i in range(40)}
 
 
 def test_stopped_and_resumed_equals_never_stopped(tmp_path: Path) -> None:
@@ -114,7 +122,7 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path: Path) -> None:
     resumed_run = make_run(checkpoint_every=5)
     resumed = train(resumed_run, CheckpointFolder(tmp_path / "cut", "run"))
     assert curve(resumed) == curve(whole)
-    assert resumed.skipped == whole.skipped
+    assert (resumed.skipped, resumed.problems) == (whole.skipped, whole.problems)
     for name, value in whole_run.method.state_dict().items():
         assert torch.equal(value, resumed_run.method.state_dict()[name]), name
 
@@ -137,7 +145,7 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     train(make_run(3), CheckpointFolder(tmp_path, "run"))
-    with pytest.raises(ValueError, match="belongs to run run, not to other"):
+    with pytest.raises(ValueError, match="belongs to run, not to other"):
         train(make_run(3), CheckpointFolder(tmp_path, "other"))
 
 

@@ -9,6 +9,7 @@ Shape legend: V crops (G global first), B images of this rank, D width, K protot
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as functional
@@ -52,6 +53,12 @@ class CoTAP(SelfDistillation):
         self.group = settings.ranking.group_size(global_batch) if uses("sc_patch") else 0
         self.roles: tuple[str, ...] | None = None
         self._watched: dict[str, Tensor] = {}
+
+    @classmethod
+    def build(
+        cls, settings: CoTAPSettings, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int
+    ) -> Self:
+        return cls(settings, encoder, global_batch=global_batch)
 
     @staticmethod
     def _make_head(width: int, head: HeadSettings, settings: CoTAPSettings | None) -> ProjectionHead:

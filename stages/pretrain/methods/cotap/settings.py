@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from math import gcd
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
 from stages.pretrain.config.method import MethodSettings
-from stages.pretrain.config.parts import Crops, HeadSettings, TeacherSettings
-from stages.pretrain.methods.dino_dense.settings import DenseSettings
-
-if TYPE_CHECKING:
-    from stages.models.encoder import Encoder
-    from stages.pretrain.methods.method import Method
+from stages.pretrain.config.parts import Crops, DenseSettings, HeadSettings, TeacherSettings
 
 
 class RankingSettings(Settings):
@@ -70,6 +65,7 @@ class FilterSettings(Settings):
 class CoTAPSettings(MethodSettings):
     """CoTAP (methods.md 1): the second stage, started from a pre-trained encoder."""
 
+    builds: ClassVar[str] = "stages.pretrain.methods.cotap.method:CoTAP"
     terms: ClassVar[tuple[str, ...]] = ("align_patch", "align_image", "sc_patch", "sc_image", "proto")
 
     name: str = "cotap"
@@ -102,9 +98,4 @@ class CoTAPSettings(MethodSettings):
 
     def uses(self, term: str) -> bool:
         """Whether a term has a weight, and what it needs; terms without are not computed."""
-        return self.weights.get(term, 1.0) != 0 and (term != "proto" or self.filter is not None)
-
-    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
-        from stages.pretrain.methods.cotap.method import CoTAP
-
-        return CoTAP(self, encoder, global_batch=global_batch)
+        return super().uses(term) and (term != "proto" or self.filter is not None)

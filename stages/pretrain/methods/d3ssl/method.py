@@ -10,7 +10,7 @@ elsewhere on another image.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as functional
@@ -76,6 +76,12 @@ class D3SSL(Method):
         self._fresh: list[Tensor] = []  # of this step's forward passes: regions for the bank
         self._whole: list[Tensor] = []  # and images without boxes
         self._watched: dict[str, Tensor] = {}
+
+    @classmethod
+    def build(
+        cls, settings: D3SSLSettings, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int
+    ) -> Self:
+        return cls(settings, encoder, global_batch=global_batch)
 
     def view_plan(self) -> ViewPlan:
         return view_plan(self.settings)

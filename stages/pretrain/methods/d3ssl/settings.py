@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from math import gcd
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
 from stages.pretrain.config.method import MethodSettings
 from stages.pretrain.config.parts import TeacherSettings
-
-if TYPE_CHECKING:
-    from stages.models.encoder import Encoder
-    from stages.pretrain.methods.method import Method
 
 Range = tuple[float, float]
 
@@ -76,6 +72,7 @@ class BankSettings(Settings):
 class D3SSLSettings(MethodSettings):
     """D3SSL (methods.md 4). Without `deposition` (weights.deposition: 0) it is the paper's Table 7 baseline."""
 
+    builds: ClassVar[str] = "stages.pretrain.methods.d3ssl.method:D3SSL"
     terms: ClassVar[tuple[str, ...]] = ("decouple", "deposition")
 
     name: str = "d3ssl"
@@ -117,10 +114,6 @@ class D3SSLSettings(MethodSettings):
             raise ValueError("weights: every term weighs 0; give at least one a weight")
         return self
 
-    def uses(self, term: str) -> bool:
-        """Whether a term has a weight; terms without are not computed."""
-        return self.weights.get(term, 1.0) != 0
-
     def group_size(self, global_batch: int) -> int:
         """`background_group`, or its default. Raises ValueError for a batch of one image, which has no background."""
         if self.background_group is not None:
@@ -132,8 +125,3 @@ class D3SSLSettings(MethodSettings):
             )
         common = gcd(4, global_batch)
         return common if common > 1 else next(d for d in range(3, global_batch + 1) if global_batch % d == 0)
-
-    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
-        from stages.pretrain.methods.d3ssl.method import D3SSL
-
-        return D3SSL(self, encoder, global_batch=global_batch)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from stages.pretrain.config.method import MethodSettings
 from stages.pretrain.config.parts import Crops, HeadSettings, TeacherSettings, TeacherTemperature
 
-if TYPE_CHECKING:
-    from stages.models.encoder import Encoder
-    from stages.pretrain.methods.method import Method
-
 
 class DinoSettings(MethodSettings):
     """DINO (methods.md 2.7, 0.3, 0.5). Defaults are the official ones; reduce `head.prototypes` for small runs."""
 
+    builds: ClassVar[str] = "stages.pretrain.methods.dino.method:Dino"
     terms: ClassVar[tuple[str, ...]] = ("align_image",)
 
     name: str = "dino"
@@ -32,8 +29,3 @@ class DinoSettings(MethodSettings):
     )
     center_momentum: float = Field(0.9, ge=0, le=1)
     teacher: TeacherSettings = TeacherSettings()
-
-    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
-        from stages.pretrain.methods.dino.method import Dino
-
-        return Dino(self, encoder)

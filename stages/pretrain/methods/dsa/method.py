@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from pipeline.store.artifact import Artifact
 from stages.models.encoder import Encoder
 from stages.models.heads import at_least_float32
 from stages.pretrain.data.batch import Batch
@@ -32,9 +33,6 @@ from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.views.plan import ViewPlan
 from stages.training.collectives import gather, gather_with_gradient, rank, world_size
 
-if TYPE_CHECKING:
-    from pipeline.store.artifact import Artifact
-
 
 class DSA(Method):
     """Terms: the host's, dsa_am (L_AM^s, Eq. 16), dsa_con (L_con, Eq. 13)."""
@@ -49,6 +47,15 @@ class DSA(Method):
         self.views = StudentViews(host.representation() or encoder, of_the_image)
         self.auxiliary = None if auxiliary is None else FrozenViews(auxiliary, encoder.mean, encoder.std)
         self._watched: dict[str, Tensor] = {}
+
+    @classmethod
+    def build(
+        cls, settings: DSASettings, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int
+    ) -> Self:
+        host = settings.host.as_host().build(
+            encoder, total_steps=total_steps, steps_per_epoch=steps_per_epoch, global_batch=global_batch
+        )
+        return cls(settings, host, encoder, None if settings.auxiliary is None else Encoder.build(settings.auxiliary))
 
     def view_plan(self) -> ViewPlan:
         plan = self.host.view_plan()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
@@ -11,14 +11,11 @@ from pipeline.stage import Input
 from stages.models.settings import Backbone
 from stages.pretrain.config.method import MethodSettings, method_settings
 
-if TYPE_CHECKING:
-    from stages.models.encoder import Encoder
-    from stages.pretrain.methods.method import Method
-
 
 class DSASettings(MethodSettings):
     """DSA (methods.md 2). `weights` scales its own two terms; the host's terms are scaled in `host.weights`."""
 
+    builds: ClassVar[str] = "stages.pretrain.methods.dsa.method:DSA"
     terms: ClassVar[tuple[str, ...]] = ("dsa_am", "dsa_con")
     default_weights: ClassVar[Mapping[str, float]] = {"dsa_am": 0.1, "dsa_con": 100.0}  # nu and upsilon of Eq. 17
 
@@ -70,12 +67,3 @@ class DSASettings(MethodSettings):
 
     def term_weights(self) -> dict[str, float]:
         return {**self.host.term_weights(), **super().term_weights()}
-
-    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
-        from stages.models.encoder import Encoder
-        from stages.pretrain.methods.dsa.method import DSA
-
-        host = self.host.as_host().build(
-            encoder, total_steps=total_steps, steps_per_epoch=steps_per_epoch, global_batch=global_batch
-        )
-        return DSA(self, host, encoder, None if self.auxiliary is None else Encoder.build(self.auxiliary))

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
 from stages.pretrain.config.method import MethodSettings
 from stages.pretrain.config.parts import Crops, HeadSettings, TeacherSettings, TeacherTemperature
-
-if TYPE_CHECKING:
-    from stages.models.encoder import Encoder
-    from stages.pretrain.methods.method import Method
 
 
 class TeacherCrop(Settings):
@@ -55,6 +51,7 @@ class PreviousStage(Settings):
 class FLSLSettings(MethodSettings):
     """FLSL (methods.md 3). For the encoder of the paper set backbone: {class_token: false, pos_embed: sincos}."""
 
+    builds: ClassVar[str] = "stages.pretrain.methods.flsl.method:FLSL"
     terms: ClassVar[tuple[str, ...]] = ("intra", "inter", "vmr")
     default_weights: ClassVar[Mapping[str, float]] = {"intra": 0.03, "inter": 1.0, "vmr": 5.0}  # v, eta, gamma
 
@@ -116,8 +113,3 @@ class FLSLSettings(MethodSettings):
     def uses(self, term: str) -> bool:
         """Whether a term has a weight; terms without are not computed."""
         return self.weights.get(term, 1.0) != 0
-
-    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
-        from stages.pretrain.methods.flsl.method import FLSL
-
-        return FLSL(self, encoder)

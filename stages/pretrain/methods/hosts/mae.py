@@ -16,7 +16,7 @@ from stages.models.heads import at_least_float32
 from stages.models.positions import sincos_table
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.hosts.losses.mae import mae_loss, random_masking
-from stages.pretrain.methods.hosts.settings.mae import DecoderSettings, MAESettings
+from stages.pretrain.methods.hosts.settings.mae import MAEDecoderSettings, MAESettings
 from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.views.plan import ViewPlan, ViewSpec
 
@@ -51,7 +51,7 @@ class Decoder(nn.Module):
 
     positions: Tensor  # (prefix + N, width)
 
-    def __init__(self, encoder: Encoder, settings: DecoderSettings, grid: int) -> None:
+    def __init__(self, encoder: Encoder, settings: MAEDecoderSettings, grid: int) -> None:
         super().__init__()
         self.prefix = int(encoder.model.num_prefix_tokens)
         width = settings.width

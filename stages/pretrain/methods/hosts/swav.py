@@ -5,6 +5,8 @@ Shape legend: V crops of one size (G large ones), B images of this rank, D width
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 import torch.nn.functional as functional
 from lightly.loss import SwaVLoss
@@ -44,6 +46,12 @@ class SwAV(Method):
             sinkhorn_epsilon=settings.epsilon,
             sinkhorn_gather_distributed=True,
         )
+
+    @classmethod
+    def build(
+        cls, settings: SwAVSettings, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int
+    ) -> Self:
+        return cls(settings, encoder, global_batch=global_batch)
 
     def view_plan(self) -> ViewPlan:
         colour = jitter((0.8, 0.8, 0.8, 0.2), blur_p=0.5)

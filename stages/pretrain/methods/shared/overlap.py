@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.pretrain.config.parts import DenseSettings
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.losses.dense_alignment import dense_alignment_loss
 from stages.pretrain.losses.roi_align import roi_align
 from stages.pretrain.losses.sinkhorn import sinkhorn
-from stages.pretrain.methods.dino_dense.settings import DenseSettings
 from stages.pretrain.views.geometry import flipped, overlap, unmirror
 from stages.training.collectives import all_reduce_max, all_reduce_sum, world_size
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
 from stages.pretrain.config.method import MethodSettings
-
-if TYPE_CHECKING:
-    from stages.models.encoder import Encoder
-    from stages.pretrain.methods.method import Method
+from stages.training.settings import weight_of
 
 Range = tuple[float, float]
 
@@ -47,7 +44,7 @@ class ConceptQueueSettings(Settings):
     start: int = Field(313, ge=0, description="optimiser steps before it is used")
 
 
-class DecoderSettings(Settings):
+class ViCEDecoderSettings(Settings):
     name: Literal["fpn", "deeplab"] = Field(
         "deeplab", description="deeplab: DeepLabV3+ (high-res recipe); fpn: PiCIE's pyramid (low-res recipe)"
     )
@@ -57,6 +54,7 @@ class DecoderSettings(Settings):
 class ViCESettings(MethodSettings):
     """ViCE (methods.md 5). Defaults are the paper's high-resolution model; the released configs differ (V5)."""
 
+    builds: ClassVar[str] = "stages.pretrain.methods.vice.method:ViCE"
     terms: ClassVar[tuple[str, ...]] = ("swapped", "coherence")
 
     name: str = "vice"
@@ -77,7 +75,7 @@ class ViCESettings(MethodSettings):
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip, of each view")
     mask: RegionMaskSettings = RegionMaskSettings()
     drop_region_zero: bool = Field(False, description="never use an image's region 0, as the official pooling does")
-    decoder: DecoderSettings = DecoderSettings()
+    decoder: ViCEDecoderSettings = ViCEDecoderSettings()
     prototypes: int = Field(128, gt=0, description="K, the visual concepts")
     frozen_steps: int = Field(313, ge=0, description="optimiser steps in which the prototypes stay put")
     region: Literal["mean", "representative"] = Field(
@@ -113,10 +111,5 @@ class ViCESettings(MethodSettings):
     def term_weights(self) -> dict[str, float]:
         """With representatives, 1/2 each by default (the released configs); without, coherence does not exist."""
         if self.region == "mean":
-            return {"swapped": self.weights.get("swapped", 1.0)}
+            return {"swapped": weight_of(self.weights, "swapped")}
         return {term: self.weights.get(term, 0.5) for term in self.terms}
-
-    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
-        from stages.pretrain.methods.vice.method import ViCE
-
-        return ViCE(self, encoder)

@@ -12,9 +12,9 @@ import torch
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from stages.data.tables import SCHEMAS
+from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.launch.assemble import assemble
-from stages.pretrain.stage import PretrainConfig
-from stages.training.checkpoint import CheckpointFolder, Progress
+from stages.training.checkpoint import CheckpointFolder, TrainingState
 from stages.training.loop import train
 
 State = dict[str, torch.Tensor]
@@ -28,7 +28,7 @@ def commit(store: ArtifactStore, kind: str, digit: str, rows: list[dict[str, Any
     return writer.commit(**fields)
 
 
-def run(config: dict[str, Any], inputs: dict[str, Artifact], folder: Path) -> tuple[Progress, State]:
+def run(config: dict[str, Any], inputs: dict[str, Artifact], folder: Path) -> tuple[TrainingState, State]:
     """Train to the end, from the last checkpoint in `folder`; the method's state afterwards."""
     assembled = assemble(PretrainConfig.model_validate(config), inputs)
     progress = train(assembled, CheckpointFolder(folder, "f", say=print))
@@ -37,7 +37,7 @@ def run(config: dict[str, Any], inputs: dict[str, Artifact], folder: Path) -> tu
 
 def run_whole_and_cut(
     config: dict[str, Any], inputs: dict[str, Artifact], folder: Path, *, at: int
-) -> tuple[Progress, State, Progress, State]:
+) -> tuple[TrainingState, State, TrainingState, State]:
     """The same run twice: never stopped, and killed when the row of step `at` is logged, then continued."""
     whole, expected = run(config, inputs, folder / "whole")
 

@@ -12,8 +12,8 @@ from pipeline.config.load import load_pipeline
 from pipeline.errors import UsageError
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
+from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.launch.assemble import assemble
-from stages.pretrain.stage import PretrainConfig
 from tests.conftest import ROOT, encode, smooth_pixels
 from tests.stages.pretrain.conftest import SMALL
 from tests.stages.pretrain.methods.runs import commit, run, run_whole_and_cut

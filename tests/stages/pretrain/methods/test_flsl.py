@@ -19,13 +19,13 @@ from pipeline.store.artifact import Artifact
 from stages.models.encoder import Encoder
 from stages.models.settings import Backbone
 from stages.pretrain.config.method import method_settings
+from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.launch.assemble import assemble
 from stages.pretrain.methods.flsl.method import FLSL, HEAD
 from stages.pretrain.methods.flsl.query_sampling import sample_queries
 from stages.pretrain.methods.flsl.settings import FLSLSettings
 from stages.pretrain.methods.method import Step
-from stages.pretrain.stage import PretrainConfig
 from stages.pretrain.views.draw import draw_views, generator, shown
 from tests.stages.pretrain.conftest import SMALL, RunStage
 from tests.stages.pretrain.methods.ranks import Results, assert_alike, on_one_and_two, steps_of

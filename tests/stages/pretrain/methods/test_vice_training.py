@@ -15,8 +15,8 @@ from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from stages.data.tables import pack_labels
 from stages.models.encoder import Encoder
+from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.launch.assemble import assemble
-from stages.pretrain.stage import PretrainConfig
 from stages.regions.segments import grid_labels
 from stages.training.checkpoint import CheckpointFolder
 from stages.training.loop import train

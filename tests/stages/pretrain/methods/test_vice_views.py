@@ -174,7 +174,7 @@ def test_images_that_cannot_be_used_are_replaced_and_counted(tmp_path: Path) -> 
     assert 4 in batch.image_ids.tolist()  # grey, and smaller than a view
     assert batch.skipped[NO_MUTUAL_REGION] >= 1
     assert batch.skipped["no superpixels"] >= 1
-    assert data.problems["2.png"] == NO_MUTUAL_REGION
+    assert batch.problems["2.png"] == NO_MUTUAL_REGION
     assert batch.views["view"].shape == (3, 6, 3, 32, 32)
     method = build(mask={"ratio": 0.0}, drop_region_zero=True)
     assert torch.isfinite(method(batch)["swapped"])

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
-from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoViewSettings, at_least_two
-
-if TYPE_CHECKING:
-    from stages.models.encoder import Encoder
-    from stages.pretrain.methods.method import Method
+from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoViewSettings
 
 
 class BarlowTwinsSettings(TwoViewSettings):
     """Barlow Twins (methods.md 2.7); centred as the official code does, which the paper's Eq. 5 is not."""
 
+    builds: ClassVar[str] = "stages.pretrain.methods.hosts.barlow_twins:BarlowTwins"
     terms: ClassVar[tuple[str, ...]] = ("barlow_twins",)
 
     name: str = "barlow_twins"
     off_diagonal: float = Field(0.005, ge=0, description="weight of the off-diagonal entries")
     projector: MLPSettings = MLPSettings(hidden=8192, out=8192, layers=3)
-
-    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
-        from stages.pretrain.methods.hosts.barlow_twins import BarlowTwins
-
-        at_least_two(global_batch, self.name)
-        return BarlowTwins(self, encoder)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
 from pipeline.stage import Settings
 from stages.pretrain.config.method import MethodSettings
 
-if TYPE_CHECKING:
-    from stages.models.encoder import Encoder
-    from stages.pretrain.methods.method import Method
 
-
-class DecoderSettings(Settings):
+class MAEDecoderSettings(Settings):
     """The transformer that rebuilds removed patches; thrown away after training."""
 
     width: int = Field(512, gt=0, multiple_of=4)
@@ -25,6 +21,7 @@ class DecoderSettings(Settings):
 class MAESettings(MethodSettings):
     """MAE (methods.md 2.7), for ViTs only."""
 
+    builds: ClassVar[str] = "stages.pretrain.methods.hosts.mae:MAE"
     terms: ClassVar[tuple[str, ...]] = ("mae",)
 
     name: str = "mae"
@@ -34,12 +31,7 @@ class MAESettings(MethodSettings):
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is removed")
     masks: int = Field(1, ge=1, description="masks of each image a step; DSA compares two and asks for them itself")
     normalise_targets: bool = Field(True, description="every patch's pixels to mean 0 and variance 1")
-    decoder: DecoderSettings = DecoderSettings()
+    decoder: MAEDecoderSettings = MAEDecoderSettings()
 
     def as_host(self) -> MAESettings:
         return self.model_copy(update={"masks": max(2, self.masks)})
-
-    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
-        from stages.pretrain.methods.hosts.mae import MAE
-
-        return MAE(self, encoder)

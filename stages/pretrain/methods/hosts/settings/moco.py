@@ -4,16 +4,12 @@ Torch-free.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from stages.pretrain.config.parts import TeacherSettings
-from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoViewSettings, at_least_two
-
-if TYPE_CHECKING:
-    from stages.models.encoder import Encoder
-    from stages.pretrain.methods.method import Method
+from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoViewSettings
 
 
 class MoCoSettings(TwoViewSettings):
@@ -32,10 +28,11 @@ class MoCoSettings(TwoViewSettings):
     predictor_hidden: int = Field(4096, gt=0, description="v3")
     teacher: TeacherSettings | None = Field(None, description="default: v2 0.999, constant; v3 0.99 rising to 1")
 
-    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
-        from stages.pretrain.methods.hosts.moco import MoCoV2, MoCoV3
+    @property
+    def builds(self) -> str:  # type: ignore[override]
+        """The class of the version."""
+        return f"stages.pretrain.methods.hosts.moco:{'MoCoV2' if self.version == 'v2' else 'MoCoV3'}"
 
-        if self.version == "v2":
-            return MoCoV2(self, encoder)
-        at_least_two(global_batch, self.name)
-        return MoCoV3(self, encoder)
+    def least_batch(self) -> int:
+        """Version 2 compares with its queue; version 3 with the other images of the batch."""
+        return 1 if self.version == "v2" else 2

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
 from stages.pretrain.config.parts import TeacherSettings
-from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoViewSettings, at_least_two
-
-if TYPE_CHECKING:
-    from stages.models.encoder import Encoder
-    from stages.pretrain.methods.method import Method
+from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoViewSettings
 
 
 class ReSSLSettings(TwoViewSettings):
     """ReSSL (methods.md 2.7): the student sees a strong view, the teacher a weak one."""
 
+    builds: ClassVar[str] = "stages.pretrain.methods.hosts.ressl:ReSSL"
     terms: ClassVar[tuple[str, ...]] = ("ressl",)
 
     name: str = "ressl"
@@ -26,9 +23,3 @@ class ReSSLSettings(TwoViewSettings):
     queue: int = Field(131072, ge=1, description="teacher features of earlier batches; 16384 to 131072")
     projector: MLPSettings = MLPSettings(hidden=4096, out=512)
     teacher: TeacherSettings = TeacherSettings(momentum=0.999, momentum_end=0.999)
-
-    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
-        from stages.pretrain.methods.hosts.ressl import ReSSL
-
-        at_least_two(global_batch, self.name)
-        return ReSSL(self, encoder)

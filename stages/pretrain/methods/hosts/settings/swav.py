@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
 from stages.pretrain.config.method import MethodSettings
 from stages.pretrain.config.parts import Crops
-from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, at_least_two
-
-if TYPE_CHECKING:
-    from stages.models.encoder import Encoder
-    from stages.pretrain.methods.method import Method
+from stages.pretrain.methods.hosts.settings.two_view import MLPSettings
 
 
 class SwAVSettings(MethodSettings):
     """SwAV (methods.md 2.7)."""
 
+    builds: ClassVar[str] = "stages.pretrain.methods.hosts.swav:SwAV"
     terms: ClassVar[tuple[str, ...]] = ("swav",)
 
     name: str = "swav"
@@ -38,8 +35,6 @@ class SwAVSettings(MethodSettings):
     )
     queue_from_epoch: int = Field(15, ge=0, description="it fills from here on, and is used once full")
 
-    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
-        from stages.pretrain.methods.hosts.swav import SwAV
-
-        at_least_two(global_batch, self.name)
-        return SwAV(self, encoder, global_batch=global_batch)
+    def least_batch(self) -> int:
+        """Two: assignments, variances and covariances are of the images of a batch."""
+        return 2

@@ -27,8 +27,6 @@ class TwoViewSettings(MethodSettings):
     scale: tuple[float, float] = Field((0.08, 1.0), description="area of a crop as a fraction of the image's")
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
 
-
-def at_least_two(global_batch: int, name: str) -> None:
-    """Raises ValueError for a batch of one image, for methods that compare images or normalise over them."""
-    if global_batch < 2:
-        raise ValueError(f"method {name} compares the images of a batch: set batch_size to at least 2")
+    def least_batch(self) -> int:
+        """Two: these methods compare the images of a batch, or normalise over them."""
+        return 2

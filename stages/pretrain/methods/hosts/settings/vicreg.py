@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
-from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoViewSettings, at_least_two
-
-if TYPE_CHECKING:
-    from stages.models.encoder import Encoder
-    from stages.pretrain.methods.method import Method
+from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoViewSettings
 
 
 class VICRegSettings(TwoViewSettings):
     """VICReg (methods.md 2.7)."""
 
+    builds: ClassVar[str] = "stages.pretrain.methods.hosts.vicreg:VICReg"
     terms: ClassVar[tuple[str, ...]] = ("vicreg",)
 
     name: str = "vicreg"
@@ -23,9 +20,3 @@ class VICRegSettings(TwoViewSettings):
     variance: float = Field(25.0, ge=0, description="weight of the hinge on standard deviations")
     covariance: float = Field(1.0, ge=0, description="weight of the squared covariances")
     projector: MLPSettings = MLPSettings(hidden=8192, out=8192, layers=3)
-
-    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
-        from stages.pretrain.methods.hosts.vicreg import VICReg
-
-        at_least_two(global_batch, self.name)
-        return VICReg(self, encoder)

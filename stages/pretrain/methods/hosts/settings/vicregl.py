@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from stages.pretrain.config.method import MethodSettings
 from stages.pretrain.config.parts import Crops
-from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, at_least_two
-
-if TYPE_CHECKING:
-    from stages.models.encoder import Encoder
-    from stages.pretrain.methods.method import Method
+from stages.pretrain.methods.hosts.settings.two_view import MLPSettings
 
 
 class VICRegLSettings(MethodSettings):
     """VICRegL (methods.md 2.7). The paper's alpha 0.75 is the weight of `global`, 1 - alpha that of `local`."""
 
+    builds: ClassVar[str] = "stages.pretrain.methods.hosts.vicregl:VICRegL"
     terms: ClassVar[tuple[str, ...]] = ("global", "local")
     default_weights: ClassVar[Mapping[str, float]] = {"global": 0.75, "local": 0.25}
 
@@ -36,8 +33,6 @@ class VICRegLSettings(MethodSettings):
     projector: MLPSettings = MLPSettings(hidden=8192, out=8192, layers=3)
     local_projector: MLPSettings = MLPSettings(hidden=512, out=512, layers=3)
 
-    def build(self, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Method:
-        from stages.pretrain.methods.hosts.vicregl import VICRegL
-
-        at_least_two(global_batch, self.name)
-        return VICRegL(self, encoder)
+    def least_batch(self) -> int:
+        """Two: assignments, variances and covariances are of the images of a batch."""
+        return 2

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from pipeline.errors import ClusterError
 from pipeline.store.artifact import Artifact
+from pipeline.store.store import ArtifactStore
 from stages.models.encoder import Encoder
-from tests.stages.pretrain.conftest import RunStage
+from tests.stages.pretrain.conftest import RunStage, write_photographs
 
 ALONE = {"resources": {"workers": 0}}
 TERMS = ("align_image", "total", "grad_norm", "lr")
@@ -35,6 +36,14 @@ def test_the_artifact_holds_encoder_curves_and_picture(run_stage: RunStage) -> N
     assert outcome.metrics["total"] == pytest.approx(curve(artifact)[-1][2])
     encoder = Encoder.load(artifact)
     assert encoder(torch.zeros(1, 3, 32, 32)).map.shape == (1, 32, 4, 4)
+
+
+def test_unreadable_images_are_named_in_the_artifact(run_stage: RunStage, store: ArtifactStore) -> None:
+    damaged = write_photographs(store, "1" * 24, unreadable=[3, 17])
+    outcome, _ = run_stage("a" * 24, {"epochs": 2, **ALONE}, trained_on=damaged)
+    assert {problem["key"] for problem in outcome.problems} == {"003.jpg", "017.jpg"}
+    assert all(problem["reason"] for problem in outcome.problems)
+    assert outcome.counts["skipped: unreadable image"] >= 4  # each is met again in the second epoch
 
 
 @pytest.mark.slow
