@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def dev_data() -> Path:
     """The folder of development images (scenes, objects, boxes, video); the test is skipped where it is missing."""
     folder = ROOT / "data"
-    if not (folder / "scenes" / "classes.json").is_file():
-        pytest.skip("needs the development images under data/")
+    missing = [name for name in ("objects", "scenes", "boxes", "video") if not (folder / name).is_dir()]
+    if missing:
+        pytest.skip(f"needs data/{', data/'.join(missing)}: configs/prepare_data.py makes them")
     return folder
 
 

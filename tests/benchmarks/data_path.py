@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -34,9 +33,9 @@ from stages.pretrain.data.loader import ImageSource, TrainData, _worker_context
 from stages.pretrain.views import render_cpu
 from stages.pretrain.views.draw import draw_views, generator, reduction
 from stages.pretrain.views.plan import Photometric, ViewPlan, ViewSpec
+from tests.benchmarks.images import find_images
 from tests.benchmarks.results import write_section
 
-ROOT = Path(__file__).parents[2]
 BATCH = 32
 CROPS = {  # name: (global size, local size, local views)
     "2x224 + 6x96": (224, 96, 6),
@@ -128,6 +127,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="put the section into RESULTS.md")
     args = parser.parse_args()
+    files = {"boxes": find_images("boxes", "images/train/*.jpg"), "objects": find_images("objects", "train/*/*.jpg")}
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
 
@@ -138,10 +138,7 @@ def main() -> None:
     notes = []
     with tempfile.TemporaryDirectory() as scratch:
         store = ArtifactStore(scratch)
-        for number, (name, pattern) in enumerate(
-            (("boxes", "data/boxes/images/train/*.jpg"), ("objects", "data/objects/train/*/*.jpg"))
-        ):
-            paths = sorted(ROOT.glob(pattern))
+        for number, (name, paths) in enumerate(files.items()):
             images = [path.read_bytes() for path in paths[:: max(1, len(paths) // args.images)][: args.images]]
             table = make_table(store, images, f"{number:024d}")
             for crops_name, crops in CROPS.items():

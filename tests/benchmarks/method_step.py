@@ -60,7 +60,7 @@ def main() -> None:
     first = next(iter(best.values()))
     lines = [f"- {key}: {seconds:.3f} s, {seconds / first:.2f} times" for key, seconds in best.items()]
     what = "CPU time of one thread" if small else "bf16"
-    body = f"{name}, {side} and {local} px, batch {count}, {what}; asked for: " + ", ".join(
+    body = f"{name}, {side} and {local} px, batch {count}, {what}; targets: " + ", ".join(
         f"{name} at most {limit}" for name, limit in LIMITS.items()
     )
     body += ".\n\n" + "\n".join(lines)

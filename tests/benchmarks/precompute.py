@@ -39,10 +39,11 @@ from stages.regions.proposals import propose_row
 from stages.regions.segments import segment_row
 from stages.regions.selective_search import SelectiveSearch
 from stages.regions.superpixels import Superpixels
+from tests.benchmarks.images import find_images
 from tests.benchmarks.results import write_section
 
 TITLE = "Precompute: Ray Data against multiprocessing.Pool"
-NOTE = """Asked for: 0.9. Images of data/objects (224 px; 3000, repeated above that), one process a CPU, warm.
+NOTE = """Target: at least 0.9. Images of data/objects (224 px; 3000, repeated above that), one process a CPU, warm.
 Speeds are by the clock. CPU seconds depend less on what else the machine does, but Ray's daemons add some with time.
 A stage's start costs about a second whatever its size (Ray Data first has to learn what the cluster has).
 
@@ -51,7 +52,6 @@ HEAD = [
     "| stage | round | Pool, images/s | Ray, images/s | Ray / Pool | Pool, CPU s | Ray, CPU s | by CPU |",
     "| --- | --- | --- | --- | --- | --- | --- | --- |",
 ]
-ROOT = Path(__file__).resolve().parents[2]
 STAGES: dict[str, tuple[Callable[..., dict[str, Any]], Any, str]] = {
     "selective_search": (propose_row, SelectiveSearch.Config(images="images"), "boxes"),
     "superpixels": (segment_row, Superpixels.Config(images="images"), "superpixels"),
@@ -59,9 +59,7 @@ STAGES: dict[str, tuple[Callable[..., dict[str, Any]], Any, str]] = {
 
 
 def image_files(count: int) -> list[Path]:
-    files = sorted((ROOT / "data" / "objects" / "train").rglob("*.jpg"))
-    if not files:
-        raise SystemExit("data/objects/train has no images, the benchmark needs them (see data/README.md)")
+    files = find_images("objects", "train/*/*.jpg")
     if count > len(files):
         return (files * -(-count // len(files)))[:count]  # for longer rounds, the same images again
     return files[:: len(files) // count][:count]

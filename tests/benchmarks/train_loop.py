@@ -1,6 +1,6 @@
 """Steps a second of the training loop: inside Ray Train against the same loop in a plain process.
 
-    python -m tests.benchmarks.train_loop --write        # about 4 minutes on 2 quiet cores
+    python -m tests.benchmarks.train_loop --write        # about 4 minutes on 2 idle cores
 
 Each measurement is a fresh process that trains `dino_dense` on the quickstart's photographs; the two kinds take turns.
 A figure is the median over the logged windows of a run, the first (warming up) left out.
@@ -76,7 +76,7 @@ def main() -> None:
     ray, plain = (statistics.median(side) for side in zip(*pairs, strict=True))
     body = (
         f"ViT-Ti/16 at 96 px, 2x96 + 4x48, batch 16, one worker with both cores; median of {options.rounds} rounds; "
-        f"at least 0.95 is asked for.\n\n- Ray Train: {ray:.2f} steps/s\n- plain process: {plain:.2f} steps/s\n"
+        f"target: at least 0.95.\n\n- Ray Train: {ray:.2f} steps/s\n- plain process: {plain:.2f} steps/s\n"
         f"- ratio (median of the rounds' ratios): {ratio:.2f}"
     )
     print(body)
