@@ -1,4 +1,5 @@
-"""Schedules: numbers as functions of the step, looked up every step (methods.md 0.5; DINO's scheduler)."""
+"""Schedules: numbers as functions of the step, looked up every step
+(docs/methods.md#ema-and-schedules; DINO's scheduler)."""
 
 from __future__ import annotations
 

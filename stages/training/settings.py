@@ -11,7 +11,7 @@ from pipeline.stage import NoFingerprint, Settings
 
 
 class OptimizerSettings(Settings):
-    """Optimiser and its schedules. All schedules are looked up every step (methods.md 0.5)."""
+    """Optimiser and its schedules. All schedules are looked up every step (docs/methods.md#optimiser)."""
 
     name: Literal["adamw", "sgd", "lars"] = "adamw"
     lr: float = Field(5e-4, gt=0, description="peak learning rate")

@@ -26,7 +26,8 @@ class HeadSettings(Settings):
 
 
 class DenseSettings(Settings):
-    """Alignment of patches in Leopart's order (methods.md 1.4): Sinkhorn on the target grid, then RoIAlign."""
+    """Alignment of patches in Leopart's order
+    (docs/methods.md#dense-alignment): Sinkhorn on the target grid, then RoIAlign."""
 
     temperature: float = Field(0.1, gt=0, description="of the student's softmax")
     epsilon: float = Field(0.05, gt=0, description="of Sinkhorn on the teacher's scores")

@@ -1,4 +1,5 @@
-"""Dense alignment of two crops over their overlap, in Leopart's order (methods.md 1.4, CoTAP Eq. 4 and 5).
+"""Dense alignment of two crops over their overlap, in Leopart's order
+(docs/methods.md#dense-alignment, CoTAP Eq. 4 and 5).
 
 Leopart's order: Sinkhorn on the whole target grid, RoIAlign of the soft assignments; RoIAlign of the student's
 *scores*, softmax afterwards.

@@ -1,4 +1,4 @@
-"""DINO: student crops predict the teacher's distribution for the other global crops (methods.md 2.7).
+"""DINO: student crops predict the teacher's distribution for the other global crops (docs/methods.md#dino).
 
 Shape legend: V student crops, G teacher (global) crops, the first G of the student's V; B images, K prototypes.
 """

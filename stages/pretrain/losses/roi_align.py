@@ -1,7 +1,7 @@
 """RoIAlign as two small matrix products, so that gradients, any number of channels and float64 come for free.
 
 Bilinear sampling on a grid of points is separable: one matrix pools rows, one pools columns. Values equal
-torchvision's operator (methods.md 0.6); with hundreds of channels (soft assignments) it is faster on a CPU.
+torchvision's operator (docs/methods.md#roialign); with hundreds of channels (soft assignments) it is faster on a CPU.
 
 Shape legend: R regions (B maps, K of each), D channels, H W size of the map, S side of the output.
 """

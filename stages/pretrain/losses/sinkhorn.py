@@ -1,4 +1,4 @@
-"""Sinkhorn-Knopp: scores of samples against prototypes -> balanced soft assignments (methods.md 0.4).
+"""Sinkhorn-Knopp: scores of samples against prototypes -> balanced soft assignments (docs/methods.md#sinkhorn-knopp).
 
 Shape legend: N samples of this rank, K prototypes.
 """

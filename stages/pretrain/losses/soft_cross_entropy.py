@@ -1,4 +1,5 @@
-"""Cross-entropy of logits against soft targets, one value a row: CE(a, b) = -sum_k b_k log a_k (methods.md 1.4).
+"""Cross-entropy of logits against soft targets, one value a row: CE(a, b) = -sum_k b_k log a_k
+(docs/methods.md#notation).
 
 Shape legend: B rows (images or cells), K classes or prototypes.
 """

@@ -46,7 +46,8 @@ def draw_views(specs: Sequence[ViewSpec], rng: np.random.Generator, width: int, 
     """Random resized crops in the order of `specs`, in whole pixels of the image.
 
     A spec with a parent must come after it; its i-th crop lies in the parent's i-th (modulo their count), and its
-    scale and ratio are those of a crop of the parent's square view, as in a crop of a crop (methods.md 3.3).
+    scale and ratio are those of a crop of the parent's square view, as in a crop of a crop
+    (docs/methods.md#flsl-views).
     Where `min_overlap` asks for more than OVERLAP_TRIES crops can give, the crop that overlaps most is taken.
     """
     rects: dict[str, list[Rect]] = {}
@@ -198,7 +199,7 @@ def draw_colour(photometric: Photometric, rng: np.random.Generator) -> dict[str,
         if rng.random() < p.blur_else_solarize_p:
             solarize_p = 0.0
         else:
-            blur_p = 0.1  # methods.md 3.3
+            blur_p = 0.1  # docs/methods.md#flsl-views
     if rng.random() < blur_p:
         colour["blur"] = _between(rng, *p.blur_sigma)
     if rng.random() < solarize_p:

@@ -118,7 +118,7 @@ def _diagonal(affine: Array) -> Array:
 
 # --------------------------------------------------------------------------------------------- two views of an image
 def overlap(affine_a: Array, affine_b: Array, size_a: int, size_b: int) -> tuple[Array, Array, Array]:
-    """The rectangle that two views share, in the pixels of each (methods.md 0.7).
+    """The rectangle that two views share, in the pixels of each (docs/methods.md#views-and-overlap).
 
     Args:
         affine_a, affine_b: (..., 2, 3), broadcast against each other: (G, 1, B, 2, 3) with (1, V, B, 2, 3) gives the
@@ -136,7 +136,8 @@ def overlap(affine_a: Array, affine_b: Array, size_a: int, size_b: int) -> tuple
 
 
 def feature_boxes(box: Array, stride: float) -> Array:
-    """Boxes in view pixels as boxes in feature-map units, what RoIAlign(aligned=True) takes (methods.md 0.6)."""
+    """Boxes in view pixels as boxes in feature-map units, what RoIAlign(aligned=True) takes
+    (docs/methods.md#roialign)."""
     return box / stride
 
 

@@ -1,4 +1,5 @@
-"""CoTAP: semantic concentration for dense representations (methods.md 1; all equation numbers are the paper's).
+"""CoTAP: semantic concentration for dense representations
+(docs/methods.md#cotap; all equation numbers are the paper's).
 
 Terms: align_patch (Eq. 4, 5), align_image, sc_patch (Eq. 2, 12), sc_image, proto (Eq. 15, 16). Terms whose weight is
 0 are not computed, and heads that no term needs are not made.

@@ -49,7 +49,7 @@ class RankingSettings(Settings):
 
 
 class FilterSettings(Settings):
-    """The object-aware filter (methods.md 1.5)."""
+    """The object-aware filter (docs/methods.md#cotap-object-aware-filter)."""
 
     placement: Literal["post", "pre_last"] = Field(
         "post", description="post: after the final norm, the encoder's map grows by its width; pre_last: ViT only"
@@ -63,7 +63,7 @@ class FilterSettings(Settings):
 
 
 class CoTAPSettings(MethodSettings):
-    """CoTAP (methods.md 1): the second stage, started from a pre-trained encoder."""
+    """CoTAP (docs/methods.md#cotap): the second stage, started from a pre-trained encoder."""
 
     builds: ClassVar[str] = "stages.pretrain.methods.cotap.method:CoTAP"
     terms: ClassVar[tuple[str, ...]] = ("align_patch", "align_image", "sc_patch", "sc_image", "proto")

@@ -1,4 +1,5 @@
-"""D3SSL: contrast of proposals, robust to their neighbours and their place (methods.md 4; the paper's equations).
+"""D3SSL: contrast of proposals, robust to their neighbours and their place
+(docs/methods.md#d3ssl; the paper's equations).
 
 Terms: decouple (L_dc, Eq. 4), deposition (L_dp, Eq. 9). A term whose weight is 0 is not computed.
 

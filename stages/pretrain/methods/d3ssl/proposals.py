@@ -1,4 +1,5 @@
-"""Region-level draws of one image (D3SSL, methods.md 4.4 and 4.7): cut-outs, masks, jitters and shifts of its
+"""Region-level draws of one image (D3SSL,
+docs/methods.md#d3ssl-region-augmentations): cut-outs, masks, jitters and shifts of its
 proposals, as rectangles. Pure functions of boxes and of numbers drawn uniformly from [0, 1); no pixel is touched.
 
 Legend: K proposals, S side of the view in pixels. Boxes are x0, y0, x1, y1, the last row and column excluded.

@@ -15,7 +15,7 @@ Range = tuple[float, float]
 
 
 class CutoutSettings(Settings):
-    """PRC, the proposal-based random cutout (methods.md 4.4)."""
+    """PRC, the proposal-based random cutout (docs/methods.md#d3ssl-region-augmentations)."""
 
     kind: Literal["proposal", "random", "none"] = Field(
         "proposal", description="random: SoCo's, squares cut from half of the boxes (Table 5); none: no cutout"
@@ -31,7 +31,7 @@ class CutoutSettings(Settings):
 
 
 class MaskSettings(Settings):
-    """PRM, the proposal-based random mask (methods.md 4.4)."""
+    """PRM, the proposal-based random mask (docs/methods.md#d3ssl-region-augmentations)."""
 
     kind: Literal["reveal", "erase", "none"] = Field(
         "reveal",
@@ -43,7 +43,7 @@ class MaskSettings(Settings):
 
 
 class JitterSettings(Settings):
-    """RBJ, the restricted box jitter (methods.md 4.4); drawn anew for every view."""
+    """RBJ, the restricted box jitter (docs/methods.md#d3ssl-region-augmentations); drawn anew for every view."""
 
     kind: Literal["restricted", "contained", "plain", "none"] = Field(
         "restricted",
@@ -70,7 +70,8 @@ class BankSettings(Settings):
 
 
 class D3SSLSettings(MethodSettings):
-    """D3SSL (methods.md 4). Without `deposition` (weights.deposition: 0) it is the paper's Table 7 baseline."""
+    """D3SSL
+    (docs/methods.md#d3ssl). Without `deposition` (weights.deposition: 0) it is the paper's Table 7 baseline."""
 
     builds: ClassVar[str] = "stages.pretrain.methods.d3ssl.method:D3SSL"
     terms: ClassVar[tuple[str, ...]] = ("decouple", "deposition")

@@ -1,4 +1,4 @@
-"""Draws D3SSL's views of one image and the regions that both of them show (methods.md 4.2 to 4.4, 4.7).
+"""Draws D3SSL's views of one image and the regions that both of them show (docs/methods.md#d3ssl-views).
 
 Runs in the loader's processes; what it draws are numbers, which d3ssl.py applies to whole batches.
 
@@ -35,7 +35,7 @@ CROP_TRIES = 10  # crops drawn before the whole image is taken as the only box
 
 
 def view_plan(settings: D3SSLSettings) -> ViewPlan:
-    """x1 is the whole image with SoCo's first colours, x2 a crop with its second (methods.md 4.3)."""
+    """x1 is the whole image with SoCo's first colours, x2 a crop with its second (docs/methods.md#d3ssl-views)."""
     strength = (0.4, 0.4, 0.2, 0.1)
     whole = ViewSpec(
         "whole", settings.size, flip_p=settings.flip, photometric=colours(strength, blur_p=1.0), whole=True

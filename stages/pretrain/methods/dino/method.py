@@ -1,4 +1,4 @@
-"""DINO: every crop of an image predicts the teacher's distribution for its other global crops (methods.md 2.7).
+"""DINO: every crop of an image predicts the teacher's distribution for its other global crops (docs/methods.md#dino).
 
 Shape legend: V crops (G global first), B images of this rank, K prototypes.
 """

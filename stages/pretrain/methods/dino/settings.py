@@ -11,7 +11,7 @@ from stages.pretrain.config.parts import Crops, HeadSettings, TeacherSettings, T
 
 
 class DinoSettings(MethodSettings):
-    """DINO (methods.md 2.7, 0.3, 0.5). Defaults are the official ones; reduce `head.prototypes` for small runs."""
+    """DINO (docs/methods.md#dino). Defaults are the official ones; reduce `head.prototypes` for small runs."""
 
     builds: ClassVar[str] = "stages.pretrain.methods.dino.method:Dino"
     terms: ClassVar[tuple[str, ...]] = ("align_image",)

@@ -1,4 +1,5 @@
-"""DINO plus dense alignment: patches of two crops agree where the crops overlap (methods.md 1.4, Leopart's order).
+"""DINO plus dense alignment: patches of two crops agree where the crops overlap
+(docs/methods.md#dino-dense, Leopart's order).
 
 CoTAP's alignment terms as a method of their own: what CoTAP is compared with, and its usual first stage.
 """
@@ -20,7 +21,7 @@ class DinoDense(Dino):
     """Terms: align_image, align_patch."""
 
     settings: DinoDenseSettings
-    min_overlap = (0.02, 0.01)  # methods.md 0.7
+    min_overlap = (0.02, 0.01)  # docs/methods.md#views-and-overlap
 
     def __init__(self, settings: DinoDenseSettings, encoder: Encoder) -> None:
         super().__init__(settings, encoder, {"dense": make_head(encoder.width, settings.dense_head)})

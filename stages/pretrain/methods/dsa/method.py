@@ -1,4 +1,4 @@
-"""DSA: a regulariser around any method, its host (methods.md 2; all equation numbers are the paper's).
+"""DSA: a regulariser around any method, its host (docs/methods.md#dsa; all equation numbers are the paper's).
 
 It listens to the student's forward passes that the host makes anyway, takes the representations of two views of every
 image, and adds two terms to the host's own.

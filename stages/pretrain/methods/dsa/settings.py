@@ -13,7 +13,7 @@ from stages.pretrain.config.method import MethodSettings, method_settings
 
 
 class DSASettings(MethodSettings):
-    """DSA (methods.md 2). `weights` scales its own two terms; the host's terms are scaled in `host.weights`."""
+    """DSA (docs/methods.md#dsa). `weights` scales its own two terms; the host's terms are scaled in `host.weights`."""
 
     builds: ClassVar[str] = "stages.pretrain.methods.dsa.method:DSA"
     terms: ClassVar[tuple[str, ...]] = ("dsa_am", "dsa_con")

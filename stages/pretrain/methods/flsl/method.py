@@ -1,4 +1,4 @@
-"""FLSL: tokens gather around the modes of their image, modes around centroids of all images (methods.md 3; the
+"""FLSL: tokens gather around the modes of their image, modes around centroids of all images (docs/methods.md#flsl; the
 paper's equation numbers).
 
 Terms: intra (Eq. 8), inter (Eq. 11), vmr (the KL of Eq. 11 and 13), weighted 0.03, 1 and 5 unless a config says
@@ -63,7 +63,7 @@ class FLSL(SelfDistillation):
         return self
 
     def view_plan(self) -> ViewPlan:
-        """A crop for the teacher, and the student's crops out of it; no flips (methods.md 3.3)."""
+        """A crop for the teacher, and the student's crops out of it; no flips (docs/methods.md#flsl-views)."""
         settings = self.settings
         teacher, globals_, locals_ = settings.teacher_crop, settings.global_crops, settings.local_crops
         colour = Photometric(

@@ -1,4 +1,4 @@
-"""FLSL's "random pooling": which tokens of a crop become queries, one a window (methods.md 3.4).
+"""FLSL's "random pooling": which tokens of a crop become queries, one a window (docs/methods.md#flsl-query-sampling).
 
 Shape legend: B images of this rank, Q queries of a crop = windows of its grid.
 """

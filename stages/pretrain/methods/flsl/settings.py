@@ -27,7 +27,8 @@ class AttentionSettings(Settings):
 
 
 class QuerySettings(Settings):
-    """Which tokens become queries: one of every window (methods.md 3.4). Released code: windows 3 and 2, not random."""
+    """Which tokens become queries: one of every window
+    (docs/methods.md#flsl-query-sampling). Released code: windows 3 and 2, not random."""
 
     window_global: int = Field(2, ge=1, description="tokens a side of a window, in the student's large crops")
     window_local: int = Field(2, ge=1, description="the same in local crops")
@@ -49,7 +50,8 @@ class PreviousStage(Settings):
 
 
 class FLSLSettings(MethodSettings):
-    """FLSL (methods.md 3). For the encoder of the paper set backbone: {class_token: false, pos_embed: sincos}."""
+    """FLSL
+    (docs/methods.md#flsl). For the encoder of the paper set backbone: {class_token: false, pos_embed: sincos}."""
 
     builds: ClassVar[str] = "stages.pretrain.methods.flsl.method:FLSL"
     terms: ClassVar[tuple[str, ...]] = ("intra", "inter", "vmr")

@@ -1,4 +1,4 @@
-"""Barlow Twins: the cross-correlation of two views' projections becomes the identity (methods.md 2.7)."""
+"""Barlow Twins: the cross-correlation of two views' projections becomes the identity (docs/methods.md#barlow-twins)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BYOL: predict what the moving average makes of the other view, without negatives (methods.md 2.7)."""
+"""BYOL: predict what the moving average makes of the other view, without negatives (docs/methods.md#byol)."""
 
 from __future__ import annotations
 

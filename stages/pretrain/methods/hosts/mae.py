@@ -1,4 +1,4 @@
-"""MAE: rebuild the removed patches of an image from the ones that stay (methods.md 2.7).
+"""MAE: rebuild the removed patches of an image from the ones that stay (docs/methods.md#mae).
 
 Shape legend: B images of this rank, N patches, K kept ones, D width, P values of a patch.
 """

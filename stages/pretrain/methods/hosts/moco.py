@@ -1,4 +1,4 @@
-"""MoCo v2 and v3: find a view's key, made by a moving average, among keys of other images (methods.md 2.7).
+"""MoCo v2 and v3: find a view's key, made by a moving average, among keys of other images (docs/methods.md#moco).
 
 Keys' batch norms use the statistics of all ranks (assemble.py); MoCo v2's shuffling between GPUs, which is there for
 batch norms that do not, is left out.

@@ -1,4 +1,5 @@
-"""ReSSL: an image's similarities to earlier images are the same, strongly or weakly augmented (methods.md 2.7)."""
+"""ReSSL: an image's similarities to earlier images are the same, strongly or weakly augmented
+(docs/methods.md#ressl)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SimCLR: of all views of the batch, find the other view of the same image (methods.md 2.7)."""
+"""SimCLR: of all views of the batch, find the other view of the same image (docs/methods.md#simclr)."""
 
 from __future__ import annotations
 

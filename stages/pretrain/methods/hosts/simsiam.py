@@ -1,4 +1,5 @@
-"""SimSiam: predict the other view's projection, whose gradient is stopped; no moving average (methods.md 2.7)."""
+"""SimSiam: predict the other view's projection, whose gradient is stopped; no moving average
+(docs/methods.md#simsiam)."""
 
 from __future__ import annotations
 

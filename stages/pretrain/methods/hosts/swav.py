@@ -1,4 +1,4 @@
-"""SwAV: the assignment of one crop to prototypes is predicted from the others (methods.md 2.7).
+"""SwAV: the assignment of one crop to prototypes is predicted from the others (docs/methods.md#swav).
 
 Shape legend: V crops of one size (G large ones), B images of this rank, D width of an embedding, K prototypes.
 """

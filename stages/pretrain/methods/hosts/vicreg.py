@@ -1,4 +1,4 @@
-"""VICReg: views agree, every dimension varies, no two dimensions say the same (methods.md 2.7)."""
+"""VICReg: views agree, every dimension varies, no two dimensions say the same (docs/methods.md#vicreg)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""VICRegL: VICReg of the views' vectors, and of local features matched by likeness and by place (methods.md 2.7).
+"""VICRegL: VICReg of the views' vectors, and of local features matched by likeness and by place
+(docs/methods.md#vicregl).
 
 Shape legend: V views of one size, B images of this rank, D width, N cells of a map.
 """

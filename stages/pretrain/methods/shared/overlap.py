@@ -49,7 +49,8 @@ def resample(map_BDhw: Tensor, box_B4: Tensor, view: View, grid: int, *, may_fli
 def align_patches(
     student_maps: list[Tensor], target_maps: list[Tensor], views: list[View], settings: DenseSettings, *, may_flip: bool
 ) -> Tensor:
-    """Dense alignment over all ordered pairs of a target global crop and another online crop (methods.md 1.4).
+    """Dense alignment over all ordered pairs of a target global crop and another online crop
+    (docs/methods.md#dense-alignment).
 
     Args:
         student_maps: scores (B, K, h, w) of all crops. target_maps: soft assignments (B, K, h, w) of the global ones.

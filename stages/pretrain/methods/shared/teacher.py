@@ -71,7 +71,7 @@ def make_head(width: int, settings: HeadSettings, *, prototypes: int | None = No
 
 @torch.no_grad()
 def move_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- m teacher + (1 - m) student; parameters only, batch norms keep their own statistics (0.5)."""
+    """teacher <- m teacher + (1 - m) student; parameters only, batch norms keep their own statistics."""
     moving: list[Tensor] = list(teacher.parameters())
     target: list[Tensor] = list(student.parameters())
     torch._foreach_lerp_(moving, target, 1 - momentum)

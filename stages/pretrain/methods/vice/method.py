@@ -1,4 +1,5 @@
-"""ViCE: what a superpixel is assigned to in one view is predicted from the others (methods.md 5; its equations).
+"""ViCE: what a superpixel is assigned to in one view is predicted from the others
+(docs/methods.md#vice; its equations).
 
 Terms: swapped (L_cl, Eq. 3), and with `region: representative` coherence (released COCO configs).
 

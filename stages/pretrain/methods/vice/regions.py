@@ -1,4 +1,4 @@
-"""Where ViCE's views lie and which regions they share (methods.md 5.3 to 5.5). Pure functions on numpy arrays.
+"""Where ViCE's views lie and which regions they share (docs/methods.md#vice-views). Pure functions on numpy arrays.
 
 Rectangles are x0, y0, x1, y1, the last row and column excluded. A label map holds region ids from 0 on, -1 where there
 is no image.
@@ -24,7 +24,7 @@ MASKED = -2  # in a map of mutual regions: to be filled with noise; -1: part of 
 # ------------------------------------------------------------------------------------------------------- the frame
 @dataclass(frozen=True)
 class Frame:
-    """The standardised image (5.3): the stored one, scaled, then padded or cut about its middle."""
+    """The standardised image: the stored one, scaled, then padded or cut about its middle."""
 
     scale: float  # pixels of the frame per pixel of the stored image
     left: int  # where the scaled image begins in the frame; negative where it is cut
@@ -132,7 +132,7 @@ def present(labels: Labels, rect: NDArray[Any], ids: int) -> Flags:
 
 
 def mutual(maps: Sequence[Labels], rects: NDArray[Any], ids: int) -> Flags:
-    """(ids,) the regions with a pixel in every map's rectangle: the first view's is the whole map (5.5)."""
+    """(ids,) the regions with a pixel in every map's rectangle: the first view's is the whole map."""
     return np.logical_and.reduce([present(map_, rect, ids) for map_, rect in zip(maps, rects, strict=True)])
 
 

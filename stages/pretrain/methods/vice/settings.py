@@ -14,7 +14,8 @@ Range = tuple[float, float]
 
 
 class StandardSettings(Settings):
-    """The standardised image that views are cut from (methods.md 5.3). Superpixels stay those of the stored image."""
+    """The standardised image that views are cut from
+    (docs/methods.md#vice-standard-image). Superpixels stay those of the stored image."""
 
     kind: Literal["pad", "square"] = Field(
         "pad",
@@ -26,7 +27,7 @@ class StandardSettings(Settings):
 
 
 class RegionMaskSettings(Settings):
-    """Region masking (methods.md 5.5)."""
+    """Region masking (docs/methods.md#vice-region-masking)."""
 
     ratio: float = Field(0.25, ge=0, le=1, description="largest side of the rectangle, of the view's; 0: no masking")
     protected: float = Field(0.25, ge=0, le=1, description="share of the common regions that are never masked")
@@ -52,7 +53,7 @@ class ViCEDecoderSettings(Settings):
 
 
 class ViCESettings(MethodSettings):
-    """ViCE (methods.md 5). Defaults are the paper's high-resolution model; the released configs differ (V5)."""
+    """ViCE (docs/methods.md#vice). Defaults are the paper's high-resolution model; the released configs differ."""
 
     builds: ClassVar[str] = "stages.pretrain.methods.vice.method:ViCE"
     terms: ClassVar[tuple[str, ...]] = ("swapped", "coherence")

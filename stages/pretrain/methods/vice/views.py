@@ -1,4 +1,4 @@
-"""Draws ViCE's views of one image and finds the regions that all of them show (methods.md 5.3 to 5.5).
+"""Draws ViCE's views of one image and finds the regions that all of them show (docs/methods.md#vice-views).
 
 Runs in the loader's processes. Region ids are those of the `superpixels` table, cut with every view.
 """
@@ -57,7 +57,7 @@ class RegionDrawer:
         shared = frame.to_image(regions.common_rectangle(squares))
         rects = np.rint([to_view(shared, item.affine) for item in draws]).astype(np.int64).clip(0, settings.size)
         masked = self._masked(rng, maps, rects, [x1 - x0 for x0, _, x1, _ in squares], ids)
-        rects[0] = (0, 0, settings.size, settings.size)  # of the first view the whole map counts (5.5)
+        rects[0] = (0, 0, settings.size, settings.size)  # of the first view the whole map counts
         kept = regions.mutual(maps, rects, ids)
         for flags in masked:
             kept &= ~flags
@@ -75,7 +75,7 @@ class RegionDrawer:
         return regions.padded_frame(row.width, row.height, standard.size, standard.longest)
 
     def _squares(self, rng: np.random.Generator, row: ImageRow, frame: Frame) -> list[regions.Whole]:
-        """Where the views lie in the standardised image (5.4)."""
+        """Where the views lie in the standardised image."""
         settings = self.settings
         weights = regions.content_map(regions.standardise(row.pixels(), frame))
         sides = settings.size * rng.uniform(*settings.resize, settings.views)
@@ -102,7 +102,7 @@ class RegionDrawer:
         extents: list[int],
         ids: int,
     ) -> list[regions.Flags]:
-        """The regions masked in each view; none where masking is off (5.5)."""
+        """The regions masked in each view; none where masking is off (docs/methods.md#vice-region-masking)."""
         mask, size = self.settings.mask, self.settings.size
         if not mask.ratio:
             return []

@@ -109,7 +109,7 @@ def kl_to_uniform(mean_K: Tensor) -> Tensor:
 
 
 def terms_one_by_one(method: FLSL, batch: Batch) -> dict[str, Tensor]:
-    """The equations of methods.md 3.5, a query at a time."""
+    """The equations of docs/methods.md#flsl-terms, a query at a time."""
     settings, tokens_of = method.settings, lambda encoder, view: encoder(view).tokens_BND
     t_sa, t_ca = 0.1 / 24**0.5, 0.2 / 24**0.5
     crops = [view for name in ("global", "local") for view in batch.views.get(name, [])]

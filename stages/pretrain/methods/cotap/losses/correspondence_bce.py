@@ -1,4 +1,5 @@
-"""Binary cross-entropy on patch correspondences: the baseline that CoTAP's ranking loss replaces (methods.md 1.4)."""
+"""Binary cross-entropy on patch correspondences: the baseline that CoTAP's ranking loss replaces
+(docs/methods.md#cotap-ranking-loss)."""
 
 from __future__ import annotations
 

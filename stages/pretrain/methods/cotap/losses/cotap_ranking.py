@@ -1,4 +1,5 @@
-"""CoTAP's ranking loss: exact value and gradient in O(n log n) time and O(n) memory (methods.md 1.4, Eq. 11 and 12).
+"""CoTAP's ranking loss: exact value and gradient in O(n log n) time and O(n) memory
+(docs/methods.md#cotap-ranking-loss, Eq. 11 and 12).
 
 For every pair i of patches the loss needs sums over {j : q_j < q_i} of a function of p_i - p_j that is a polynomial
 on each side of two breakpoints. So three sums (1, p_j, p_j^2) over {j : q_j < q_i, p_j < x} are enough, for x = p_i

@@ -1,4 +1,5 @@
-"""CoTAP's prototype term: every prototype should look like few images of the batch (methods.md 1.5, Eq. 15 and 16).
+"""CoTAP's prototype term: every prototype should look like few images of the batch
+(docs/methods.md#cotap-object-aware-filter, Eq. 15 and 16).
 
 Shape legend: M prototypes, N images (of all ranks), F = 3 * 3 * C.
 """

@@ -1,4 +1,4 @@
-"""D3SSL's region contrast against a memory bank (methods.md 4.6, Eq. 4, 5 and 9).
+"""D3SSL's region contrast against a memory bank (docs/methods.md#d3ssl-losses, Eq. 4, 5 and 9).
 
 Shape legend: N regions, D width, M rows of the bank, P positives of each region.
 """

@@ -1,4 +1,5 @@
-"""DSA's arranging module: a learned pairwise similarity M and the loss that moves pairs by it (methods.md 2.4, 2.5).
+"""DSA's arranging module: a learned pairwise similarity M and the loss that moves pairs by it
+(docs/methods.md#dsa-arranging-module).
 
 Every function takes the rows of some anchors against all representations, so that ranks can share the anchors.
 

@@ -1,4 +1,5 @@
-"""DSA's scoring module: what a frozen auxiliary encoder says about pairs and anchors (methods.md 2.5). No gradient.
+"""DSA's scoring module: what a frozen auxiliary encoder says about pairs and anchors
+(docs/methods.md#dsa-scoring-module). No gradient.
 
 Shape legend: J all 2N views of the batch, I some of them, E neighbours.
 """

@@ -1,4 +1,4 @@
-"""FLSL's three terms (methods.md 3.5; the paper's Eq. 8, 11 and 13).
+"""FLSL's three terms (docs/methods.md#flsl-terms; the paper's Eq. 8, 11 and 13).
 
 Shape legend: R queries of all crops and images, D width, K centroids.
 """

@@ -1,4 +1,5 @@
-"""FLSL's clustering step: a query's mean-shift mode, as attention without parameters (methods.md 3.5, Eq. 4 and 12).
+"""FLSL's clustering step: a query's mean-shift mode, as attention without parameters
+(docs/methods.md#flsl-terms, Eq. 4 and 12).
 
 Shape legend: B images, Q queries, N tokens, D width.
 """

@@ -1,4 +1,4 @@
-"""MAE: which patches stay, and the error of the ones that were removed (methods.md 2.7).
+"""MAE: which patches stay, and the error of the ones that were removed (docs/methods.md#mae).
 
 Shape legend: B images, N patches, K kept ones, P values of a patch (side * side * 3).
 """

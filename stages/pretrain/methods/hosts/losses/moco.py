@@ -1,4 +1,5 @@
-"""MoCo v3: queries against the keys of all images of the batch (methods.md 2.7). v1 and v2, whose negatives come from
+"""MoCo v3: queries against the keys of all images of the batch
+(docs/methods.md#moco). v1 and v2, whose negatives come from
 a queue, use lightly's NT-Xent.
 
 Shape legend: B images of this rank, A images of all ranks, D width.

@@ -1,4 +1,4 @@
-"""ReSSL: the student's relations to a queue of teacher features follow the teacher's (methods.md 2.7).
+"""ReSSL: the student's relations to a queue of teacher features follow the teacher's (docs/methods.md#ressl).
 
 Shape legend: B images, Q queue entries, D width.
 """

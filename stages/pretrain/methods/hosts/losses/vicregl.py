@@ -1,4 +1,4 @@
-"""VICRegL: VICReg between views and between their matched local features (methods.md 2.7).
+"""VICRegL: VICReg between views and between their matched local features (docs/methods.md#vicregl).
 
 lightly has this loss too, but orders a view's matches by distance, where the official code keeps them in raster
 order; variances and covariances are taken slot by slot, so the order counts. Here it is a choice.

@@ -10,7 +10,8 @@ from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoView
 
 
 class BarlowTwinsSettings(TwoViewSettings):
-    """Barlow Twins (methods.md 2.7); centred as the official code does, which the paper's Eq. 5 is not."""
+    """Barlow Twins
+    (docs/methods.md#barlow-twins); centred as the official code does, which the paper's Eq. 5 is not."""
 
     builds: ClassVar[str] = "stages.pretrain.methods.hosts.barlow_twins:BarlowTwins"
     terms: ClassVar[tuple[str, ...]] = ("barlow_twins",)

@@ -11,7 +11,7 @@ from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoView
 
 
 class BYOLSettings(TwoViewSettings):
-    """BYOL (methods.md 2.7)."""
+    """BYOL (docs/methods.md#byol)."""
 
     builds: ClassVar[str] = "stages.pretrain.methods.hosts.byol:BYOL"
     terms: ClassVar[tuple[str, ...]] = ("byol",)

@@ -19,7 +19,7 @@ class MAEDecoderSettings(Settings):
 
 
 class MAESettings(MethodSettings):
-    """MAE (methods.md 2.7), for ViTs only."""
+    """MAE (docs/methods.md#mae), for ViTs only."""
 
     builds: ClassVar[str] = "stages.pretrain.methods.hosts.mae:MAE"
     terms: ClassVar[tuple[str, ...]] = ("mae",)

@@ -13,7 +13,7 @@ from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoView
 
 
 class MoCoSettings(TwoViewSettings):
-    """MoCo (methods.md 2.7). What is left out follows `version`."""
+    """MoCo (docs/methods.md#moco). What is left out follows `version`."""
 
     terms: ClassVar[tuple[str, ...]] = ("moco",)
 

@@ -11,7 +11,7 @@ from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoView
 
 
 class ReSSLSettings(TwoViewSettings):
-    """ReSSL (methods.md 2.7): the student sees a strong view, the teacher a weak one."""
+    """ReSSL (docs/methods.md#ressl): the student sees a strong view, the teacher a weak one."""
 
     builds: ClassVar[str] = "stages.pretrain.methods.hosts.ressl:ReSSL"
     terms: ClassVar[tuple[str, ...]] = ("ressl",)

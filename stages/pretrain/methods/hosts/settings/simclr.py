@@ -10,7 +10,7 @@ from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoView
 
 
 class SimCLRSettings(TwoViewSettings):
-    """SimCLR (methods.md 2.7)."""
+    """SimCLR (docs/methods.md#simclr)."""
 
     builds: ClassVar[str] = "stages.pretrain.methods.hosts.simclr:SimCLR"
     terms: ClassVar[tuple[str, ...]] = ("simclr",)

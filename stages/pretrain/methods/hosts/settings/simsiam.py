@@ -10,7 +10,7 @@ from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoView
 
 
 class SimSiamSettings(TwoViewSettings):
-    """SimSiam (methods.md 2.7)."""
+    """SimSiam (docs/methods.md#simsiam)."""
 
     builds: ClassVar[str] = "stages.pretrain.methods.hosts.simsiam:SimSiam"
     terms: ClassVar[tuple[str, ...]] = ("simsiam",)

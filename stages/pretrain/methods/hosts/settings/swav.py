@@ -12,7 +12,7 @@ from stages.pretrain.methods.hosts.settings.two_view import MLPSettings
 
 
 class SwAVSettings(MethodSettings):
-    """SwAV (methods.md 2.7)."""
+    """SwAV (docs/methods.md#swav)."""
 
     builds: ClassVar[str] = "stages.pretrain.methods.hosts.swav:SwAV"
     terms: ClassVar[tuple[str, ...]] = ("swav",)

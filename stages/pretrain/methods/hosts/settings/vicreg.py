@@ -10,7 +10,7 @@ from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoView
 
 
 class VICRegSettings(TwoViewSettings):
-    """VICReg (methods.md 2.7)."""
+    """VICReg (docs/methods.md#vicreg)."""
 
     builds: ClassVar[str] = "stages.pretrain.methods.hosts.vicreg:VICReg"
     terms: ClassVar[tuple[str, ...]] = ("vicreg",)

@@ -13,7 +13,8 @@ from stages.pretrain.methods.hosts.settings.two_view import MLPSettings
 
 
 class VICRegLSettings(MethodSettings):
-    """VICRegL (methods.md 2.7). The paper's alpha 0.75 is the weight of `global`, 1 - alpha that of `local`."""
+    """VICRegL
+    (docs/methods.md#vicregl). The paper's alpha 0.75 is the weight of `global`, 1 - alpha that of `local`."""
 
     builds: ClassVar[str] = "stages.pretrain.methods.hosts.vicregl:VICRegL"
     terms: ClassVar[tuple[str, ...]] = ("global", "local")

@@ -1,4 +1,5 @@
-"""One vector for each region of a batch: the mean of its pixels, or its most decided pixel (methods.md 5.7).
+"""One vector for each region of a batch: the mean of its pixels, or its most decided pixel
+(docs/methods.md#vice-terms).
 
 All regions of all views are pooled at once: a region is a number in an index map, not a mask.
 
