@@ -8,12 +8,13 @@ import torch.nn.functional as functional
 from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, NTXentLoss, SwaVLoss, VICRegLLoss, VICRegLoss
 from torch import Tensor
 
+from stages.pretrain.methods.hosts.byol import byol_loss
 from stages.pretrain.methods.hosts.losses.mae import mae_loss, patchify, random_masking
 from stages.pretrain.methods.hosts.losses.moco import in_batch_contrast
 from stages.pretrain.methods.hosts.losses.ressl import ressl_loss
-from stages.pretrain.methods.hosts.losses.vicregl import View, global_parts, local_parts
-from stages.pretrain.methods.hosts.two_view import byol_loss
-from stages.pretrain.methods.shared.queue import Queue, queue_contrast
+from stages.pretrain.methods.hosts.losses.vicregl import ProjectedView, global_parts, local_parts
+from stages.pretrain.methods.hosts.moco import queue_contrast
+from stages.pretrain.methods.hosts.queue import Queue
 from tests.golden.golden import assert_close, tensors
 
 
@@ -93,9 +94,9 @@ def test_swav(with_queue: bool) -> None:
             assert_close(score.grad, golden[f"grad{i}"], 1e-8)
 
 
-def _vicregl_views(golden: dict[str, Tensor], names: str) -> list[View]:
+def _vicregl_views(golden: dict[str, Tensor], names: str) -> list[ProjectedView]:
     return [
-        View(golden[f"{n}{i}"], golden[f"{n}{i}_map"].flatten(1, 2), golden[f"{n}{i}_grid"].flatten(1, 2))
+        ProjectedView(golden[f"{n}{i}"], golden[f"{n}{i}_map"].flatten(1, 2), golden[f"{n}{i}_grid"].flatten(1, 2))
         for n in names
         for i in range(2)
     ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 from pydantic import Field
 
 from pipeline.stage import Settings
-from stages.pretrain.views.plan import Photometric
+
+Range = tuple[float, float]  # the smaller number first
 
 
 class Crops(Settings):
@@ -13,7 +16,7 @@ class Crops(Settings):
 
     size: int = Field(gt=0, description="side in pixels; a multiple of the ViT's patch")
     count: int = Field(ge=0)
-    scale: tuple[float, float] = Field(description="area of a crop as a fraction of the image's")
+    scale: Range = Field(description="area of a crop as a fraction of the image's")
 
 
 class HeadSettings(Settings):
@@ -50,6 +53,9 @@ class TeacherTemperature(Settings):
     epochs: int = Field(30, ge=0, description="warm-up epochs")
 
 
-def jitter(strength: tuple[float, float, float, float], *, blur_p: float, solarize_p: float = 0.0) -> Photometric:
-    """The colour operations of the DINO family: jitter p 0.8, grey p 0.2, blur sigma U(0.1, 2)."""
-    return Photometric(jitter=strength, jitter_p=0.8, gray_p=0.2, blur_p=blur_p, solarize_p=solarize_p)
+def pairing_group(global_batch: int) -> int:
+    """How many consecutive images form a group for pairing, where a config does not say: 4 or 2 if they divide the
+    global batch, else its smallest divisor above 1.
+    """
+    common = gcd(4, global_batch)
+    return common if common > 1 else next(d for d in range(3, global_batch + 1) if global_batch % d == 0)

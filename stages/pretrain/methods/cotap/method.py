@@ -19,7 +19,7 @@ from torch import Tensor
 from stages.models.encoder import Encoder, Features
 from stages.models.heads import ProjectionHead, at_least_float32
 from stages.models.object_aware_filter import ObjectAwareFilter
-from stages.pretrain.config.parts import HeadSettings, jitter
+from stages.pretrain.config.parts import HeadSettings
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.losses.dino_loss import dino_loss
 from stages.pretrain.losses.sinkhorn import sinkhorn
@@ -28,9 +28,11 @@ from stages.pretrain.methods.cotap.losses.correspondence_bce import corresponden
 from stages.pretrain.methods.cotap.losses.cotap_ranking import cotap_ranking_loss
 from stages.pretrain.methods.cotap.losses.prototype_entropy import prototype_entropy
 from stages.pretrain.methods.cotap.settings import CoTAPSettings, FilterSettings
+from stages.pretrain.methods.shared.assignments import entropy, usage
+from stages.pretrain.methods.shared.colours import crop_colours
 from stages.pretrain.methods.shared.overlap import align_patches, assign_patches, mean_of, resample, views_of
 from stages.pretrain.methods.shared.pairing import partners
-from stages.pretrain.methods.shared.teacher import Branch, SelfDistillation, entropy, make_head, usage
+from stages.pretrain.methods.shared.teacher import Branch, SelfDistillation, make_head
 from stages.pretrain.views.geometry import overlap
 from stages.pretrain.views.plan import ViewPlan, ViewSpec
 from stages.training.collectives import all_reduce_max, all_reduce_sum, gather
@@ -71,7 +73,7 @@ class CoTAP(SelfDistillation):
 
     def view_plan(self) -> ViewPlan:
         settings = self.settings
-        colour = jitter((0.8, 0.8, 0.8, 0.2), blur_p=0.5)
+        colour = crop_colours((0.8, 0.8, 0.8, 0.2), blur_p=0.5)
         globals_, locals_ = settings.global_crops, settings.local_crops
 
         def spec(name: str, size: int, count: int, scale: tuple[float, float], min_overlap: float) -> ViewSpec:
@@ -147,7 +149,7 @@ class CoTAP(SelfDistillation):
     def _sc_patch(self, batch: Batch, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         """L_sc: correspondences of an image pair, ranked as the teacher ranks them (Eq. 2 and 12)."""
         ranking = self.settings.ranking
-        partner_B = partners(batch, self.group)
+        partner_B = partners(batch, self.group, setting="method.ranking.group")
         valid_B = torch.ones(len(batch), dtype=torch.bool, device=partner_B.device)
         online, target = student[0], teacher[0]
         if ranking.pairs == "cross_view":

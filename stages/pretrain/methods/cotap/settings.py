@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from math import gcd
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
 from stages.pretrain.config.method import MethodSettings
-from stages.pretrain.config.parts import Crops, DenseSettings, HeadSettings, TeacherSettings
+from stages.pretrain.config.parts import Crops, DenseSettings, HeadSettings, TeacherSettings, pairing_group
 
 
 class RankingSettings(Settings):
@@ -44,8 +43,7 @@ class RankingSettings(Settings):
             return self.group
         if global_batch < 2:
             raise ValueError("sc_patch compares different images: give a batch of at least 2, or set its weight to 0")
-        common = gcd(4, global_batch)
-        return common if common > 1 else next(d for d in range(3, global_batch + 1) if global_batch % d == 0)
+        return pairing_group(global_batch)
 
 
 class FilterSettings(Settings):

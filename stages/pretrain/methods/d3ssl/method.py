@@ -130,7 +130,7 @@ class D3SSL(Method):
 
     def _pasted(self, batch: Batch, view2_B3SS: Tensor) -> Tensor:
         """x3 (Eq. 6 to 8): the crop's regions, moved and with holes, on the crop of the next image."""
-        other_B = partners(batch, self.group, shift=1, setting="method.background_group").to(view2_B3SS.device)
+        other_B = partners(batch, self.group, setting="method.background_group", shift=1).to(view2_B3SS.device)
         size = view2_B3SS.shape[-1]
         mask_BSS = union(batch.extras["moved"], size) & kept(batch.extras["cuts"][:, 2], size)
         return compose(view2_B3SS, view2_B3SS[other_B], mask_BSS, batch.extras["shift"])

@@ -14,17 +14,17 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-Boxes: TypeAlias = NDArray[np.float64]
+FloatBoxes: TypeAlias = NDArray[np.float64]
 WholeBoxes: TypeAlias = NDArray[np.int64]
 Numbers: TypeAlias = NDArray[np.float64]
-Jitter: TypeAlias = Literal["restricted", "contained", "plain", "none"]
+JitterKind: TypeAlias = Literal["restricted", "contained", "plain", "none"]
 
 # SoCo's cut-out, which the paper's Table 5 compares with: how often a box is cut, and how much of its area.
 RANDOM_CUT_P = 0.5
 RANDOM_CUT_RATIO = (0.1, 0.3)
 
 
-def whole_boxes(boxes_K4: Boxes, size: int) -> WholeBoxes:
+def whole_boxes(boxes_K4: FloatBoxes, size: int) -> WholeBoxes:
     """Boxes of a view rounded to whole pixels; each keeps at least one."""
     low_K2 = np.rint(boxes_K4[:, :2]).clip(0, size - 1)
     high_K2 = np.rint(boxes_K4[:, 2:]).clip(low_K2 + 1, size)
@@ -103,7 +103,7 @@ def context_rectangles(
     return np.rint(corners_K4).clip(0, size).astype(np.int64)
 
 
-def jitter(boxes_K4: Boxes, draws_K4: Numbers, size: int, ratio: float, how: Jitter) -> Boxes:
+def jittered(boxes_K4: FloatBoxes, draws_K4: Numbers, size: int, ratio: float, how: JitterKind) -> FloatBoxes:
     """RBJ: boxes for RoIAlign, clipped to the view.
 
     Args:

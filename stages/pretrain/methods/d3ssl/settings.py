@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from math import gcd
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
 from stages.pretrain.config.method import MethodSettings
-from stages.pretrain.config.parts import TeacherSettings
-
-Range = tuple[float, float]
+from stages.pretrain.config.parts import Range, TeacherSettings, pairing_group
 
 
 class CutoutSettings(Settings):
@@ -124,5 +121,4 @@ class D3SSLSettings(MethodSettings):
                 "deposition pastes regions onto another image of the batch: give a batch of at least 2, or set "
                 "method.weights.deposition to 0"
             )
-        common = gcd(4, global_batch)
-        return common if common > 1 else next(d for d in range(3, global_batch + 1) if global_batch % d == 0)
+        return pairing_group(global_batch)

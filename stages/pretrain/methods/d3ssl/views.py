@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.pretrain.config.parts import jitter as colours
 from stages.pretrain.methods.d3ssl.proposals import (
-    Boxes,
+    FloatBoxes,
     Numbers,
     WholeBoxes,
     between,
     common_shift,
     context_rectangles,
-    jitter,
+    jittered,
     proposal_cutout,
     random_cutout,
     whole_boxes,
 )
 from stages.pretrain.methods.d3ssl.settings import D3SSLSettings
+from stages.pretrain.methods.shared.colours import crop_colours
 from stages.pretrain.views.draw import draw_views
 from stages.pretrain.views.geometry import clip_to_view
 from stages.pretrain.views.plan import Draw, Drawn, ImageRow, ViewPlan, ViewSpec
@@ -38,14 +38,14 @@ def view_plan(settings: D3SSLSettings) -> ViewPlan:
     """x1 is the whole image with SoCo's first colours, x2 a crop with its second (docs/methods.md#d3ssl-views)."""
     strength = (0.4, 0.4, 0.2, 0.1)
     whole = ViewSpec(
-        "whole", settings.size, flip_p=settings.flip, photometric=colours(strength, blur_p=1.0), whole=True
+        "whole", settings.size, flip_p=settings.flip, photometric=crop_colours(strength, blur_p=1.0), whole=True
     )
     crop = ViewSpec(
         "crop",
         settings.size,
         scale=settings.crop_scale,
         flip_p=settings.flip,
-        photometric=colours(strength, blur_p=0.1, solarize_p=0.2),
+        photometric=crop_colours(strength, blur_p=0.1, solarize_p=0.2),
     )
     return ViewPlan((whole, crop), tables=("boxes",), drawer=ProposalDrawer(settings, whole, crop))
 
@@ -80,7 +80,7 @@ class ProposalDrawer:
         sizes, views = (size, size, settings.small_size, size), (boxes1_K4, boxes2_K4, boxes2s_K4, boxes3_K4)
         numbers = rng.random((4, settings.proposals, 4))
         rois = [
-            jitter(boxes, numbers[i], sizes[i], settings.jitter.ratio, settings.jitter.kind)
+            jittered(boxes, numbers[i], sizes[i], settings.jitter.ratio, settings.jitter.kind)
             for i, boxes in enumerate(views)
         ]
         pixels1_K4, pixels2s_K4 = whole_boxes(boxes1_K4, size), whole_boxes(boxes2s_K4, settings.small_size)
@@ -104,7 +104,7 @@ class ProposalDrawer:
         }
         return Drawn([view1, view2], extras)
 
-    def _crop_with_boxes(self, rng: np.random.Generator, row: ImageRow, view1: Draw) -> tuple[Draw, Boxes, bool]:
+    def _crop_with_boxes(self, rng: np.random.Generator, row: ImageRow, view1: Draw) -> tuple[Draw, FloatBoxes, bool]:
         """A crop, K boxes (image pixels) that it and the whole image both show, and whether there was none to use.
 
         A crop that shows fewer than K/2 different ones is drawn again, each time asking for half as many, at least

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from stages.models.encoder import Encoder, Features
 from stages.models.heads import ProjectionHead
-from stages.pretrain.config.parts import jitter
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.losses.dino_loss import centred_softmax, dino_loss, moved_center
 from stages.pretrain.losses.sinkhorn import sinkhorn
 from stages.pretrain.methods.dino.settings import DinoSettings
 from stages.pretrain.methods.method import Step
-from stages.pretrain.methods.shared.teacher import Branch, SelfDistillation, entropy, make_head, usage
+from stages.pretrain.methods.shared.assignments import entropy, usage
+from stages.pretrain.methods.shared.colours import crop_colours
+from stages.pretrain.methods.shared.teacher import Branch, SelfDistillation, make_head
 from stages.pretrain.views.plan import ViewPlan, ViewSpec
 from stages.training.collectives import all_reduce_max, all_reduce_sum, world_size
 from stages.training.schedules import linear_warmup
@@ -88,7 +89,7 @@ def multi_crop(settings: DinoSettings, min_overlap: tuple[float, float]) -> View
     """DINO's crops and colours: the first global always blurred, the second rarely but solarised at times."""
     strength = (0.4, 0.4, 0.2, 0.1)
     globals_, locals_ = settings.global_crops, settings.local_crops
-    first, later = jitter(strength, blur_p=1.0), jitter(strength, blur_p=0.1, solarize_p=0.2)
+    first, later = crop_colours(strength, blur_p=1.0), crop_colours(strength, blur_p=0.1, solarize_p=0.2)
     views = [
         ViewSpec(
             "global",
@@ -109,7 +110,7 @@ def multi_crop(settings: DinoSettings, min_overlap: tuple[float, float]) -> View
                 locals_.count,
                 locals_.scale,
                 flip_p=settings.flip,
-                photometric=jitter(strength, blur_p=0.5),
+                photometric=crop_colours(strength, blur_p=0.5),
                 min_overlap=min_overlap[1],
                 overlap_with="global" if min_overlap[1] else None,
             )

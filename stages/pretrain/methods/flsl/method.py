@@ -26,7 +26,8 @@ from stages.pretrain.methods.flsl.losses.mean_shift import attend, mean_shift, m
 from stages.pretrain.methods.flsl.query_sampling import sample_queries
 from stages.pretrain.methods.flsl.settings import AttentionSettings, FLSLSettings
 from stages.pretrain.methods.method import Step
-from stages.pretrain.methods.shared.teacher import Branch, SelfDistillation, entropy, make_head, usage
+from stages.pretrain.methods.shared.assignments import entropy, usage
+from stages.pretrain.methods.shared.teacher import Branch, SelfDistillation, make_head
 from stages.pretrain.views.plan import Photometric, ViewPlan, ViewSpec
 from stages.training.collectives import all_reduce_max, all_reduce_mean, all_reduce_sum, world_size
 from stages.training.schedules import cosine, linear_warmup

@@ -9,14 +9,14 @@ from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
 from stages.pretrain.config.method import MethodSettings
-from stages.pretrain.config.parts import Crops, HeadSettings, TeacherSettings, TeacherTemperature
+from stages.pretrain.config.parts import Crops, HeadSettings, Range, TeacherSettings, TeacherTemperature
 
 
 class TeacherCrop(Settings):
     """The crop of the image that the teacher sees, and that the student's crops are cut from."""
 
     size: int = Field(224, gt=0, description="side in pixels; a multiple of the ViT's patch")
-    scale: tuple[float, float] = Field((0.8, 1.0), description="area as a fraction of the image's")
+    scale: Range = Field((0.8, 1.0), description="area as a fraction of the image's")
 
 
 class AttentionSettings(Settings):
@@ -111,7 +111,3 @@ class FLSLSettings(MethodSettings):
         if self.two_teacher_views and "local_crops" in self.model_fields_set and self.local_crops.count:
             raise ValueError("local_crops: two_teacher_views has none; leave them out or set two_teacher_views: false")
         return self
-
-    def uses(self, term: str) -> bool:
-        """Whether a term has a weight; terms without are not computed."""
-        return self.weights.get(term, 1.0) != 0

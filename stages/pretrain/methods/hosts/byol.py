@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from lightly.loss import NegativeCosineSimilarity
 from torch import Tensor
 
 from stages.models.encoder import Encoder
 from stages.models.mlp import mlp
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.hosts.settings.byol import BYOLSettings
-from stages.pretrain.methods.hosts.two_view import TwoView, byol_loss, exactly
+from stages.pretrain.methods.hosts.two_view import TwoView, exactly
 
 
 class BYOL(TwoView):
@@ -23,3 +24,9 @@ class BYOL(TwoView):
         first, second = self.predict(batch)
         target_first, target_second = self.targets(batch)
         return {"byol": exactly(byol_loss, first, target_second) + exactly(byol_loss, second, target_first)}
+
+
+def byol_loss(predicted_BD: Tensor, target_BD: Tensor) -> Tensor:
+    """2 - 2 cos, averaged over images; BYOL sums it over both directions."""
+    loss: Tensor = 2 + 2 * NegativeCosineSimilarity()(predicted_BD, target_BD.detach())
+    return loss

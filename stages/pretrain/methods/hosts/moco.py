@@ -9,18 +9,20 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from lightly.loss import NTXentLoss
 from torch import Tensor
 
 from stages.models.encoder import Encoder
 from stages.models.mlp import mlp
-from stages.pretrain.config.parts import TeacherSettings, jitter
+from stages.pretrain.config.parts import TeacherSettings
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.hosts.losses.moco import in_batch_contrast
+from stages.pretrain.methods.hosts.queue import Queue
 from stages.pretrain.methods.hosts.settings.moco import MoCoSettings
 from stages.pretrain.methods.hosts.settings.two_view import MLPSettings
 from stages.pretrain.methods.hosts.two_view import TwoView, exactly
 from stages.pretrain.methods.method import Step
-from stages.pretrain.methods.shared.queue import Queue, queue_contrast
+from stages.pretrain.methods.shared.colours import crop_colours
 from stages.pretrain.views.plan import Photometric
 from stages.training.collectives import gather
 
@@ -37,7 +39,7 @@ class MoCoV2(TwoView):
         self._keys: list[Tensor] = []  # of this step's forward passes
 
     def colours(self) -> tuple[Photometric, Photometric]:
-        colour = jitter((0.4, 0.4, 0.4, 0.1), blur_p=0.5)
+        colour = crop_colours((0.4, 0.4, 0.4, 0.1), blur_p=0.5)
         return colour, colour
 
     def start_step(self, step: Step) -> None:
@@ -77,3 +79,10 @@ class MoCoV3(TwoView):
         key_first, key_second = (gather(key_BD) for key_BD in self.targets(batch))
         loss = partial(in_batch_contrast, first=batch.offset, temperature=self.temperature)
         return {"moco": exactly(loss, first, key_second) + exactly(loss, second, key_first)}
+
+
+def queue_contrast(queue: Queue, temperature: float) -> NTXentLoss:
+    """lightly's NT-Xent with this queue's entries as negatives: MoCo's loss of (queries, keys)."""
+    loss = NTXentLoss(temperature=temperature)
+    loss.memory_bank = queue
+    return loss

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from stages.models.encoder import Encoder
 from stages.models.mlp import mlp
-from stages.pretrain.config.parts import jitter
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.hosts.losses.ressl import ressl_loss
+from stages.pretrain.methods.hosts.queue import Queue
 from stages.pretrain.methods.hosts.settings.ressl import ReSSLSettings
 from stages.pretrain.methods.hosts.two_view import TwoView, exactly
 from stages.pretrain.methods.method import Step
-from stages.pretrain.methods.shared.queue import Queue
+from stages.pretrain.methods.shared.colours import crop_colours
 from stages.pretrain.views.plan import Photometric
 
 
@@ -31,7 +31,7 @@ class ReSSL(TwoView):
         self._keys: list[Tensor] = []  # of this step's forward passes
 
     def colours(self) -> tuple[Photometric, Photometric]:
-        return jitter((0.4, 0.4, 0.4, 0.1), blur_p=0.5), Photometric()
+        return crop_colours((0.4, 0.4, 0.4, 0.1), blur_p=0.5), Photometric()
 
     def start_step(self, step: Step) -> None:
         self._keys = []

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from stages.models.encoder import Encoder
 from stages.models.mlp import mlp
-from stages.pretrain.config.parts import jitter
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.hosts.settings.simclr import SimCLRSettings
 from stages.pretrain.methods.hosts.two_view import TwoView, exactly
+from stages.pretrain.methods.shared.colours import crop_colours
 from stages.pretrain.views.plan import Photometric
 
 
@@ -22,7 +22,7 @@ class SimCLR(TwoView):
         self.loss = NTXentLoss(temperature=settings.temperature, gather_distributed=True)
 
     def colours(self) -> tuple[Photometric, Photometric]:
-        colour = jitter((0.8, 0.8, 0.8, 0.2), blur_p=0.5)
+        colour = crop_colours((0.8, 0.8, 0.8, 0.2), blur_p=0.5)
         return colour, colour
 
     def project(self, batch: Batch) -> list[Tensor]:

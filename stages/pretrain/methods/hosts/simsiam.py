@@ -8,10 +8,10 @@ from torch import Tensor
 
 from stages.models.encoder import Encoder
 from stages.models.mlp import mlp
-from stages.pretrain.config.parts import jitter
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.hosts.settings.simsiam import SimSiamSettings
 from stages.pretrain.methods.hosts.two_view import TwoView, exactly
+from stages.pretrain.methods.shared.colours import crop_colours
 from stages.pretrain.views.plan import Photometric
 
 
@@ -25,7 +25,7 @@ class SimSiam(TwoView):
         self.loss = NegativeCosineSimilarity()
 
     def colours(self) -> tuple[Photometric, Photometric]:
-        colour = jitter((0.4, 0.4, 0.4, 0.1), blur_p=0.5)
+        colour = crop_colours((0.4, 0.4, 0.4, 0.1), blur_p=0.5)
         return colour, colour
 
     def compute_terms(self, batch: Batch) -> dict[str, Tensor]:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from stages.models.encoder import Encoder
 from stages.models.heads import at_least_float32
 from stages.models.mlp import mlp
-from stages.pretrain.config.parts import jitter
 from stages.pretrain.data.batch import Batch
+from stages.pretrain.methods.hosts.queue import Queue
 from stages.pretrain.methods.hosts.settings.swav import SwAVSettings
 from stages.pretrain.methods.method import Method, Step
-from stages.pretrain.methods.shared.queue import Queue
-from stages.pretrain.methods.shared.teacher import usage
+from stages.pretrain.methods.shared.assignments import usage
+from stages.pretrain.methods.shared.colours import crop_colours
 from stages.pretrain.views.plan import ViewPlan, ViewSpec
 from stages.training.collectives import rank, world_size
 
@@ -54,7 +54,7 @@ class SwAV(Method):
         return cls(settings, encoder, global_batch=global_batch)
 
     def view_plan(self) -> ViewPlan:
-        colour = jitter((0.8, 0.8, 0.8, 0.2), blur_p=0.5)
+        colour = crop_colours((0.8, 0.8, 0.8, 0.2), blur_p=0.5)
         crops = {"global": self.settings.global_crops, "local": self.settings.local_crops}
         return ViewPlan(
             tuple(

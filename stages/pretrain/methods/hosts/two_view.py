@@ -11,15 +11,15 @@ import copy
 from collections.abc import Callable
 
 import torch
-from lightly.loss import NegativeCosineSimilarity
 from torch import Tensor, nn
 
 from stages.models.encoder import Encoder
 from stages.models.heads import at_least_float32
-from stages.pretrain.config.parts import TeacherSettings, jitter
+from stages.pretrain.config.parts import TeacherSettings
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.hosts.settings.two_view import TwoViewSettings
 from stages.pretrain.methods.method import Method, Step
+from stages.pretrain.methods.shared.colours import crop_colours
 from stages.pretrain.methods.shared.teacher import move_teacher
 from stages.pretrain.views.plan import Photometric, ViewPlan, ViewSpec
 from stages.training.schedules import cosine
@@ -66,7 +66,7 @@ class TwoView(Method):
     def colours(self) -> tuple[Photometric, Photometric]:
         """Of the first and the second view; BYOL's, which most share: one always blurred, one at times solarised."""
         strength = (0.4, 0.4, 0.2, 0.1)
-        return jitter(strength, blur_p=1.0), jitter(strength, blur_p=0.1, solarize_p=0.2)
+        return crop_colours(strength, blur_p=1.0), crop_colours(strength, blur_p=0.1, solarize_p=0.2)
 
     def view_plan(self) -> ViewPlan:
         crops = self.settings
@@ -102,9 +102,3 @@ def exactly(loss: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     """A loss in float32 at least, whatever autocast would do: a scalar."""
     with torch.autocast(rows[0].device.type, enabled=False):
         return loss(*(at_least_float32(row) for row in rows)).squeeze()
-
-
-def byol_loss(predicted_BD: Tensor, target_BD: Tensor) -> Tensor:
-    """2 - 2 cos, averaged over images; BYOL sums it over both directions."""
-    loss: Tensor = 2 + 2 * NegativeCosineSimilarity()(predicted_BD, target_BD.detach())
-    return loss

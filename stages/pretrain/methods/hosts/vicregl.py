@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from stages.models.encoder import Encoder
 from stages.models.heads import at_least_float32
 from stages.models.mlp import mlp
-from stages.pretrain.config.parts import jitter
 from stages.pretrain.data.batch import Batch
-from stages.pretrain.methods.hosts.losses.vicregl import View, global_parts, local_parts
+from stages.pretrain.methods.hosts.losses.vicregl import ProjectedView, global_parts, local_parts
 from stages.pretrain.methods.hosts.settings.vicregl import VICRegLSettings
 from stages.pretrain.methods.method import Method, Step
+from stages.pretrain.methods.shared.colours import crop_colours
 from stages.pretrain.views.plan import ViewPlan, ViewSpec
 from stages.training.collectives import gather_with_gradient
 
@@ -34,13 +34,13 @@ class VICRegL(Method):
     def view_plan(self) -> ViewPlan:
         settings, strength = self.settings, (0.4, 0.4, 0.2, 0.1)
         globals_, locals_ = settings.global_crops, settings.local_crops
-        first, later = jitter(strength, blur_p=1.0), jitter(strength, blur_p=0.1, solarize_p=0.2)
+        first, later = crop_colours(strength, blur_p=1.0), crop_colours(strength, blur_p=0.1, solarize_p=0.2)
         colours = (first,) + (later,) * (globals_.count - 1)
         views = [
             ViewSpec("global", globals_.size, globals_.count, globals_.scale, flip_p=settings.flip, photometric=colours)
         ]
         if locals_.count:
-            colour = jitter(strength, blur_p=0.5)
+            colour = crop_colours(strength, blur_p=0.5)
             views.append(
                 ViewSpec("local", locals_.size, locals_.count, locals_.scale, flip_p=settings.flip, photometric=colour)
             )
@@ -61,14 +61,14 @@ class VICRegL(Method):
             )
         return {"global": whole.weighted(*weights), "local": local.weighted(*weights)}
 
-    def _project(self, batch: Batch, name: str) -> list[View]:
+    def _project(self, batch: Batch, name: str) -> list[ProjectedView]:
         """One forward pass a view, so that batch norms see views apart, as in the official code."""
         views = []
         for image_B3SS, affine_B23 in zip(batch.views.get(name, ()), batch.affines.get(name, ()), strict=True):
             vector_BD, map_BDhw = self.student(image_B3SS)
             cells = _by_row(self.local_projector, map_BDhw.flatten(2).transpose(1, 2))
             places = cell_centres(affine_B23, image_B3SS.shape[-1], map_BDhw.shape[-2], map_BDhw.shape[-1])
-            views.append(View(at_least_float32(self.projector(vector_BD)), at_least_float32(cells), places))
+            views.append(ProjectedView(at_least_float32(self.projector(vector_BD)), at_least_float32(cells), places))
         return views
 
     def after_step(self, step: Step) -> None:

@@ -21,24 +21,24 @@ from stages.training.collectives import all_reduce_max, all_reduce_sum, world_si
 
 
 @dataclass(frozen=True)
-class View:
+class ViewGeometry:
     """Where one crop of every image lies."""
 
     affine: Tensor  # (B, 2, 3)
     size: int  # pixels a side
 
 
-def views_of(batch: Batch) -> list[View]:
+def views_of(batch: Batch) -> list[ViewGeometry]:
     """The crops in the order of `SelfDistillation.student_features`: globals, then locals."""
     return [
-        View(affine_B23, batch.views[name].shape[-1])
+        ViewGeometry(affine_B23, batch.views[name].shape[-1])
         for name in ("global", "local")
         if name in batch.views
         for affine_B23 in batch.affines[name]
     ]
 
 
-def resample(map_BDhw: Tensor, box_B4: Tensor, view: View, grid: int, *, may_flip: bool) -> Tensor:
+def resample(map_BDhw: Tensor, box_B4: Tensor, view: ViewGeometry, grid: int, *, may_flip: bool) -> Tensor:
     """RoIAlign of a box in the view's pixels to (B, D, S, S), left as in the image (where views `may_flip`)."""
     height, width = map_BDhw.shape[2:]
     scale = box_B4.new_tensor([width, height, width, height]) / view.size
@@ -47,7 +47,12 @@ def resample(map_BDhw: Tensor, box_B4: Tensor, view: View, grid: int, *, may_fli
 
 
 def align_patches(
-    student_maps: list[Tensor], target_maps: list[Tensor], views: list[View], settings: DenseSettings, *, may_flip: bool
+    student_maps: list[Tensor],
+    target_maps: list[Tensor],
+    views: list[ViewGeometry],
+    settings: DenseSettings,
+    *,
+    may_flip: bool,
 ) -> Tensor:
     """Dense alignment over all ordered pairs of a target global crop and another online crop
     (docs/methods.md#dense-alignment).
@@ -87,7 +92,7 @@ def mean_of(value_B: Tensor, chosen_B: Tensor) -> Tensor:
     return torch.where(chosen_B > 0, value_B, 0).sum() * world_size() / count.clamp(min=1)
 
 
-def _pairs(views: list[View], targets: int) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
+def _pairs(views: list[ViewGeometry], targets: int) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
     for target in range(targets):
         for online in range(len(views)):
             if online != target:

@@ -13,7 +13,7 @@ from torch import Tensor
 from stages.pretrain.data.batch import Batch
 
 
-def partners(batch: Batch, group: int, *, shift: int | None = None, setting: str = "method.ranking.group") -> Tensor:
+def partners(batch: Batch, group: int, *, setting: str, shift: int | None = None) -> Tensor:
     """(B,) index, within this rank's rows, of each image's partner; never the image itself.
 
     Args:

@@ -105,14 +105,3 @@ class SelfDistillation(Method):
 
     def encoder(self) -> Encoder:
         return self.teacher.encoder
-
-
-def entropy(probabilities_NK: Tensor) -> Tensor:
-    """Mean entropy of the rows, in nats."""
-    return -torch.special.xlogy(probabilities_NK, probabilities_NK).sum(dim=-1).mean()
-
-
-def usage(probabilities_NK: Tensor) -> Tensor:
-    """exp(entropy of the mean row) / K: 1 when all prototypes are used alike, 1 / K when one takes all."""
-    mean_K = probabilities_NK.flatten(0, -2).mean(dim=0)
-    return (-torch.special.xlogy(mean_K, mean_K).sum()).exp() / mean_K.numel()

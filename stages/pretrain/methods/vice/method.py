@@ -23,7 +23,7 @@ from stages.models.heads import at_least_float32
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.losses.sinkhorn import sinkhorn
 from stages.pretrain.methods.method import Method, Step
-from stages.pretrain.methods.shared.teacher import entropy, usage
+from stages.pretrain.methods.shared.assignments import entropy, usage
 from stages.pretrain.methods.vice.losses.region_pool import coherence, pixel_rows, pool_regions, representatives
 from stages.pretrain.methods.vice.losses.swapped_prediction import pushed, swapped_prediction
 from stages.pretrain.methods.vice.regions import MASKED

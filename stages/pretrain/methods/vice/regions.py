@@ -15,9 +15,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Labels = NDArray[np.int32]  # (S, S)
-Flags = NDArray[np.bool_]  # (ids,)
-Whole = tuple[int, int, int, int]
+LabelMap = NDArray[np.int32]  # (S, S)
+RegionFlags = NDArray[np.bool_]  # (ids,)
+Rectangle = tuple[int, int, int, int]
 MASKED = -2  # in a map of mutual regions: to be filled with noise; -1: part of no mutual region
 
 
@@ -110,20 +110,20 @@ def surrounding_centre(rng: np.random.Generator, x: int, y: int, side: float, tu
     return x + int(radius * math.cos(clockwise)), y + int(radius * math.sin(clockwise))
 
 
-def square(x: int, y: int, side: float) -> Whole:
+def square(x: int, y: int, side: float) -> Rectangle:
     """The square about a centre, in whole pixels."""
     half = int(side / 2)
     return x - half, y - half, x + half, y + half
 
 
-def common_rectangle(squares: Sequence[Whole]) -> Whole:
+def common_rectangle(squares: Sequence[Rectangle]) -> Rectangle:
     """What all of them share; x1 <= x0 or y1 <= y0 where they share nothing."""
     x0, y0, x1, y1 = zip(*squares, strict=True)
     return max(x0), max(y0), min(x1), min(y1)
 
 
 # ------------------------------------------------------------------------------------------- which regions they share
-def present(labels: Labels, rect: NDArray[Any], ids: int) -> Flags:
+def present(labels: LabelMap, rect: NDArray[Any], ids: int) -> RegionFlags:
     """(ids,) which regions have a pixel in a rectangle of the map."""
     x0, y0, x1, y1 = (max(0, int(edge)) for edge in rect)
     found = np.zeros(ids + 1, bool)
@@ -131,12 +131,14 @@ def present(labels: Labels, rect: NDArray[Any], ids: int) -> Flags:
     return found[:-1]
 
 
-def mutual(maps: Sequence[Labels], rects: NDArray[Any], ids: int) -> Flags:
+def mutual(maps: Sequence[LabelMap], rects: NDArray[Any], ids: int) -> RegionFlags:
     """(ids,) the regions with a pixel in every map's rectangle: the first view's is the whole map."""
     return np.logical_and.reduce([present(map_, rect, ids) for map_, rect in zip(maps, rects, strict=True)])
 
 
-def mutual_regions(maps: Sequence[Labels], kept: Flags, masked: Sequence[Flags] = ()) -> tuple[Labels, int]:
+def mutual_regions(
+    maps: Sequence[LabelMap], kept: RegionFlags, masked: Sequence[RegionFlags] = ()
+) -> tuple[LabelMap, int]:
     """The maps (V, S, S) with the kept regions called 0..n-1 in the order of their ids, -1 elsewhere, and n.
 
     Pixels of a view's masked regions become MASKED.
@@ -147,7 +149,7 @@ def mutual_regions(maps: Sequence[Labels], kept: Flags, masked: Sequence[Flags] 
     return np.stack([table[map_] for table, map_ in zip(tables, maps, strict=True)]), int(kept.sum())
 
 
-def mask_rectangle(rng: np.random.Generator, size: int, ratio: float, reach: float) -> Whole:
+def mask_rectangle(rng: np.random.Generator, size: int, ratio: float, reach: float) -> Rectangle:
     """A rectangle of a view of `size` pixels, at most `ratio` of it a side, its centre within `reach` of the middle."""
     radius, angle = reach * von_mises_share(rng, math.pi / 2), rng.uniform(0, 2 * math.pi)
     x, y = size / 2 + radius * math.cos(angle), size / 2 + radius * math.sin(angle)

@@ -8,9 +8,8 @@ from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
 from stages.pretrain.config.method import MethodSettings
+from stages.pretrain.config.parts import Range
 from stages.training.settings import weight_of
-
-Range = tuple[float, float]
 
 
 class StandardSettings(Settings):

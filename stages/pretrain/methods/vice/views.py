@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.pretrain.config.parts import jitter
+from stages.pretrain.methods.shared.colours import crop_colours
 from stages.pretrain.methods.vice import regions
 from stages.pretrain.methods.vice.regions import Frame
 from stages.pretrain.methods.vice.settings import ViCESettings
@@ -24,7 +24,7 @@ NO_MUTUAL_REGION = "no mutual region"
 
 def view_plan(settings: ViCESettings) -> ViewPlan:
     """All views are coloured alike, the first one too."""
-    colours = jitter((0.8, 0.8, 0.8, 0.2), blur_p=0.5)
+    colours = crop_colours((0.8, 0.8, 0.8, 0.2), blur_p=0.5)
     spec = ViewSpec("view", settings.size, settings.views, flip_p=settings.flip, photometric=colours)
     tables = ("superpixels",) if settings.decomposition == "superpixels" else ()
     return ViewPlan((spec,), tables=tables, drawer=RegionDrawer(settings, colours))  # type: ignore[arg-type]
@@ -74,7 +74,7 @@ class RegionDrawer:
             return regions.square_frame(row.width, row.height, standard.size)
         return regions.padded_frame(row.width, row.height, standard.size, standard.longest)
 
-    def _squares(self, rng: np.random.Generator, row: ImageRow, frame: Frame) -> list[regions.Whole]:
+    def _squares(self, rng: np.random.Generator, row: ImageRow, frame: Frame) -> list[regions.Rectangle]:
         """Where the views lie in the standardised image."""
         settings = self.settings
         weights = regions.content_map(regions.standardise(row.pixels(), frame))
@@ -97,11 +97,11 @@ class RegionDrawer:
     def _masked(
         self,
         rng: np.random.Generator,
-        maps: list[regions.Labels],
+        maps: list[regions.LabelMap],
         rects: NDArray[np.int64],
         extents: list[int],
         ids: int,
-    ) -> list[regions.Flags]:
+    ) -> list[regions.RegionFlags]:
         """The regions masked in each view; none where masking is off (docs/methods.md#vice-region-masking)."""
         mask, size = self.settings.mask, self.settings.size
         if not mask.ratio:

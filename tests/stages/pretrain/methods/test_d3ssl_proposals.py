@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from stages.pretrain.methods.d3ssl.proposals import (
     common_shift,
     context_rectangles,
-    jitter,
+    jittered,
     proposal_cutout,
     random_cutout,
     whole_boxes,
@@ -88,7 +88,7 @@ def test_random_squares_are_cut_from_half_of_the_boxes(seed: int) -> None:
 def test_jitter_stays_in_its_bounds(seed: int, how: str) -> None:
     rng = np.random.default_rng(seed)
     boxes = boxes_of(rng, 30)
-    out = jitter(boxes, rng.random((30, 4)), SIZE, 0.1, how)  # type: ignore[arg-type]
+    out = jittered(boxes, rng.random((30, 4)), SIZE, 0.1, how)  # type: ignore[arg-type]
     wh, new = boxes[:, 2:] - boxes[:, :2], out[:, 2:] - out[:, :2]
     assert (out >= 0).all()
     assert (out <= SIZE).all()
@@ -107,7 +107,7 @@ def test_jitter_stays_in_its_bounds(seed: int, how: str) -> None:
 
 
 def test_restricted_jitter_shrinks_and_shifts_by_what_is_drawn() -> None:
-    out = jitter(np.array([[10.0, 10, 30, 20]]), np.array([[0.5, 0.0, 1.0, 0.0]]), SIZE, 0.1, "restricted")
+    out = jittered(np.array([[10.0, 10, 30, 20]]), np.array([[0.5, 0.0, 1.0, 0.0]]), SIZE, 0.1, "restricted")
     np.testing.assert_allclose(out, [[12.5, 9, 31.5, 19]])
 
 

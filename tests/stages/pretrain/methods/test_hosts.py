@@ -17,9 +17,9 @@ from stages.pretrain.config.method import MethodSettings, method_settings
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.dsa.method import DSA
 from stages.pretrain.methods.dsa.settings import DSASettings
+from stages.pretrain.methods.hosts.queue import Queue
 from stages.pretrain.methods.hosts.vicregl import cell_centres
 from stages.pretrain.methods.method import Method, Step
-from stages.pretrain.methods.shared.queue import Queue
 from stages.pretrain.views.geometry import crop_affine
 from tests.stages.pretrain.methods.ranks import Results, assert_alike, on_one_and_two, steps_of
 from tests.stages.pretrain.methods.tiny import CROPS, HEAD, fake_batch, share, tiny_encoder

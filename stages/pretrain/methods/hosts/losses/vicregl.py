@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-Order = Literal["raster", "distance"]
+MatchOrder = Literal["raster", "distance"]
 Gather = Callable[[Tensor], Tensor]
 
 
-class View(NamedTuple):
+class ProjectedView(NamedTuple):
     """One projected view."""
 
     vector: Tensor  # (B, D)
@@ -27,7 +27,7 @@ class View(NamedTuple):
     places: Tensor  # (B, N, 2), centres of the cells in the original image
 
 
-class Parts(NamedTuple):
+class VICRegParts(NamedTuple):
     """Unweighted: mean squared distance, mean hinge of the standard deviations, squared covariances."""
 
     invariance: Tensor
@@ -38,7 +38,9 @@ class Parts(NamedTuple):
         return invariance * self.invariance + variance * self.variance + covariance * self.covariance
 
 
-def global_parts(views: Sequence[View], others: Sequence[View] = (), *, gather: Gather | None = None) -> Parts:
+def global_parts(
+    views: Sequence[ProjectedView], others: Sequence[ProjectedView] = (), *, gather: Gather | None = None
+) -> VICRegParts:
     """VICReg of the vectors: invariance averaged over (view, any other view) pairs, the rest over views.
 
     Args:
@@ -51,17 +53,17 @@ def global_parts(views: Sequence[View], others: Sequence[View] = (), *, gather: 
     ]
     vectors = [_all(view.vector, gather)[:, None] for view in every]
     variance = torch.stack([_variance(x) for x in vectors]).mean()
-    return Parts(torch.stack(pairs).mean(), variance, torch.stack([_covariance(x) for x in vectors]).mean())
+    return VICRegParts(torch.stack(pairs).mean(), variance, torch.stack([_covariance(x) for x in vectors]).mean())
 
 
 def local_parts(
-    views: Sequence[View],
-    others: Sequence[View] = (),
+    views: Sequence[ProjectedView],
+    others: Sequence[ProjectedView] = (),
     *,
     num_matches: tuple[int, int] = (20, 4),
-    order: Order = "raster",
+    order: MatchOrder = "raster",
     gather: Gather | None = None,
-) -> Parts:
+) -> VICRegParts:
     """VICReg of matched cells, for every ordered pair (large view, other view): matched by feature, and by place.
 
     Each direction keeps its `num_matches` cells (from the first view, from the second) that lie nearest to a cell of
@@ -81,10 +83,12 @@ def local_parts(
                 back = _matched(b.map, a.map, distance_BNM.transpose(1, 2), num_matches[1], order)
                 pairs += [_slot_parts(*there, gather), _slot_parts(*back, gather)]
     # Four entries a pair: two ways to match are summed, two directions averaged.
-    return Parts(*(2 * torch.stack(part).mean() for part in zip(*pairs, strict=True)))
+    return VICRegParts(*(2 * torch.stack(part).mean() for part in zip(*pairs, strict=True)))
 
 
-def _matched(from_BND: Tensor, to_BMD: Tensor, distance_BNM: Tensor, count: int, order: Order) -> tuple[Tensor, Tensor]:
+def _matched(
+    from_BND: Tensor, to_BMD: Tensor, distance_BNM: Tensor, count: int, order: MatchOrder
+) -> tuple[Tensor, Tensor]:
     nearest_BN, where_BN = distance_BNM.min(dim=2)
     chosen_BS = nearest_BN.topk(min(count, nearest_BN.shape[1]), dim=1, largest=False).indices
     if order == "raster":
@@ -97,11 +101,11 @@ def _matched(from_BND: Tensor, to_BMD: Tensor, distance_BNM: Tensor, count: int,
     )
 
 
-def _slot_parts(a_BSD: Tensor, b_BSD: Tensor, gather: Gather | None) -> Parts:
+def _slot_parts(a_BSD: Tensor, b_BSD: Tensor, gather: Gather | None) -> VICRegParts:
     invariance = functional.mse_loss(a_BSD, b_BSD)
     a_BSD, b_BSD = _all(a_BSD, gather), _all(b_BSD, gather)
     variance = 0.5 * (_variance(a_BSD) + _variance(b_BSD))
-    return Parts(invariance, variance, 0.5 * (_covariance(a_BSD) + _covariance(b_BSD)))
+    return VICRegParts(invariance, variance, 0.5 * (_covariance(a_BSD) + _covariance(b_BSD)))
 
 
 def _variance(x_BSD: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from pipeline.stage import Settings
 from stages.pretrain.config.method import MethodSettings
+from stages.pretrain.config.parts import Range
 
 
 class MAEDecoderSettings(Settings):
@@ -26,7 +27,7 @@ class MAESettings(MethodSettings):
 
     name: str = "mae"
     size: int = Field(224, gt=0, description="side of a view in pixels; a multiple of the patch")
-    scale: tuple[float, float] = Field((0.2, 1.0), description="area of a crop as a fraction of the image's")
+    scale: Range = Field((0.2, 1.0), description="area of a crop as a fraction of the image's")
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is removed")
     masks: int = Field(1, ge=1, description="masks of each image a step; DSA compares two and asks for them itself")

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from stages.pretrain.config.parts import TeacherSettings
+from stages.pretrain.config.parts import Range, TeacherSettings
 from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoViewSettings
 
 
@@ -19,7 +19,7 @@ class MoCoSettings(TwoViewSettings):
 
     name: str = "moco"
     version: Literal["v2", "v3"] = Field("v2", description="v2: queue, one direction; v3: predictor, both directions")
-    scale: tuple[float, float] = Field((0.2, 1.0), description="area of a crop as a fraction of the image's")
+    scale: Range = Field((0.2, 1.0), description="area of a crop as a fraction of the image's")
     temperature: float | None = Field(None, gt=0, description="default: v2 0.2; v3 0.2 for a ViT, 1.0 for a ResNet")
     queue: int = Field(65536, ge=1, description="v2: keys of earlier batches")
     projector: MLPSettings | None = Field(

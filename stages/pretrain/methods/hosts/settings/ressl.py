@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from stages.pretrain.config.parts import TeacherSettings
+from stages.pretrain.config.parts import Range, TeacherSettings
 from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoViewSettings
 
 
@@ -17,7 +17,7 @@ class ReSSLSettings(TwoViewSettings):
     terms: ClassVar[tuple[str, ...]] = ("ressl",)
 
     name: str = "ressl"
-    scale: tuple[float, float] = Field((0.2, 1.0), description="area of a crop as a fraction of the image's")
+    scale: Range = Field((0.2, 1.0), description="area of a crop as a fraction of the image's")
     tau_student: float = Field(0.1, gt=0)
     tau_teacher: float = Field(0.04, gt=0)
     queue: int = Field(131072, ge=1, description="teacher features of earlier batches; 16384 to 131072")

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from stages.pretrain.config.parts import Range
 from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoViewSettings
 
 
@@ -16,6 +17,6 @@ class SimSiamSettings(TwoViewSettings):
     terms: ClassVar[tuple[str, ...]] = ("simsiam",)
 
     name: str = "simsiam"
-    scale: tuple[float, float] = Field((0.2, 1.0), description="area of a crop as a fraction of the image's")
+    scale: Range = Field((0.2, 1.0), description="area of a crop as a fraction of the image's")
     projector: MLPSettings = MLPSettings(hidden=2048, out=2048, layers=3)
     predictor_hidden: int = Field(512, gt=0)

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from pipeline.stage import Settings
 from stages.pretrain.config.method import MethodSettings
+from stages.pretrain.config.parts import Range
 
 
 class MLPSettings(Settings):
@@ -24,7 +25,7 @@ class TwoViewSettings(MethodSettings):
     """Two random resized crops of an image."""
 
     size: int = Field(224, gt=0, description="side of a view in pixels; a multiple of the ViT's patch")
-    scale: tuple[float, float] = Field((0.08, 1.0), description="area of a crop as a fraction of the image's")
+    scale: Range = Field((0.08, 1.0), description="area of a crop as a fraction of the image's")
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
 
     def least_batch(self) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as functional
-from lightly.loss import NTXentLoss
 from torch import Tensor, nn
 
 from stages.models.heads import at_least_float32
@@ -37,10 +36,3 @@ class Queue(nn.Module):
         where = (self.position + torch.arange(len(newest), device=newest.device)) % size
         self.rows[where] = newest.to(self.rows.dtype)
         self.position.copy_((self.position + len(newest)) % size)
-
-
-def queue_contrast(queue: Queue, temperature: float) -> NTXentLoss:
-    """lightly's NT-Xent with this queue's entries as negatives: MoCo's loss of (queries, keys)."""
-    loss = NTXentLoss(temperature=temperature)
-    loss.memory_bank = queue
-    return loss
