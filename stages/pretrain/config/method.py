@@ -1,4 +1,7 @@
-"""Base of every method's settings, and how a name in YAML becomes one. Torch-free: planning reads settings only."""
+"""The base of every method's settings, and how the `name` in YAML selects one of them.
+
+Free of torch: making a plan reads settings only.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +19,29 @@ METHODS = "tessera.methods"  # entry-point group
 
 
 class MethodSettings(Settings):
-    """`method:` in YAML. A subclass names its method's class and terms, the inputs that only it needs, its options."""
+    """`method:` in YAML.
+
+    A subclass names the class of its method, its terms, the inputs that only this method needs, and its options.
+    """
 
     variant_group: ClassVar[str | None] = METHODS
     builds: ClassVar[str]  # "package.module:Class" of the method; imported when the method is built, not before
     terms: ClassVar[tuple[str, ...]]  # the names that `weights` may scale
-    default_weights: ClassVar[Mapping[str, float]] = {}  # where a paper's weights are not 1; the config's come on top
+    default_weights: ClassVar[
+        Mapping[str, float]
+    ] = {}  # weights of the paper that are not 1; a config's weights replace them
 
     name: str = Field(description="entry point in the group tessera.methods")
     weights: dict[str, float] = Field(
         default_factory=dict,
         validate_default=True,
-        description="term -> weight; the others keep the method's own, 1 unless it says otherwise",
+        description="term -> weight; terms not named keep the method's own weight, 1 unless it sets another",
     )
 
     @field_validator("weights")
     @classmethod
     def _on_top_of_the_defaults(cls, weights: dict[str, float]) -> dict[str, float]:
-        return {**cls.default_weights, **weights}  # all of them: what weighed a term belongs to the fingerprint
+        return {**cls.default_weights, **weights}  # the defaults too, so that they are part of the fingerprint
 
     @model_validator(mode="after")
     def _weights_name_terms(self) -> MethodSettings:
@@ -43,32 +51,41 @@ class MethodSettings(Settings):
         return self
 
     def uses(self, term: str) -> bool:
-        """Whether a term has a weight; terms without are not computed."""
+        """Whether the weight of a term is not 0. A term of weight 0 is not computed."""
         return weight_of(self.weights, term) != 0
 
     def term_weights(self) -> dict[str, float]:
-        """Every term with its weight, in the method's order: what the loop sums."""
+        """Every term with its weight, in the method's order. The training loop sums the terms with these weights."""
         return {term: weight_of(self.weights, term) for term in self.terms}
 
     def as_host(self) -> MethodSettings:
-        """These settings where a regulariser that compares two views of an image wraps the method (DSA)."""
+        """The settings to use when DSA, which compares two views of an image, wraps this method.
+
+        A method that shows the student only one view by default overrides this.
+        """
         return self
 
     def least_batch(self) -> int:
-        """Images that the global batch must hold: 2 where the terms compare images or normalise over them."""
+        """The fewest images that a global batch may hold.
+
+        It is 2 for methods whose terms compare images or normalise over them.
+        """
         return 1
 
     def build(self, encoder: Any, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Any:
-        """The method (`Method` of stages/pretrain/methods/method.py) around a student `Encoder`.
+        """Imports the method's class and builds the method (stages/pretrain/methods/method.py) around a student.
 
         Args:
-            encoder: the student, freshly built or loaded.
+            encoder: the student `Encoder`, newly built or loaded.
             total_steps: optimiser steps of the whole training.
             steps_per_epoch: optimiser steps of one epoch.
-            global_batch: images of one optimiser step over all ranks.
+            global_batch: images of one optimiser step, of all ranks together.
+
+        Returns:
+            The `Method`.
 
         Raises:
-            ValueError: when the encoder or the batch does not suit the method.
+            ValueError: if the method cannot use this encoder, or the batch is too small for it.
         """
         if global_batch < self.least_batch():
             raise ValueError(
@@ -80,10 +97,12 @@ class MethodSettings(Settings):
 
 
 def method_settings(value: Any) -> Any:
-    """The settings object for a mapping with a `name`: a validator of fields that hold a method.
+    """The settings of the method that a mapping's `name` selects; the validator of config fields that hold a method.
+
+    Settings objects are returned as they are.
 
     Raises:
-        ValueError: when the name is missing or unknown, or its class cannot be imported.
+        ValueError: if the name is missing or unknown, or the settings class cannot be imported.
     """
     if isinstance(value, MethodSettings):
         return value

@@ -1,4 +1,4 @@
-"""Settings that several methods share: crops, heads, the teacher's schedule. Torch-free."""
+"""Settings that several methods share: crops, heads, dense alignment, the teacher's schedules. Free of torch."""
 
 from __future__ import annotations
 
@@ -12,41 +12,52 @@ Range = tuple[float, float]  # the smaller number first
 
 
 class Crops(Settings):
-    """`count` random resized crops of one size."""
+    """Random resized crops of one size."""
 
     size: int = Field(gt=0, description="side in pixels; a multiple of the ViT's patch")
-    count: int = Field(ge=0)
+    count: int = Field(ge=0, description="crops of an image")
     scale: Range = Field(description="area of a crop as a fraction of the image's")
 
 
 class HeadSettings(Settings):
-    """A projection head: width -> hidden -> hidden -> bottleneck, l2, prototypes."""
+    """A projection head: an MLP of three layers, l2-normalisation, and scores against prototypes.
+
+    Source: docs/methods.md#projection-head.
+    """
 
     prototypes: int = Field(gt=0, description="K, the number of scores")
-    hidden: int = Field(2048, gt=0)
+    hidden: int = Field(2048, gt=0, description="width of the two hidden layers")
     bottleneck: int = Field(256, gt=0, description="width of the l2-normalised embedding")
     fixed_gain: bool = Field(True, description="prototypes have length 1 (DINO's norm_last_layer)")
 
 
 class DenseSettings(Settings):
-    """Alignment of patches in Leopart's order
-    (docs/methods.md#dense-alignment): Sinkhorn on the target grid, then RoIAlign."""
+    """Alignment of patches in Leopart's order: Sinkhorn on the whole target grid, then RoIAlign to the overlap.
+
+    Source: docs/methods.md#dense-alignment.
+    """
 
     temperature: float = Field(0.1, gt=0, description="of the student's softmax")
-    epsilon: float = Field(0.05, gt=0, description="of Sinkhorn on the teacher's scores")
-    iterations: int = Field(3, ge=1, description="of Sinkhorn")
-    grid: int = Field(7, ge=1, description="cells a side that an overlap is resampled to")
+    epsilon: float = Field(0.05, gt=0, description="of Sinkhorn-Knopp on the teacher's scores; smaller is harder")
+    iterations: int = Field(3, ge=1, description="of Sinkhorn-Knopp")
+    grid: int = Field(7, ge=1, description="an overlap is resampled to this many cells a side")
 
 
 class TeacherSettings(Settings):
-    """The teacher's momentum, a cosine from `momentum` to `momentum_end` over the run."""
+    """The teacher's momentum: a cosine from `momentum` to `momentum_end` over the training.
+
+    Source: docs/methods.md#ema-and-schedules.
+    """
 
     momentum: float = Field(0.996, ge=0, le=1)
     momentum_end: float = Field(1.0, ge=0, le=1)
 
 
 class TeacherTemperature(Settings):
-    """DINO's teacher temperature: linear by epoch from start to end, then constant."""
+    """The teacher's temperature: linear from `start` to `end` in the first epochs, then constant.
+
+    Source: docs/methods.md#ema-and-schedules.
+    """
 
     start: float = Field(0.04, gt=0)
     end: float = Field(0.07, gt=0)
@@ -54,8 +65,9 @@ class TeacherTemperature(Settings):
 
 
 def pairing_group(global_batch: int) -> int:
-    """How many consecutive images form a group for pairing, where a config does not say: 4 or 2 if they divide the
-    global batch, else its smallest divisor above 1.
+    """The default number of consecutive images in a group whose images are paired with one another.
+
+    The largest of 4 and 2 that divides the global batch, else the smallest divisor above 1 of the global batch.
     """
     common = gcd(4, global_batch)
     return common if common > 1 else next(d for d in range(3, global_batch + 1) if global_batch % d == 0)

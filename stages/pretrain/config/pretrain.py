@@ -1,4 +1,4 @@
-"""What a config says about the `pretrain` stage. Torch-free: planning reads this file, and so do the workers."""
+"""What a config says about the `pretrain` stage. Free of torch, because making a plan reads it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from stages.training.settings import LoopSettings
 
 
 class SourceSettings(Settings):
-    """One of several mixed image sources."""
+    """One of several image sources that are mixed in a batch."""
 
     from_: Input["images"] = Field(alias="from")
     weight: float = Field(1.0, gt=0, description="share of every batch, relative to the other sources")
     role: Literal["objects", "scenes"] = Field(
-        "objects", description="objects: one main object a picture; a method may limit a term to these"
+        "objects",
+        description="objects: images of one main object; scenes: of several; a method may limit a term to objects",
     )
 
 
 class PretrainConfig(LoopSettings, StageConfig):
-    """Images, a start (an encoder or a backbone), a method, and how to train."""
+    """The images, the encoder or backbone to start from, the method, and how to train."""
 
     images: Input["images"] | list[SourceSettings] = Field(description="a stage, or several with weights")
     split: str | None = Field(
@@ -40,7 +41,7 @@ class PretrainConfig(LoopSettings, StageConfig):
         return self
 
     def image_sources(self) -> list[tuple[str, SourceSettings]]:
-        """Dotted path of the input and the source, in order."""
+        """The image sources in order, each with the dotted path of its input in the config."""
         if isinstance(self.images, str):
             return [("images", SourceSettings.model_validate({"from": self.images}))]
         return [(f"images.{i}.from", source) for i, source in enumerate(self.images)]

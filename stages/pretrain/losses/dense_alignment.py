@@ -1,8 +1,9 @@
-"""Dense alignment of two crops over their overlap, in Leopart's order
-(docs/methods.md#dense-alignment, CoTAP Eq. 4 and 5).
+"""Dense alignment: the student predicts the teacher's assignments of the patches where two crops overlap.
 
-Leopart's order: Sinkhorn on the whole target grid, RoIAlign of the soft assignments; RoIAlign of the student's
-*scores*, softmax afterwards.
+Source: docs/methods.md#dense-alignment (CoTAP, Eq. 4 and 5).
+
+The order of operations is Leopart's. Teacher: Sinkhorn on its whole grid, then RoIAlign of the soft assignments to the
+overlap. Student: RoIAlign of its *scores* to the overlap, then softmax.
 
 Shape legend: R aligned regions (image and crop pairs), K prototypes, S side of the RoIAlign output.
 """
@@ -17,11 +18,13 @@ def dense_alignment_loss(student_RKSS: Tensor, targets_RKSS: Tensor, *, temperat
     """Cross-entropy of every cell of an overlap, averaged over the cells.
 
     Args:
-        student_RKSS: the student's scores, RoIAligned to the overlap.
-        targets_RKSS: the teacher's soft assignments, RoIAligned to the same overlap; used without gradient.
+        student_RKSS: the student's scores, resampled to the overlap by RoIAlign.
+        targets_RKSS: the teacher's soft assignments, resampled to the same overlap; used without gradient.
+        temperature: of the student's softmax.
 
-    Returns: (R,) one loss a region. Average over the online crops of a target crop (dividing by their number,
-        crops - 1), then over target crops: with all ordered pairs present that is the plain mean over R.
+    Returns:
+        (R,), one loss for each region. The paper averages over the student's crops of one target crop, then over the
+        target crops. When all ordered pairs of crops are present, this is the mean over R.
     """
     log_p_RKSS = torch.log_softmax(student_RKSS / temperature, dim=1)
     return -(targets_RKSS.detach() * log_p_RKSS).sum(dim=1).mean(dim=(1, 2))

@@ -1,4 +1,6 @@
-"""DINO: student crops predict the teacher's distribution for the other global crops (docs/methods.md#dino).
+"""DINO's loss: student crops predict the teacher's distribution for the other global crops.
+
+Source: docs/methods.md#dino.
 
 Shape legend: V student crops, G teacher (global) crops, the first G of the student's V; B images, K prototypes.
 """
@@ -10,16 +12,22 @@ from torch import Tensor
 
 
 def dino_loss(student_VBK: Tensor, targets_GBK: Tensor, *, temperature: float = 0.1) -> Tensor:
-    """Cross-entropy of every (teacher crop, student crop) pair with different index, averaged over pairs and images.
+    """Cross-entropy of every (teacher crop, student crop) pair with different index, averaged over the pairs.
+
+    CoTAP's image-level alignment is the same cross-entropy.
+
+    Source: docs/methods.md#dino (Eq. 3).
 
     Args:
-        student_VBK: logits of all crops, the G global ones first.
+        student_VBK: scores of all crops, the G global ones first.
         targets_GBK: teacher distributions over K (`centred_softmax` or Sinkhorn assignments); used without gradient.
         temperature: of the student's softmax.
 
-    Returns: (B,) one loss an image; take the mean, or a weighted one.
-    Raises: ValueError if there is no pair (one crop).
-    Source: DINO, Eq. 3; the same cross-entropy is CoTAP's image-level alignment.
+    Returns:
+        (B,), one loss for each image.
+
+    Raises:
+        ValueError: if there is only one crop, so that no pair exists.
     """
     crops, globals_ = len(student_VBK), len(targets_GBK)
     pairs = globals_ * crops - globals_
@@ -27,7 +35,7 @@ def dino_loss(student_VBK: Tensor, targets_GBK: Tensor, *, temperature: float = 
         raise ValueError("one crop has no other crop to predict: ask for at least two views")
     targets_GBK = targets_GBK.detach()
     log_p_VBK = torch.log_softmax(student_VBK / temperature, dim=-1)
-    # Summed over pairs: every crop against the sum of the targets, less its own (one pass over V*B*K, not G*V).
+    # Sum over pairs: each crop against the sum of all targets minus its own. This reads V*B*K values once, not G times.
     total_BK = targets_GBK.sum(dim=0)
     others_GBK = total_BK - targets_GBK
     loss_B = -(others_GBK * log_p_VBK[:globals_]).sum(dim=(0, 2))
@@ -37,10 +45,16 @@ def dino_loss(student_VBK: Tensor, targets_GBK: Tensor, *, temperature: float = 
 
 
 def centred_softmax(teacher_GBK: Tensor, center_K: Tensor, temperature: float) -> Tensor:
-    """DINO's teacher distribution softmax((t - c) / T), without gradient."""
+    """The teacher's distribution softmax((t - c) / T) of scores t with the centre c, without gradient."""
     return torch.softmax((teacher_GBK.detach() - center_K) / temperature, dim=-1)
 
 
 def moved_center(center_K: Tensor, teacher_mean_K: Tensor, momentum: float = 0.9) -> Tensor:
-    """The centre after a step: c <- m c + (1-m) mean of the teacher logits over crops, images and ranks."""
+    """The centre after a step, m c + (1 - m) mean.
+
+    Args:
+        center_K: the centre c before the step.
+        teacher_mean_K: mean of the teacher's scores over the crops and images of all ranks.
+        momentum: m.
+    """
     return center_K * momentum + teacher_mean_K * (1 - momentum)

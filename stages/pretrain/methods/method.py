@@ -1,7 +1,8 @@
-"""The contract every pre-training method meets: what the loop asks of it, and which views and inputs it wants.
+"""The contract of a pre-training method: `Trainable`, which the loop knows, and the method's views and inputs.
 
-A method is registered under the entry-point group `tessera.methods` by its *settings* class
-(stages/pretrain/config/method.py), which imports fast and names the method's class; `build` makes the method.
+A method is registered in the entry-point group `tessera.methods` by its *settings* class
+(stages/pretrain/config/method.py). The settings class imports fast and names the method's class; `build` makes the
+method.
 """
 
 from __future__ import annotations
@@ -22,48 +23,60 @@ __all__ = ["Method", "Step"]
 
 
 class Method(Trainable):
-    """A way to pre-train: which views it wants, what its terms are, what happens after a step (see `Trainable`)."""
+    """A way to pre-train: which views it needs, which loss terms it computes, what it does after a step."""
 
     @classmethod
     def build(
         cls, settings: Any, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int
     ) -> Self:
-        """The method of validated settings around a student encoder.
+        """Makes the method from validated settings, around a student encoder.
 
         Args:
-            settings: of the method's own settings class.
-            encoder: the student, freshly built or loaded.
+            settings: an instance of the method's own settings class.
+            encoder: the student, newly built or loaded.
             total_steps: optimiser steps of the whole training.
             steps_per_epoch: optimiser steps of one epoch.
-            global_batch: images of one optimiser step over all ranks.
+            global_batch: images of one optimiser step, of all ranks together.
+
+        Returns:
+            The method, with its teacher and heads if it has any.
 
         Raises:
-            ValueError: when the encoder or the batch does not suit the method.
+            ValueError: if the method cannot use this encoder, or the batch is too small for it.
         """
         return cls(settings, encoder)
 
     @abstractmethod
     def view_plan(self) -> ViewPlan:
-        """Crops, photometric operations and tables."""
+        """Which crops of an image the method needs, with which colour operations, and which tables of the images."""
 
     def use_sources(self, roles: Sequence[str]) -> None:
-        """Once, before training: the role ("objects" or "scenes") of each image source, by `Batch.source`."""
+        """Receives, once before training, the role of each image source: "objects" or "scenes".
+
+        `Batch.source` is an index into `roles`.
+        """
         return
 
     def use_inputs(self, inputs: Mapping[str, Artifact]) -> None:
-        """Once, before training: the artifacts of the method's own inputs, by their path in its settings.
+        """Receives, once before training, the artifacts of the method's own inputs.
 
-        Tables of images come with the batches; this is for what a method reads itself, such as an earlier encoder.
+        The keys are the inputs' dotted paths in the method's settings. Tables of images come with the batches and need
+        no code here; this is for what a method reads itself, such as an earlier encoder.
         """
         return
 
     @abstractmethod
     def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
-        """See `Trainable.compute_terms`."""
+        """The loss terms of one forward pass: name -> scalar, not weighted.
+
+        Each rank returns the mean over its own images, and the loop averages over ranks. Statistics that a paper
+        computes over the batch are computed over the images of all ranks (stages/training/collectives.py).
+        """
 
     def representation(self) -> nn.Module | None:
-        """What turns the student's views into `Features`, where it is not the encoder that `build` was given.
+        """The module that maps the student's views to features, if it is not the encoder given to `build`; else None.
 
-        MAE's sees a part of the image. A regulariser around the method listens to its forward passes (dsa/method.py).
+        DSA, which wraps other methods, reads the representations from this module's forward passes (dsa/method.py).
+        MAE returns its own module, because its encoder sees only some patches of the image.
         """
         return None
