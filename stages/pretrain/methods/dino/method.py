@@ -1,4 +1,6 @@
-"""DINO: every crop of an image predicts the teacher's distribution for its other global crops (docs/methods.md#dino).
+"""DINO: every crop of an image predicts the teacher's distribution for the image's other global crops.
+
+Source: docs/methods.md#dino.
 
 Shape legend: V crops (G global first), B images of this rank, K prototypes.
 """
@@ -24,10 +26,10 @@ from stages.training.schedules import linear_warmup
 
 
 class Dino(SelfDistillation):
-    """Term: align_image."""
+    """Student and teacher with one head on the image's vector. Term: align_image."""
 
-    center: Tensor  # (K,) running mean of the teacher's scores
-    min_overlap = (0.0, 0.0)  # of two globals, of a local and a global; fractions of the image
+    center: Tensor  # (K,) moving mean of the teacher's scores
+    min_overlap = (0.0, 0.0)  # of two global crops; of a local and a global one; as fractions of the image's area
 
     def __init__(
         self, settings: DinoSettings, encoder: Encoder, heads: dict[str, ProjectionHead] | None = None
@@ -41,18 +43,21 @@ class Dino(SelfDistillation):
         self._watched: dict[str, Tensor] = {}
 
     def view_plan(self) -> ViewPlan:
+        """Global crops and smaller local ones, all of the whole image."""
         return multi_crop(self.settings, self.min_overlap)
 
     def start_step(self, step: Step) -> None:
+        """Sets the teacher's temperature for the step's epoch."""
         schedule = self.settings.teacher_temperature
         self.temperature = linear_warmup(step.epoch, schedule.start, schedule.end, schedule.epochs)
         self._teacher_means = []
 
     def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """align_image: the teacher sees the global crops, the student all of them."""
         return {"align_image": self.align_image(self.student_features(batch), self.teacher_features(batch))}
 
     def align_image(self, student: list[Features], teacher: list[Features]) -> Tensor:
-        """Cross-entropy over all (teacher global, student crop) pairs with different index."""
+        """Cross-entropy of every student crop against the teacher's distribution of every other global crop (Eq. 3)."""
         with torch.no_grad():
             teacher_GBK = self.teacher.head("image")(torch.stack([crop.vector for crop in teacher]))
             targets_GBK = self._targets(teacher_GBK)
@@ -71,22 +76,32 @@ class Dino(SelfDistillation):
         return torch.stack(crops)
 
     def before_update(self, step: Step) -> None:
+        """Drops the gradients of the head's prototypes in the first epochs (`freeze_last_layer`)."""
         if step.epoch < self.settings.freeze_last_layer:
             self.student.head("image").drop_last_layer_gradients()
 
     def after_step(self, step: Step) -> None:
+        """Moves the teacher, then the centre, by the mean of the teacher's scores on all ranks."""
         super().after_step(step)
-        if self._teacher_means:  # after the loss: this step's targets used the old centre
+        if self._teacher_means:  # only now, because this step's targets used the old centre
             mean_K = all_reduce_sum(torch.stack(self._teacher_means).mean(dim=0)) / world_size()
             self.center.copy_(moved_center(self.center, mean_K, self.settings.center_momentum))
             self._teacher_means = []
 
     def diagnostics(self) -> dict[str, float]:
+        """Entropy of the teacher's assignments and the share of prototypes in use."""
         return {name: value.item() for name, value in self._watched.items()}
 
 
 def multi_crop(settings: DinoSettings, min_overlap: tuple[float, float]) -> ViewPlan:
-    """DINO's crops and colours: the first global always blurred, the second rarely but solarised at times."""
+    """DINO's crops and colours. The first global crop is always blurred; the others rarely, but sometimes solarised.
+
+    Source: docs/methods.md#dino.
+
+    Args:
+        settings: sizes, numbers and scales of the crops.
+        min_overlap: of two global crops, and of a local and a global one; as fractions of the image's area.
+    """
     strength = (0.4, 0.4, 0.2, 0.1)
     globals_, locals_ = settings.global_crops, settings.local_crops
     first, later = crop_colours(strength, blur_p=1.0), crop_colours(strength, blur_p=0.1, solarize_p=0.2)

@@ -1,4 +1,4 @@
-"""What a config says about `dino`: image-level self-distillation with multi-crop. Torch-free."""
+"""What a config says about `dino`: self-distillation of whole images with crops of two sizes. Free of torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from stages.pretrain.config.parts import Crops, HeadSettings, TeacherSettings, T
 
 
 class DinoSettings(MethodSettings):
-    """DINO (docs/methods.md#dino). Defaults are the official ones; reduce `head.prototypes` for small runs."""
+    """DINO. Defaults are the official ones; give small trainings fewer `head.prototypes`.
+
+    Source: docs/methods.md#dino.
+    """
 
     builds: ClassVar[str] = "stages.pretrain.methods.dino.method:Dino"
     terms: ClassVar[tuple[str, ...]] = ("align_image",)
@@ -21,7 +24,7 @@ class DinoSettings(MethodSettings):
     local_crops: Crops = Crops(size=96, count=8, scale=(0.05, 0.4))
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
     head: HeadSettings = HeadSettings(prototypes=65536)
-    freeze_last_layer: int = Field(1, ge=0, description="epochs in which the image head's prototypes stay put")
+    freeze_last_layer: int = Field(1, ge=0, description="epochs in which the image head's prototypes are not trained")
     student_temperature: float = Field(0.1, gt=0)
     teacher_temperature: TeacherTemperature = TeacherTemperature()
     centering: Literal["centre", "sinkhorn"] = Field(

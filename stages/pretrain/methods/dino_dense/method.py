@@ -1,7 +1,8 @@
-"""DINO plus dense alignment: patches of two crops agree where the crops overlap
-(docs/methods.md#dino-dense, Leopart's order).
+"""DINO plus dense alignment: the patches of two crops agree where the crops overlap.
 
-CoTAP's alignment terms as a method of their own: what CoTAP is compared with, and its usual first stage.
+Source: docs/methods.md#dino-dense.
+
+These are CoTAP's alignment terms as a method of their own. CoTAP is compared with it, and usually starts from it.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from stages.pretrain.methods.shared.teacher import make_head
 
 
 class DinoDense(Dino):
-    """Terms: align_image, align_patch."""
+    """DINO with a second head, on patches. Terms: align_image, align_patch."""
 
     settings: DinoDenseSettings
-    min_overlap = (0.02, 0.01)  # docs/methods.md#views-and-overlap
+    min_overlap = (0.02, 0.01)  # Source: docs/methods.md#views-and-overlap
 
     def __init__(self, settings: DinoDenseSettings, encoder: Encoder) -> None:
         super().__init__(settings, encoder, {"dense": make_head(encoder.width, settings.dense_head)})
 
     def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """DINO's term, and the dense alignment of every pair of crops."""
         student, teacher = self.student_features(batch), self.teacher_features(batch)
         with torch.no_grad():
             targets = [

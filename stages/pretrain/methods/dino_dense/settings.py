@@ -1,4 +1,4 @@
-"""What a config says about `dino_dense`: DINO plus alignment of patches over the crops' overlap. Torch-free."""
+"""What a config says about `dino_dense`: DINO plus alignment of patches where crops overlap. Free of torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from stages.pretrain.methods.dino.settings import DinoSettings
 
 
 class DinoDenseSettings(DinoSettings):
-    """`dino` plus the term align_patch. Crops as Leopart's: no flip, overlaps of at least 1 and 2 % of the image."""
+    """`dino` plus the term align_patch.
+
+    The crops are Leopart's: no flip, overlaps of at least 1 % (local with global) and 2 % (two global) of the image.
+
+    Source: docs/methods.md#dino-dense.
+    """
 
     builds: ClassVar[str] = "stages.pretrain.methods.dino_dense.method:DinoDense"
     terms: ClassVar[tuple[str, ...]] = ("align_image", "align_patch")

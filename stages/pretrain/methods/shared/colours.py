@@ -6,7 +6,7 @@ from stages.pretrain.views.plan import Photometric
 
 
 def crop_colours(strength: tuple[float, float, float, float], *, blur_p: float, solarize_p: float = 0.0) -> Photometric:
-    """Jitter with probability 0.8, grey with 0.2, blur with sigma U(0.1, 2) pixels: BYOL's and DINO's operations.
+    """Jitter with probability 0.8, grey with 0.2, a blur of sigma 0.1 to 2 pixels, and solarisation.
 
     Args:
         strength: of the jitter of brightness, contrast, saturation and hue.

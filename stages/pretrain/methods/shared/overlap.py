@@ -1,6 +1,9 @@
-"""Feature maps of two views, resampled to what both show: cell k of one is cell k of the other.
+"""Resamples the feature maps of two views to the region that both show, so that cell k of one is cell k of the other.
 
-Shape legend: B images, D channels, S side of the resampled grid.
+Source: docs/methods.md#views-and-overlap.
+
+Shape legend: B images of this rank, D channels, h w sides of a map, N patches of all images, K prototypes, S side of
+the resampled grid.
 """
 
 from __future__ import annotations
@@ -22,14 +25,14 @@ from stages.training.collectives import all_reduce_max, all_reduce_sum, world_si
 
 @dataclass(frozen=True)
 class ViewGeometry:
-    """Where one crop of every image lies."""
+    """Where one view of every image lies: the maps from its pixels to those of the stored images."""
 
-    affine: Tensor  # (B, 2, 3)
-    size: int  # pixels a side
+    affine: Tensor  # (B, 2, 3): view pixels -> stored-image pixels
+    size: int  # side in pixels
 
 
 def views_of(batch: Batch) -> list[ViewGeometry]:
-    """The crops in the order of `SelfDistillation.student_features`: globals, then locals."""
+    """The geometry of all crops, in the order of `SelfDistillation.student_features`: global crops, then local ones."""
     return [
         ViewGeometry(affine_B23, batch.views[name].shape[-1])
         for name in ("global", "local")
@@ -39,7 +42,18 @@ def views_of(batch: Batch) -> list[ViewGeometry]:
 
 
 def resample(map_BDhw: Tensor, box_B4: Tensor, view: ViewGeometry, grid: int, *, may_flip: bool) -> Tensor:
-    """RoIAlign of a box in the view's pixels to (B, D, S, S), left as in the image (where views `may_flip`)."""
+    """Resamples a box of every image's feature map to a grid, by RoIAlign.
+
+    Args:
+        map_BDhw: feature maps of the view.
+        box_B4: x0, y0, x1, y1 in the view's pixels.
+        view: the view's geometry.
+        grid: S.
+        may_flip: whether views may be mirrored; the grid of a mirrored view is mirrored back.
+
+    Returns:
+        (B, D, S, S), with the image's left on the left.
+    """
     height, width = map_BDhw.shape[2:]
     scale = box_B4.new_tensor([width, height, width, height]) / view.size
     region = roi_align(map_BDhw, box_B4 * scale, size=grid)
@@ -54,13 +68,19 @@ def align_patches(
     *,
     may_flip: bool,
 ) -> Tensor:
-    """Dense alignment over all ordered pairs of a target global crop and another online crop
-    (docs/methods.md#dense-alignment).
+    """Dense alignment of every global crop of the teacher with every other crop of the student.
+
+    Source: docs/methods.md#dense-alignment (CoTAP, Eq. 4 and 5).
 
     Args:
-        student_maps: scores (B, K, h, w) of all crops. target_maps: soft assignments (B, K, h, w) of the global ones.
+        student_maps: the student's scores of every crop, (B, K, h, w) each.
+        target_maps: the teacher's soft assignments of the global crops, (B, K, h, w) each.
+        views: the geometry of every crop, global ones first.
+        settings: temperature and grid.
+        may_flip: whether views may be mirrored.
 
-    Returns: a scalar, the mean over pairs with an overlap (of all ranks).
+    Returns:
+        A scalar: the mean over the pairs of crops that overlap, of all ranks.
     """
     losses, valid = [], []
     for target, online, box_target_B4, box_online_B4, valid_B in _pairs(views, len(target_maps)):
@@ -72,7 +92,13 @@ def align_patches(
 
 
 def assign_patches(scores_BKhw: Tensor, settings: DenseSettings) -> Tensor:
-    """Sinkhorn over all patches of all images (and ranks) of one target crop: (B, K, h, w)."""
+    """The teacher's soft assignments of the patches of one crop: Sinkhorn over the patches of all images of all ranks.
+
+    Source: docs/methods.md#dense-alignment.
+
+    Returns:
+        (B, K, h, w), summing to 1 over K.
+    """
     rows_NK = scores_BKhw.permute(0, 2, 3, 1).flatten(0, 2)
     q_NK = sinkhorn(
         rows_NK,
@@ -86,13 +112,22 @@ def assign_patches(scores_BKhw: Tensor, settings: DenseSettings) -> Tensor:
 
 
 def mean_of(value_B: Tensor, chosen_B: Tensor) -> Tensor:
-    """Mean over the chosen ones of all ranks, as a share whose average over ranks is that mean; 0 if none is chosen."""
+    """Mean over the chosen images or pairs of all ranks; 0 if none is chosen.
+
+    Args:
+        value_B: one value for each image or pair of this rank.
+        chosen_B: bool, which of them count.
+
+    Returns:
+        A scalar: this rank's share of the mean. The average of the shares over ranks is the mean.
+    """
     chosen_B = chosen_B.to(value_B.dtype)
     count = all_reduce_sum(chosen_B.sum())
     return torch.where(chosen_B > 0, value_B, 0).sum() * world_size() / count.clamp(min=1)
 
 
 def _pairs(views: list[ViewGeometry], targets: int) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
+    """Index of the target crop, of the student's crop, the overlap in the pixels of each, and where there is one."""
     for target in range(targets):
         for online in range(len(views)):
             if online != target:

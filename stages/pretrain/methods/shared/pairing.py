@@ -1,8 +1,7 @@
-"""Which other image of the batch each image is compared with: a derangement that no rank boundary changes.
+"""Pairs every image of a batch with another one, in the same way whatever the number of ranks.
 
-The global batch is cut into groups of consecutive images; inside each, images are shifted cyclically, by an
-amount drawn from the step's seed where none is given. As long as groups do not straddle ranks, the pairs are those of
-one process.
+The global batch is cut into groups of consecutive images. Inside a group the images are shifted cyclically. A group
+lies inside one rank's rows, so the pairs are those that a single process would make.
 """
 
 from __future__ import annotations
@@ -14,18 +13,24 @@ from stages.pretrain.data.batch import Batch
 
 
 def partners(batch: Batch, group: int, *, setting: str, shift: int | None = None) -> Tensor:
-    """(B,) index, within this rank's rows, of each image's partner; never the image itself.
+    """The partner of each image: another image of its group, never itself.
 
     Args:
-        shift: by how much each group is shifted, below `group`; None: drawn.
-        setting: where a config says `group`, for the message.
+        batch: one rank's rows of the global batch.
+        group: images in a group, at least 2.
+        setting: dotted path of the config's `group`, for the error message.
+        shift: by how many images a group is shifted, from 1 to group - 1; None: drawn from the step's seed.
 
-    Raises: ValueError if groups of that size do not fill this rank's rows.
+    Returns:
+        (B,) int64, rows of this rank.
+
+    Raises:
+        ValueError: if this rank's rows cannot be cut into whole groups.
     """
     count = len(batch)
     if count % group or batch.offset % group:
         raise ValueError(
-            f"{setting} is {group}, which does not divide the {count} images that a worker has at once: "
+            f"{setting} is {group}, which does not divide the {count} images that a rank has at once: "
             "choose a divisor of batch_size / (workers * accumulate), at least 2"
         )
     if shift is None:

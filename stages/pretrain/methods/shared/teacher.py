@@ -1,6 +1,7 @@
-"""Self-distillation without its losses: a student, a teacher that is its moving average, and crops through both.
+"""Self-distillation without its losses: a student, a teacher that is its moving average, and the features of both.
 
-Shape legend: V views of one kind, B images, D width, K prototypes.
+Shape legend: V views of one kind, B images of this rank, S side of a view, D width of the encoder's features, h w sides
+of a map, N = h w cells, d width of a head's embedding, K prototypes.
 """
 
 from __future__ import annotations
@@ -19,8 +20,43 @@ from stages.pretrain.methods.method import Method, Step
 from stages.training.schedules import cosine
 
 
+class SelfDistillation(Method):
+    """Base of `dino`, `dino_dense`, `cotap` and `flsl`: all but the views and the terms."""
+
+    def __init__(self, student: Branch, settings: TeacherSettings) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = make_teacher(student)
+        self.teacher_settings = settings
+
+    def student_features(self, batch: Batch) -> list[Features]:
+        """The student's features of all crops, global ones first; one forward pass for each size of crop."""
+        return self.student.encode(batch.views[name] for name in ("global", "local") if name in batch.views)
+
+    @torch.no_grad()
+    def teacher_features(self, batch: Batch, *extra: str) -> list[Features]:
+        """The teacher's features of the global crops, then of the views named in `extra`, in one forward pass.
+
+        The views in `extra` must have the size of the global crops.
+        """
+        return self.teacher.encode([torch.cat([batch.views["global"], *(batch.views[name] for name in extra)])])
+
+    def after_step(self, step: Step) -> None:
+        """Brings the heads' prototypes back to their length, then moves the teacher."""
+        for head in self.student.heads.values():
+            assert isinstance(head, ProjectionHead)
+            head.renormalise()
+        settings = self.teacher_settings
+        momentum = cosine(step.index, step.total, settings.momentum, settings.momentum_end)
+        move_teacher(self.teacher, self.student, momentum)
+
+    def encoder(self) -> Encoder:
+        """The teacher's encoder."""
+        return self.teacher.encoder
+
+
 class Branch(nn.Module):
-    """An encoder and its named heads."""
+    """A student or a teacher: an encoder and its named heads."""
 
     def __init__(self, encoder: Encoder, heads: dict[str, ProjectionHead]) -> None:
         super().__init__()
@@ -28,12 +64,13 @@ class Branch(nn.Module):
         self.heads = nn.ModuleDict(heads)
 
     def head(self, name: str) -> ProjectionHead:
+        """The head of that name."""
         head = self.heads[name]
         assert isinstance(head, ProjectionHead)
         return head
 
     def encode(self, views: Iterable[Tensor]) -> list[Features]:
-        """One forward pass for each stack of views (V, B, 3, S, S); one Features a view, in order."""
+        """Features of every view in order, from one forward pass for each stack of views (V, B, 3, S, S)."""
         features = []
         for view_VB3SS in views:
             vector, maps = self.encoder(view_VB3SS.flatten(0, 1))
@@ -42,24 +79,25 @@ class Branch(nn.Module):
         return features
 
     def embed_map(self, name: str, map_BDhw: Tensor) -> Tensor:
-        """A head's unit embedding of every cell, (B, d, h, w)."""
+        """A head's embedding of every cell, of length 1: (B, d, h, w)."""
         embeddings_BNd = self.head(name).embed(map_BDhw.flatten(2).transpose(1, 2))
         return embeddings_BNd.transpose(1, 2).reshape(len(map_BDhw), -1, *map_BDhw.shape[2:])
 
     def score_map(self, name: str, embeddings_Bdhw: Tensor) -> Tensor:
-        """A head's scores of every embedded cell, (B, K, h, w)."""
+        """A head's scores of every embedded cell against its prototypes: (B, K, h, w)."""
         scores_BNK = self.head(name).score(embeddings_Bdhw.flatten(2).transpose(1, 2))
         return scores_BNK.transpose(1, 2).reshape(len(embeddings_Bdhw), -1, *embeddings_Bdhw.shape[2:])
 
 
 def make_teacher(student: Branch) -> Branch:
-    """A copy that needs no gradient; its encoder has no stochastic depth."""
+    """A copy of the student without gradients and without stochastic depth."""
     return Branch(
         student.encoder.teacher(), {name: copy.deepcopy(student.head(name)) for name in student.heads}
     ).requires_grad_(False)
 
 
 def make_head(width: int, settings: HeadSettings, *, prototypes: int | None = None) -> ProjectionHead:
+    """A projection head for features of a width, with the settings' number of prototypes unless another is given."""
     return ProjectionHead(
         width,
         settings.prototypes if prototypes is None else prototypes,
@@ -71,37 +109,12 @@ def make_head(width: int, settings: HeadSettings, *, prototypes: int | None = No
 
 @torch.no_grad()
 def move_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- m teacher + (1 - m) student; parameters only, batch norms keep their own statistics."""
+    """Moves the teacher towards the student: teacher <- m teacher + (1 - m) student.
+
+    Parameters only: the teacher's batch norms keep their own running statistics.
+
+    Source: docs/methods.md#ema-and-schedules.
+    """
     moving: list[Tensor] = list(teacher.parameters())
     target: list[Tensor] = list(student.parameters())
     torch._foreach_lerp_(moving, target, 1 - momentum)
-
-
-class SelfDistillation(Method):
-    """Base of `dino`, `dino_dense` and `cotap`: what happens around the terms."""
-
-    def __init__(self, student: Branch, settings: TeacherSettings) -> None:
-        super().__init__()
-        self.student = student
-        self.teacher = make_teacher(student)
-        self.teacher_settings = settings
-
-    def student_features(self, batch: Batch) -> list[Features]:
-        """All crops, globals first: one forward pass for each size."""
-        return self.student.encode(batch.views[name] for name in ("global", "local") if name in batch.views)
-
-    @torch.no_grad()
-    def teacher_features(self, batch: Batch, *extra: str) -> list[Features]:
-        """Global crops, then the views named in `extra` (of the same size), in one forward pass."""
-        return self.teacher.encode([torch.cat([batch.views["global"], *(batch.views[name] for name in extra)])])
-
-    def after_step(self, step: Step) -> None:
-        for head in self.student.heads.values():
-            assert isinstance(head, ProjectionHead)
-            head.renormalise()
-        settings = self.teacher_settings
-        momentum = cosine(step.index, step.total, settings.momentum, settings.momentum_end)
-        move_teacher(self.teacher, self.student, momentum)
-
-    def encoder(self) -> Encoder:
-        return self.teacher.encoder
