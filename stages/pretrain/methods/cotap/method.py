@@ -1,10 +1,13 @@
-"""CoTAP: semantic concentration for dense representations
-(docs/methods.md#cotap; all equation numbers are the paper's).
+"""CoTAP: semantic concentration for dense representations. The equation numbers are the paper's.
 
-Terms: align_patch (Eq. 4, 5), align_image, sc_patch (Eq. 2, 12), sc_image, proto (Eq. 15, 16). Terms whose weight is
-0 are not computed, and heads that no term needs are not made.
+Source: docs/methods.md#cotap.
 
-Shape legend: V crops (G global first), B images of this rank, D width, K prototypes, N patches of a view, S grid side.
+Terms: align_patch (Eq. 4, 5), align_image, sc_patch (Eq. 2, 12), sc_image, proto (Eq. 15, 16). A term of weight 0 is
+not computed, and a head that no term needs is not made.
+
+Shape legend: V crops (G global ones first), B images of this rank, C width of the encoder's map, D width of features or
+embeddings, h w sides of a map, K prototypes of a head, N patches of a view (or pairs of patches), M prototypes of the
+filter, F values of one of them.
 """
 
 from __future__ import annotations
@@ -39,16 +42,16 @@ from stages.training.collectives import all_reduce_max, all_reduce_sum, gather
 
 
 class CoTAP(SelfDistillation):
-    """Student and teacher with an object-aware filter; image-level terms on object-centric images only."""
+    """Student and teacher with an object-aware filter. The image-level terms see object-centric images only."""
 
     def __init__(self, settings: CoTAPSettings, encoder: Encoder, *, global_batch: int) -> None:
-        add_filter(encoder, settings.filter)
+        add_filter(encoder, settings.filter)  # before the heads, whose widths include it
         uses = settings.uses
         heads: dict[str, ProjectionHead] = {}
         if uses("align_image") or uses("sc_image"):
             heads["image"] = self._make_head(encoder.vector_width, settings.image_head, settings)
         if uses("align_patch") or (uses("sc_patch") and settings.ranking.feature == "head"):
-            # Without align_patch nothing is scored: the head is an embedding alone.
+            # sc_patch alone compares embeddings: the head then has no prototypes.
             scored = settings if uses("align_patch") else None
             heads["dense"] = self._make_head(encoder.width, settings.dense_head, scored)
         super().__init__(Branch(encoder, heads), settings.teacher)
@@ -61,6 +64,18 @@ class CoTAP(SelfDistillation):
     def build(
         cls, settings: CoTAPSettings, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int
     ) -> Self:
+        """The method; the size of the groups that images are paired in follows from the global batch.
+
+        Args:
+            settings: CoTAP's settings.
+            encoder: the student; it gets the object-aware filter here.
+            total_steps: not used.
+            steps_per_epoch: not used.
+            global_batch: images of one optimiser step, of all ranks together.
+
+        Raises:
+            ValueError: if the encoder cannot have the filter that the settings describe, or sc_patch has no pairs.
+        """
         return cls(settings, encoder, global_batch=global_batch)
 
     @staticmethod
@@ -69,9 +84,11 @@ class CoTAP(SelfDistillation):
         return make_head(width, head, prototypes=0 if embeddings_only else None)
 
     def use_sources(self, roles: Sequence[str]) -> None:
+        """Keeps the roles: the image-level terms see images from sources of role "objects" only."""
         self.roles = tuple(roles)
 
     def view_plan(self) -> ViewPlan:
+        """Global crops, local ones for the alignment terms, and for sc_image one view of a neighbour."""
         settings = self.settings
         colour = crop_colours((0.8, 0.8, 0.8, 0.2), blur_p=0.5)
         globals_, locals_ = settings.global_crops, settings.local_crops
@@ -108,13 +125,14 @@ class CoTAP(SelfDistillation):
     # -- terms -----------------------------------------------------------------------------------------------
 
     def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """The terms that have a weight. Student and teacher run once for all of them."""
         uses, globals_ = self.settings.uses, self.settings.global_crops.count
         student = self.student_features(batch)
         teacher = self.teacher_features(batch, *(["neighbor"] if uses("sc_image") else []))
         teacher, neighbor = teacher[:globals_], teacher[globals_:]
         objects_B = self._object_centric(batch)
         terms: dict[str, Tensor] = {}
-        # The dense head runs once on every map; both patch terms read its embeddings.
+        # The dense head runs once on every map. Both patch terms use its embeddings.
         embedded = self._dense_embeddings(student, teacher)
         if uses("align_patch"):
             terms["align_patch"] = self._align_patch(batch, *embedded)
@@ -130,7 +148,7 @@ class CoTAP(SelfDistillation):
         return terms
 
     def _align_patch(self, batch: Batch, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-        """L_align: the teacher's assignments of patches, where crops overlap (both directions of Eq. 4 and 5)."""
+        """L_align: the student predicts the teacher's assignments of patches where crops overlap (Eq. 4 and 5)."""
         dense = self.settings.dense
         with torch.no_grad():
             targets = [assign_patches(self.teacher.score_map("dense", map_BDhw), dense) for map_BDhw in teacher]
@@ -138,7 +156,7 @@ class CoTAP(SelfDistillation):
         return align_patches(scores, targets, views_of(batch), dense, may_flip=self.settings.flip > 0)
 
     def _align_image(self, student: list[Features], teacher: list[Features], objects_B: Tensor) -> Tensor:
-        """Lbar_align: image-level alignment of all ordered crop pairs."""
+        """Lbar_align: the same for the images' vectors, over all ordered pairs of crops."""
         with torch.no_grad():
             teacher_GBK = self.teacher.head("image")(torch.stack([crop.vector for crop in teacher]))
             targets_GBK = torch.stack([self._assign_images(scores_BK, objects_B) for scores_BK in teacher_GBK])
@@ -147,7 +165,7 @@ class CoTAP(SelfDistillation):
         return mean_of(dino_loss(student_VBK, targets_GBK, temperature=self.settings.dense.temperature), objects_B)
 
     def _sc_patch(self, batch: Batch, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-        """L_sc: correspondences of an image pair, ranked as the teacher ranks them (Eq. 2 and 12)."""
+        """L_sc: the student ranks the pairs of patches of two images as the teacher does (Eq. 2 and 12)."""
         ranking = self.settings.ranking
         partner_B = partners(batch, self.group, setting="method.ranking.group")
         valid_B = torch.ones(len(batch), dtype=torch.bool, device=partner_B.device)
@@ -164,20 +182,20 @@ class CoTAP(SelfDistillation):
             q_BN = self._similarities(target, partner_B)
         if ranking.loss == "bce":
             if ranking.similarity_range == "cosine":
-                p_BN, q_BN = 0.5 * p_BN + 0.5, 0.5 * q_BN + 0.5  # a probability, whatever the ranking would use
+                p_BN, q_BN = 0.5 * p_BN + 0.5, 0.5 * q_BN + 0.5  # cross-entropy needs values in [0, 1]
             return mean_of(correspondence_bce(p_BN, q_BN), valid_B)
         return mean_of(cotap_ranking_loss(p_BN, q_BN, tau1=ranking.tau1, tau2=ranking.tau2), valid_B)
 
     def _similarities(self, map_BDhw: Tensor, partner_B: Tensor) -> Tensor:
-        """S(u, v) of Eq. 2, flattened: every patch of an image with every patch of its partner, (B, N*N)."""
-        # RoIAlign averages unit vectors: back to length 1, so that similarities keep their range.
+        """S(u, v) of Eq. 2, flattened: every patch of an image with every patch of its partner, (B, N * N)."""
+        # RoIAlign averages unit vectors. Normalise again, so that similarities keep their range.
         unit_BDN = functional.normalize(at_least_float32(map_BDhw.flatten(2)), dim=1)
         with torch.autocast(unit_BDN.device.type, enabled=False):
             cosine_BN = torch.bmm(unit_BDN.transpose(1, 2), unit_BDN[partner_B]).flatten(1)
         return 0.5 * cosine_BN + 0.5 if self.settings.ranking.similarity_range == "unit" else cosine_BN
 
     def _sc_image(self, batch: Batch, student: Features, neighbor: Features, objects_B: Tensor) -> Tensor:
-        """Lbar_sc: the online view 1 of an image predicts the assignment of its neighbour."""
+        """Lbar_sc: the student's view 1 of an image predicts the teacher's assignment of the neighbour."""
         if batch.neighbor_ids is not None:
             objects_B = objects_B & (batch.neighbor_ids >= 0)
         with torch.no_grad():
@@ -187,7 +205,10 @@ class CoTAP(SelfDistillation):
         return mean_of(loss_B, objects_B)
 
     def _proto(self, teacher: Features, objects_B: Tensor) -> Tensor:
-        """L_proto on the teacher's unfiltered map of view 1, images of all ranks; the gradient goes to U."""
+        """L_proto of the filter's prototypes U and the images of all ranks; only U gets a gradient (Eq. 15, 16).
+
+        The images are the teacher's maps of view 1 before the filter.
+        """
         assert self.settings.filter is not None
         student_filter: ObjectAwareFilter = self.student.encoder.filter
         unfiltered_BChw = teacher.map[:, : self.student.encoder.backbone_width]
@@ -198,7 +219,7 @@ class CoTAP(SelfDistillation):
     # -- pieces ----------------------------------------------------------------------------------------------
 
     def _dense_embeddings(self, student: list[Features], teacher: list[Features]) -> tuple[list[Tensor], list[Tensor]]:
-        """The dense head's unit embeddings of the crops that the terms ask for, (B, d, h, w) each."""
+        """The dense head's embeddings (B, D, h, w) of the crops that the terms need: the student's, the teacher's."""
         if "dense" not in self.student.heads:
             return [], []
         crops = student if self.settings.uses("align_patch") else student[:1]
@@ -207,7 +228,7 @@ class CoTAP(SelfDistillation):
         return [self.student.embed_map("dense", crop.map) for crop in crops], targets
 
     def _assign_images(self, scores_BK: Tensor, chosen_B: Tensor) -> Tensor:
-        """Sinkhorn over the chosen images of all ranks; the other rows are 0."""
+        """Soft assignments of the chosen images: Sinkhorn over those of all ranks. The other rows are 0."""
         dense = self.settings.dense
         assigned_BK = sinkhorn(
             scores_BK[chosen_B],
@@ -219,18 +240,19 @@ class CoTAP(SelfDistillation):
         return scores_BK.new_zeros(scores_BK.shape, dtype=assigned_BK.dtype).index_put((chosen_B,), assigned_BK)
 
     def _object_centric(self, batch: Batch) -> Tensor:
-        """(B,) bool: which images the image-level terms see. Without roles, all of them."""
+        """(B,) bool: the images that the image-level terms see. All of them if no roles were given."""
         if self.roles is None:
             return torch.ones_like(batch.source, dtype=torch.bool)
         is_object = torch.tensor([role == "objects" for role in self.roles], device=batch.source.device)
         return is_object[batch.source]
 
     def diagnostics(self) -> dict[str, float]:
+        """Entropy of the teacher's image assignments and the share of prototypes in use."""
         return {name: value.item() for name, value in self._watched.items()}
 
 
 def _unit_maps(student: list[Features], teacher: list[Features]) -> tuple[list[Tensor], list[Tensor]]:
-    """The encoder's own maps in place of embeddings, each cell of length 1."""
+    """The encoder's own maps in place of embeddings, every cell of length 1: student's view 1, teacher's views."""
     return (
         [functional.normalize(at_least_float32(crop.map), dim=1) for crop in student[:1]],
         [functional.normalize(at_least_float32(crop.map), dim=1) for crop in teacher],
@@ -238,9 +260,12 @@ def _unit_maps(student: list[Features], teacher: list[Features]) -> tuple[list[T
 
 
 def add_filter(encoder: Encoder, settings: FilterSettings | None) -> None:
-    """Gives an encoder the filter that the settings describe; one that it brought from an earlier run stays.
+    """Gives the encoder the object-aware filter of the settings, unless it has this filter from an earlier training.
 
-    Raises: ValueError if `pre_last` is asked of something that is not a ViT, or the encoder's filter is another one.
+    Source: docs/methods.md#cotap-object-aware-filter.
+
+    Raises:
+        ValueError: if `pre_last` is set for a backbone that is not a ViT, or the encoder has a different filter.
     """
     if settings is None:
         return

@@ -1,4 +1,4 @@
-"""What a config says about `cotap`: four concentration and alignment terms and the object-aware filter. Torch-free."""
+"""What a config says about `cotap`: alignment, concentration and prototype terms. Free of torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from stages.pretrain.config.parts import Crops, DenseSettings, HeadSettings, Tea
 
 
 class RankingSettings(Settings):
-    """The patch-level concentration term sc_patch (Eq. 2 and 12)."""
+    """The concentration of patches, term sc_patch.
+
+    Source: docs/methods.md#cotap-ranking-loss (Eq. 2 and 12).
+    """
 
     loss: Literal["cotap", "bce"] = Field("cotap", description="bce: the paper's ablation baseline (Eq. 8)")
     pairs: Literal["cross_view", "same_view"] = Field(
@@ -26,19 +29,23 @@ class RankingSettings(Settings):
     similarity_range: Literal["unit", "cosine"] = Field(
         "unit", description="unit: 0.5 cos + 0.5, in [0, 1] (the printed range); cosine: the raw cosine"
     )
-    tau1: float = Field(-0.2, description="similarities below it carry no weight")
-    tau2: float = Field(0.5, gt=0, description="margin of the surrogate")
+    tau1: float = Field(-0.2, description="teacher similarities below it have no weight")
+    tau2: float = Field(0.5, gt=0, description="margin of the surrogate, in units of similarity")
     group: int | None = Field(
         None,
         ge=2,
-        description="images are paired with another one of their group of this many consecutive images of the global "
-        "batch, by a random cyclic shift, so that pairs do not depend on the number of workers; must divide every "
-        "worker's share (a micro-batch of it with accumulation); default: the largest of 4, 2 that divides the "
-        "global batch, else its smallest divisor",
+        description="every image is paired with another one of its group of this many consecutive images of the "
+        "global batch, by a random cyclic shift, so that pairs do not depend on the number of ranks; must divide the "
+        "images that a rank has at once; default: the largest of 4, 2 that divides the global batch, else its "
+        "smallest divisor",
     )
 
     def group_size(self, global_batch: int) -> int:
-        """`group`, or its default. Raises ValueError for a batch of one image, which has no pair."""
+        """`group`, or its default for this global batch.
+
+        Raises:
+            ValueError: if the batch has one image and so no pair.
+        """
         if self.group is not None:
             return self.group
         if global_batch < 2:
@@ -47,21 +54,27 @@ class RankingSettings(Settings):
 
 
 class FilterSettings(Settings):
-    """The object-aware filter (docs/methods.md#cotap-object-aware-filter)."""
+    """The object-aware filter.
+
+    Source: docs/methods.md#cotap-object-aware-filter.
+    """
 
     placement: Literal["post", "pre_last"] = Field(
         "post", description="post: after the final norm, the encoder's map grows by its width; pre_last: ViT only"
     )
-    prototypes: int = Field(64, gt=0)
+    prototypes: int = Field(64, gt=0, description="M, the learned object prototypes")
     heads: int | None = Field(
         None, gt=0, description="default: the ViT's own number; 1 is the literal single-head form"
     )
-    out_projection: bool = True
+    out_projection: bool = Field(True, description="a linear layer after the attention")
     temperature: float = Field(0.1, gt=0, description="tau3, of the prototype term")
 
 
 class CoTAPSettings(MethodSettings):
-    """CoTAP (docs/methods.md#cotap): the second stage, started from a pre-trained encoder."""
+    """CoTAP: a second stage of pre-training, started from a pre-trained encoder.
+
+    Source: docs/methods.md#cotap.
+    """
 
     builds: ClassVar[str] = "stages.pretrain.methods.cotap.method:CoTAP"
     terms: ClassVar[tuple[str, ...]] = ("align_patch", "align_image", "sc_patch", "sc_image", "proto")
@@ -95,5 +108,5 @@ class CoTAPSettings(MethodSettings):
         return self
 
     def uses(self, term: str) -> bool:
-        """Whether a term has a weight, and what it needs; terms without are not computed."""
+        """Whether a term has a weight and, for `proto`, there is a filter. Other terms are not computed."""
         return super().uses(term) and (term != "proto" or self.filter is not None)

@@ -1,4 +1,4 @@
-"""What a config says about `dsa`: a regulariser around any other method. Torch-free."""
+"""What a config says about `dsa`: a regulariser around any other method. Free of torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from stages.pretrain.config.method import MethodSettings, method_settings
 
 
 class DSASettings(MethodSettings):
-    """DSA (docs/methods.md#dsa). `weights` scales its own two terms; the host's terms are scaled in `host.weights`."""
+    """DSA. `weights` scales its own two terms; the host's terms are scaled by `host.weights`.
+
+    Source: docs/methods.md#dsa.
+    """
 
     builds: ClassVar[str] = "stages.pretrain.methods.dsa.method:DSA"
     terms: ClassVar[tuple[str, ...]] = ("dsa_am", "dsa_con")
@@ -33,7 +36,7 @@ class DSASettings(MethodSettings):
         description="cached auxiliary features of the whole images, used for both views; with several image sources, "
         "one stage for each; or give auxiliary",
     )
-    eta: int = Field(20, ge=1, description="neighbours that an anchor is judged by; at most all other views")
+    eta: int = Field(20, ge=1, description="neighbours that an anchor's score is made from; at most all other views")
     alpha: float = Field(1.0, description="pairs with 2 M > alpha attract, the others repel")
     tau: float = Field(1.0, gt=0, description="temperature of L_AM; the paper gives no value")
     tau_prior: float = Field(1.0, gt=0, description="temperature of the prior; the paper gives no value")
@@ -66,4 +69,5 @@ class DSASettings(MethodSettings):
         return self
 
     def term_weights(self) -> dict[str, float]:
+        """The host's terms with the host's weights, then DSA's own two."""
         return {**self.host.term_weights(), **super().term_weights()}

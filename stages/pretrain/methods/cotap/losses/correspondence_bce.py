@@ -1,5 +1,9 @@
-"""Binary cross-entropy on patch correspondences: the baseline that CoTAP's ranking loss replaces
-(docs/methods.md#cotap-ranking-loss)."""
+"""Binary cross-entropy on the similarities of patch pairs: the baseline that CoTAP's ranking loss replaces.
+
+Source: docs/methods.md#cotap-ranking-loss (Eq. 8).
+
+Shape legend: B image pairs, N patch pairs of one image pair.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,9 @@ def correspondence_bce(p_BN: Tensor, q_BN: Tensor, *, margin: float = 1e-6) -> T
     """-mean[q log p + (1 - q) log(1 - p)] for each image pair: (B,).
 
     Args:
-        p_BN: student similarities in [0, 1], clamped to [margin, 1 - margin].
+        p_BN: student similarities in [0, 1].
         q_BN: teacher similarities in [0, 1]; used without gradient.
-
-    Source: CoTAP, Eq. 8.
+        margin: p is clamped to [margin, 1 - margin], so that the logarithms are finite.
     """
     wide = torch.promote_types(p_BN.dtype, torch.float32)
     p_BN, q_BN = p_BN.to(wide).clamp(margin, 1 - margin), q_BN.detach().to(wide)

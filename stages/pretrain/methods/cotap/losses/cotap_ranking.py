@@ -1,11 +1,14 @@
-"""CoTAP's ranking loss: exact value and gradient in O(n log n) time and O(n) memory
-(docs/methods.md#cotap-ranking-loss, Eq. 11 and 12).
+"""CoTAP's ranking loss: exact value and gradient in O(n log n) time and O(n) memory.
 
-For every pair i of patches the loss needs sums over {j : q_j < q_i} of a function of p_i - p_j that is a polynomial
-on each side of two breakpoints. So three sums (1, p_j, p_j^2) over {j : q_j < q_i, p_j < x} are enough, for x = p_i
-and x = p_i - tau2: two-dimensional dominance sums, which `dominated_sums` answers digit by digit. The gradient needs
-the mirror image, {m : q_m > q_i}, with weights. Everything is sorts, cumulative sums and gathers of static shape:
-batched over image pairs, and nothing waits for the GPU.
+Source: docs/methods.md#cotap-ranking-loss (Eq. 11 and 12).
+
+For every patch pair i the loss needs a sum over {j : q_j < q_i} of h(p_i - p_j). The function h is a polynomial between
+its two breakpoints, p_j = p_i and p_j = p_i - tau2. So it is enough to know the sums of 1, p_j and p_j^2 over
+{j : q_j < q_i, p_j < x} for x = p_i and x = p_i - tau2. These are two-dimensional dominance sums; `dominated_sums`
+computes them digit by digit. The gradient needs the opposite set {m : q_m > q_i}, with weights.
+
+Everything is made of sorts, cumulative sums and gathers whose shapes do not depend on values. So it is batched over
+image pairs, and the CPU never waits for the GPU.
 
 Shape legend: B image pairs, N patch pairs of one image pair, S summands, E right ends of queries, R radix.
 """
@@ -18,27 +21,29 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-# Patch pairs worked on at once: what fits a CPU core's cache, what fills a GPU.
+# Patch pairs computed at once: as many as fit into a CPU core's cache; on a GPU, enough to fill it.
 CHUNK = {"cpu": 1 << 14}
 GPU_CHUNK = 1 << 21
-RADIX_BITS = 2  # digits of a rank looked at per level; 2 was the fastest of 1, 2, 3 (tests/benchmarks/RESULTS.md)
+RADIX_BITS = 2  # bits of a digit; 2 was the fastest of 1, 2, 3 (tests/benchmarks/RESULTS.md)
 
 
 def cotap_ranking_loss(p_BN: Tensor, q_BN: Tensor, *, tau1: float = -0.2, tau2: float = 0.5) -> Tensor:
     """L_sc of Eq. 12 for each image pair: (B,). Differentiable in p; q, psi and the gains are constants.
+
+    Source: docs/methods.md#cotap-ranking-loss (Eq. 11, with the minus sign that makes h continuous, and Eq. 12).
 
         L = (1/n) sum_i gain_i g(psi_i A_i),  g(x) = x / (1 + x),  gain_i = max(q_i - tau1, 0),
         A_i = sum_{j: q_j < q_i} h(p_i - p_j),  psi_i = 1 / #{j: q_j >= q_i, p_i <= p_j},
         h(d) = 1 - 2 d / tau2 for d < 0,  max(1 - d / tau2, 0)^2 for d >= 0.
 
     Args:
-        p_BN: student similarities of the N patch pairs of B image pairs, any float type; computed in float64 inside.
+        p_BN: student similarities of the patch pairs, in any float type; the computation is in float64.
         q_BN: teacher similarities of the same patch pairs.
-        tau1: similarity below which a pair carries no weight.
+        tau1: teacher similarity below which a patch pair has no weight.
         tau2: margin of the surrogate h, > 0.
 
-    Raises: ValueError if the shapes differ or are not (B, N), or tau2 is not positive.
-    Source: CoTAP, Eq. 11 (with the minus sign that makes h continuous) and Eq. 12.
+    Raises:
+        ValueError: if the shapes differ or are not (B, N), or tau2 is not positive.
 
     Example:
         >>> p = torch.tensor([[0.9, 0.1]])
@@ -78,7 +83,7 @@ def _loss_and_gradient(
     p_BN: Tensor, q_BN: Tensor, tau1: float, tau2: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     n = p_BN.shape[1]
-    # From here on everything is in the order of p, in units of the margin, around the mean (smaller squares).
+    # From here on everything is in the order of p, in units of the margin, minus the mean (which keeps squares small).
     sorted_p_BN, order_BN = p_BN.sort(dim=1)
     sorted_p_BN = sorted_p_BN.double()
     y_BN = (sorted_p_BN - sorted_p_BN.mean(dim=1, keepdim=True)) / tau2
@@ -91,7 +96,7 @@ def _loss_and_gradient(
     ones_BN = torch.ones_like(y_BN)
     summands_BSN = torch.stack([ones_BN, y_BN, y_BN * y_BN], dim=1)
     here_BSN, below_BSN = dominated_sums(smaller_q_BN, summands_BSN, torch.stack([here_BN, below_BN]))
-    # Split {q_j < q_i} at p_i: the linear branch has p_j >= p_i, the quadratic one p_i - tau2 < p_j < p_i.
+    # Split {q_j < q_i} at p_i: h is linear where p_j >= p_i, quadratic where p_i - tau2 < p_j < p_i.
     running_y_BN = functional.pad(y_BN.gather(1, by_q_BN).cumsum(dim=1), (1, 0))
     all_y_BN = running_y_BN.gather(1, smaller_q_BN)  # sum of y_j over {q_j < q_i}
     count_BN, linear_y_BN = smaller_q_BN - here_BSN[:, 0], all_y_BN - here_BSN[:, 1]
@@ -101,7 +106,7 @@ def _loss_and_gradient(
     quadratic_BN = u_BN * u_BN * count2_BN + 2 * u_BN * y2_BN + yy2_BN
     negatives_BN = linear_BN + quadratic_BN  # A_i
 
-    # psi: of the n - #{p_j < p_i} elements with p_j >= p_i, those that are not among the smaller q.
+    # 1 / psi counts, of the n - #{p_j < p_i} elements with p_j >= p_i, those that do not have a smaller q.
     psi_BN = 1 / ((n - here_BN) - count_BN).clamp(min=1)
     gain_BN = (q_BN.double() - tau1).clamp(min=0)
     x_BN = psi_BN * negatives_BN
@@ -110,9 +115,9 @@ def _loss_and_gradient(
         return loss_B, None
 
     weight_BN = gain_BN * psi_BN / (1 + x_BN) ** 2
-    # h' is -2/tau2 on the linear branch and -2/tau2 (1 - d/tau2) on the quadratic one.
+    # h' is -2 / tau2 where h is linear and -2 / tau2 (1 - d / tau2) where it is quadratic.
     own_BN = weight_BN * (count_BN + u_BN * count2_BN + y2_BN)
-    # The mirror image: as some p_j of every m with q_m > q_i; d = p_m - p_i is negative for p_m < p_i.
+    # p_i is also the p_j of every m with q_m > q_i. There d = p_m - p_i is negative for p_m < p_i.
     larger_q_BN = n - torch.searchsorted(sorted_q_BN, q_BN, right=True)
     above_BN = torch.searchsorted(y_BN, y_BN + 1)  # #{m: p_m < p_i + tau2}
     weights_BSN = torch.stack([weight_BN, weight_BN * y_BN], dim=1)
@@ -124,30 +129,34 @@ def _loss_and_gradient(
 
 
 def dominated_sums(level_BN: Tensor, summands_BSN: Tensor, ends_EBN: Tensor) -> Tensor:
-    """For every i and end e: the sums over {j < e_i : level_j < level_i}. Shape (E, B, S, N).
+    """For every i and every end e_i: the sums over {j < e_i : level_j < level_i}.
 
-    A wavelet matrix: elements are split by the leading digit of their level, stably, then by the next one, ... A query
-    follows the digits of its own level; at each digit it collects the elements that share all earlier digits and have
-    a smaller one, by a look-up in cumulative sums, and its end moves along to where those before it went.
+    The algorithm is a wavelet matrix. The elements are sorted stably by the first digit of their level, then by the
+    next one, and so on. A query follows the digits of its own level. At each digit it adds the sum of the elements
+    that share all earlier digits and have a smaller one, which it looks up in cumulative sums. Then its end moves to
+    the place where the elements before it were moved by the sort.
 
     Args:
-        level_BN: integers in [0, N), in the order that `ends` refers to.
-        summands_BSN: what is summed, float64.
-        ends_EBN: integers in [0, N].
+        level_BN: integers in [0, N).
+        summands_BSN: the values to sum, float64.
+        ends_EBN: integers in [0, N]; positions in the order of `level_BN`.
+
+    Returns:
+        (E, B, S, N).
     """
     ends, (batch, terms, n) = len(ends_EBN), summands_BSN.shape
     radix, device, stride = 1 << RADIX_BITS, level_BN.device, n + 1
     digits = max(1, -(-max(1, (n - 1).bit_length()) // RADIX_BITS))
-    # Both ends side by side, so that one gather looks up all queries of an image pair.
+    # The E ends lie side by side, so that one gather looks up all queries of an image pair.
     ends_BX = ends_EBN.transpose(0, 1).flatten(1)
     sums_BSX = summands_BSN.new_zeros(batch, terms, ends * n)
-    # What lies before a block of equal leading digits is subtracted at the end, once for each level value.
+    # The sum before a block of equal leading digits is subtracted at the end, once for each value of a level.
     before_BSV = summands_BSN.new_zeros(batch, terms, radix**digits)
     starts_BK = level_BN.new_zeros(batch, 1)  # where each block starts, blocks in the order of their digits
     digit_R1 = torch.arange(radix, device=device)[:, None]
     index_N = torch.arange(n, device=device)
     element_BN = level_BN
-    # Before position x: the sum over smaller digits [d, x], and where the elements with that digit go to [d, x].
+    # At [d, x]: the sum of elements before x with a digit below d, and the new place of an element at x with digit d.
     less_BSRN = summands_BSN.new_zeros(batch, terms, radix, stride)
     moved_BRN = level_BN.new_zeros(batch, radix, stride)
     for shift in range(RADIX_BITS * (digits - 1), -1, -RADIX_BITS):

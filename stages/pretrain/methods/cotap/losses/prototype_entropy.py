@@ -1,7 +1,8 @@
-"""CoTAP's prototype term: every prototype should look like few images of the batch
-(docs/methods.md#cotap-object-aware-filter, Eq. 15 and 16).
+"""CoTAP's prototype term: every prototype should be similar to few images of the batch.
 
-Shape legend: M prototypes, N images (of all ranks), F = 3 * 3 * C.
+Source: docs/methods.md#cotap-object-aware-filter (Eq. 15 and 16).
+
+Shape legend: M prototypes, N images of all ranks, F = 3 * 3 * C values of a prototype or of a pooled image.
 """
 
 from __future__ import annotations
@@ -12,15 +13,14 @@ from torch import Tensor
 
 
 def prototype_entropy(prototypes_MF: Tensor, images_NF: Tensor, *, temperature: float = 0.1) -> Tensor:
-    """Mean entropy of each prototype's softmax over images, divided by N: a scalar >= 0, minimised.
+    """The entropy of each prototype's softmax over images, averaged over prototypes and divided by N: a scalar >= 0.
 
         phi = softmax over images of (l2(U) l2(F)^T / tau3),  L = -1/(N M) sum_ij phi_ij log phi_ij
 
     Args:
         prototypes_MF: flattened prototypes; the gradient goes here only.
-        images_NF: flattened, pooled teacher features; used without gradient. N may be 0 (the term is then 0).
-
-    Source: CoTAP, Eq. 15 and 16.
+        images_NF: flattened, pooled teacher features; used without gradient. If N is 0, the term is 0.
+        temperature: tau3.
     """
     if not len(images_NF):
         return prototypes_MF.sum() * 0.0

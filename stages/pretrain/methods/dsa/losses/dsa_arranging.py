@@ -1,7 +1,8 @@
-"""DSA's arranging module: a learned pairwise similarity M and the loss that moves pairs by it
-(docs/methods.md#dsa-arranging-module).
+"""DSA's arranging module: a learned similarity M of pairs, and the loss that attracts or repels pairs by it.
 
-Every function takes the rows of some anchors against all representations, so that ranks can share the anchors.
+Source: docs/methods.md#dsa-arranging-module.
+
+Every function takes some anchors against all representations, so that each rank computes its own anchors only.
 
 Shape legend: I anchors (of this rank), J all 2N representations of the batch, D width, H hidden units.
 """
@@ -17,16 +18,17 @@ from torch import Tensor
 
 Activation = Literal["exp", "softplus", "relu"]
 
-# Hidden values held at once: what a CPU core's cache takes, what fills a GPU.
+# Hidden values held at once: as many as fit into a CPU core's cache; on a GPU, enough to fill it.
 CHUNK = {"cpu": 1 << 20}
 GPU_CHUNK = 1 << 26
 
 
 def pair_scores(first_IH: Tensor, second_JH: Tensor, output_H: Tensor) -> Tensor:
-    """sum_h output_h ReLU(first_ih + second_jh): (I, J). Memory (I, J), not (I, J, H), in both directions.
+    """sum_h output_h ReLU(first_ih + second_jh): (I, J).
 
     With W1 = [Wa Wb], first = z_I Wa^T + b1 and second = z_J Wb^T, this is the two-layer f_s(concat(z_i, z_j)) of
-    Eq. 9, less its last bias; neither the concatenations nor all hidden units ever exist at once.
+    Eq. 9 without its last bias. The concatenations are never made, and the hidden units of a few anchors only exist at
+    a time: memory is (I, J), not (I, J, H), also in the backward pass.
 
     Example:
         >>> pair_scores(torch.tensor([[1.0], [-3.0]]), torch.tensor([[2.0]]), torch.tensor([0.5]))
@@ -40,8 +42,8 @@ def pair_scores(first_IH: Tensor, second_JH: Tensor, output_H: Tensor) -> Tensor
 def arrange(scores_IJ: Tensor, activation: Activation = "exp") -> Tensor:
     """M of Eq. 9: rows of positive weights that sum to 1 over all J, the anchor itself included.
 
-    Eq. 9 normalises raw scores, which may be negative: `exp` (softmax) mirrors how the prior is made; `relu` (plus
-    1e-8) is the printed MLP with a ReLU at its end.
+    Eq. 9 normalises raw scores, which may be negative, so they are made positive first. `exp` (a softmax) does it as
+    the prior does. `relu` (plus 1e-8) is the printed network with a ReLU at its end.
     """
     if activation == "exp":
         return torch.softmax(scores_IJ, dim=1)
@@ -61,9 +63,12 @@ def arranging_loss(
     """L_AM^s of Eq. 16: log(1 + sum_i sc_i sum_j exp((2 M_ij - alpha) D_ij / tau)), a scalar.
 
     Args:
-        distance_IJ: ||z_i - z_j||, not squared as printed; 0 for the anchor itself, which then adds exp(0).
-        score_I: quality of each anchor in [0, 1], without gradient; ones give L_AM of Eq. 10.
-        join: stacks a tensor of one element from every rank, with gradient; None when all anchors are here.
+        m_IJ: the learned similarity M.
+        distance_IJ: D_ij = ||z_i - z_j||, not squared, as printed; 0 for the anchor itself, which adds exp(0).
+        score_I: sc_i, the quality of each anchor in [0, 1], without gradient; ones give L_AM of Eq. 10.
+        alpha: pairs with 2 M > alpha attract, the others repel.
+        tau: temperature.
+        join: concatenates a tensor of one element from every rank, with gradient; None if all anchors are here.
     """
     exponent_IJ = (2 * m_IJ - alpha) * distance_IJ / tau
     nothing = torch.finfo(exponent_IJ.dtype).min
@@ -76,14 +81,15 @@ def arranging_loss(
 
 
 def constraint_loss(m_IJ: Tensor, prior_IJ: Tensor) -> Tensor:
-    """L_con of Eq. 13: ||M_pre - M||_F^2 over these anchors, summed; the prior carries no gradient."""
+    """L_con of Eq. 13: ||M_pre - M||_F^2, the sum over these anchors. The prior gets no gradient."""
     return (prior_IJ.detach() - m_IJ).square().sum()
 
 
 def pair_distances(z_ID: Tensor, z_JD: Tensor) -> Tensor:
-    """Euclidean distances (I, J) by one matrix product each way; memory (I, J), where cdist's gradient takes (I, J, D).
+    """Euclidean distances (I, J), from one matrix product, and two in the backward pass.
 
-    What rounding cannot tell from 0 is 0, with gradient 0: the diagonal, where sqrt would give NaN, and equal views.
+    Memory is (I, J); the gradient of torch's cdist needs (I, J, D). Distances that rounding cannot tell from 0 are 0
+    and have gradient 0: those on the diagonal, where the root would give NaN, and those of equal views.
     """
     distance_IJ: Tensor = _Distances.apply(z_ID, z_JD)
     return distance_IJ
@@ -121,7 +127,7 @@ class _PairScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         first_IH, second_JH, output_H = ctx.saved_tensors
-        # Gradients summed over the pairs in which a hidden unit is on; everything else follows from these two.
+        # Sums of the gradient over the pairs in which a hidden unit is above 0: all three gradients follow from them.
         on_IH, on_JH = [], torch.zeros_like(second_JH)
         size, off_JH = _rows(second_JH), -second_JH
         for part_iH, grad_iJ in zip(torch.split(first_IH, size), torch.split(grads[0], size), strict=True):
