@@ -1,11 +1,14 @@
-"""D3SSL: contrast of proposals, robust to their neighbours and their place
-(docs/methods.md#d3ssl; the paper's equations).
+"""D3SSL: contrasts proposals so that their features depend little on neighbouring objects and on their place.
 
-Terms: decouple (L_dc, Eq. 4), deposition (L_dp, Eq. 9). A term whose weight is 0 is not computed.
+Source: docs/methods.md#d3ssl. The equation numbers are the paper's.
 
-Shape legend: B images of this rank, K proposals of each, R = B*K regions in that order, D width, S side of a view,
-M rows of the bank. Views: 1 the whole image, 2 a crop, 2s the crop at a smaller size, 3 the crop's regions pasted
-elsewhere on another image.
+Terms: decouple (L_dc, Eq. 4), deposition (L_dp, Eq. 9). A term of weight 0 is not computed.
+
+Views: 1 the whole image, 2 a crop, 2s the crop at a smaller size, 3 the crop's regions pasted at another place of
+another image.
+
+Shape legend: B images of this rank, K proposals of each, R = B * K regions in that order, C channels of a map, D width
+of a region's vector, S side of a view, s side of a pooled region, M rows of the bank.
 """
 
 from __future__ import annotations
@@ -34,15 +37,20 @@ from stages.training.schedules import cosine
 
 
 class RegionEncoder(nn.Module):
-    """f(x, b) (Eq. 1): RoIAlign on a ResNet's C4, its last stage, average pooling and the projector; on any other
-    backbone RoIAlign on the map that it gives, average pooling and the projector."""
+    """f(x, b) of Eq. 1: from a view and boxes to one unit vector for each box.
+
+    On a ResNet: RoIAlign on C4 (the output of the last stage but one), the last stage, average pooling, projector. On
+    any other backbone: RoIAlign on its feature map, average pooling, projector.
+
+    Source: docs/methods.md#d3ssl-region-encoder.
+    """
 
     def __init__(self, encoder: Encoder, head: nn.Module, roi_size: int) -> None:
         super().__init__()
         self.encoder, self.head, self.roi_size = encoder, head, roi_size
 
     def forward(self, view_B3SS: Tensor, boxes_BK4: Tensor) -> Tensor:
-        """Boxes in the view's pixels -> unit vectors (R, D), in float32 or wider also under autocast."""
+        """Unit vectors (R, D) of boxes in the view's pixels, in float32 or wider even under autocast."""
         is_resnet = self.encoder.is_resnet
         map_BChw = self.encoder.stem_to_c4(view_B3SS) if is_resnet else self.encoder(view_B3SS).map
         boxes_BK4 = boxes_BK4 * (map_BChw.shape[-1] / view_B3SS.shape[-1])
@@ -52,16 +60,16 @@ class RegionEncoder(nn.Module):
         return functional.normalize(at_least_float32(self.head(regions_RCss.mean(dim=(2, 3)))), dim=1)
 
     def teacher(self) -> RegionEncoder:
-        """A copy that needs no gradient; its encoder has no stochastic depth."""
+        """A copy without gradients and without stochastic depth."""
         twin = RegionEncoder(self.encoder.teacher(), copy.deepcopy(self.head), self.roi_size)
         return twin.requires_grad_(False)
 
 
 class D3SSL(Method):
-    """A student, its moving average as the teacher, and a bank of the teacher's past regions as negatives."""
+    """Student, teacher, and a bank of the teacher's past regions, which are the negatives."""
 
     bank: Tensor  # (M, D)
-    bank_next: Tensor  # () where the next region goes
+    bank_next: Tensor  # () row for the next region
     bank_filled: Tensor  # () rows in use
     without_boxes: Tensor  # () images so far, of all ranks, that had no box to use
 
@@ -74,23 +82,38 @@ class D3SSL(Method):
         self.register_buffer("bank", torch.zeros(settings.bank.size, settings.head.out))
         for name in ("bank_next", "bank_filled", "without_boxes"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
-        self._fresh: list[Tensor] = []  # of this step's forward passes: regions for the bank
-        self._whole: list[Tensor] = []  # and images without boxes
+        self._fresh: list[Tensor] = []  # regions for the bank, of each forward pass of this step
+        self._whole: list[Tensor] = []  # number of images without boxes, likewise
         self._watched: dict[str, Tensor] = {}
 
     @classmethod
     def build(
         cls, settings: D3SSLSettings, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int
     ) -> Self:
+        """The method; the size of the groups that backgrounds come from follows from the global batch.
+
+        Args:
+            settings: D3SSL's settings.
+            encoder: the student.
+            total_steps: not used.
+            steps_per_epoch: not used.
+            global_batch: images of one optimiser step, of all ranks together.
+
+        Raises:
+            ValueError: if `deposition` has a weight and the batch has one image, so that there is no background.
+        """
         return cls(settings, encoder, global_batch=global_batch)
 
     def view_plan(self) -> ViewPlan:
+        """The whole image and one crop, with the regions that both show (views.py)."""
         return view_plan(self.settings)
 
     def start_step(self, step: Step) -> None:
+        """Starts a step with no new regions for the bank."""
         self._fresh, self._whole = [], []
 
     def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """The teacher's regions of views 1 and 2, then each term that has a weight."""
         settings, extras = self.settings, batch.extras
         view1, view2 = batch.views["whole"][0], batch.views["crop"][0]
         boxes1, boxes2, boxes2s, boxes3 = extras["boxes"].to(view1.dtype).unbind(1)
@@ -119,7 +142,7 @@ class D3SSL(Method):
         return terms
 
     def _hat(self, view_B3SS: Tensor, cuts_BR4: Tensor, regions_BR4: Tensor) -> Tensor:
-        """Eq. 2: the view with the cut-outs (PRC), then the mask (PRM), both filled with one value."""
+        """Eq. 2: the view after the cut-outs (PRC) and the mask (PRM); what they hide gets the value `fill`."""
         size, count = view_B3SS.shape[-1], self.settings.proposals
         seen_BSS = kept(cuts_BR4, size)
         if self.settings.mask.kind == "reveal":
@@ -129,23 +152,24 @@ class D3SSL(Method):
         return torch.where(seen_BSS[:, None], view_B3SS, self.settings.fill)
 
     def _pasted(self, batch: Batch, view2_B3SS: Tensor) -> Tensor:
-        """x3 (Eq. 6 to 8): the crop's regions, moved and with holes, on the crop of the next image."""
+        """View 3 (Eq. 6 to 8): the crop's regions, moved and with cut-outs, on the crop of another image."""
         other_B = partners(batch, self.group, setting="method.background_group", shift=1).to(view2_B3SS.device)
         size = view2_B3SS.shape[-1]
         mask_BSS = union(batch.extras["moved"], size) & kept(batch.extras["cuts"][:, 2], size)
         return compose(view2_B3SS, view2_B3SS[other_B], mask_BSS, batch.extras["shift"])
 
     def after_step(self, step: Step) -> None:
+        """Moves the teacher, then adds this step's regions of all ranks to the bank."""
         teacher = self.settings.teacher
         move_teacher(self.teacher, self.student, cosine(step.index, step.total, teacher.momentum, teacher.momentum_end))
-        for fresh in self._fresh:  # after the loss: a batch is never its own negative
+        for fresh in self._fresh:  # only now: the bank must not hold regions of the batch that is compared with it
             self._push(gather(fresh))
         if self._whole:
             self.without_boxes += all_reduce_sum(torch.stack(self._whole).sum())
         self._fresh, self._whole = [], []
 
     def _push(self, regions_ND: Tensor) -> None:
-        """First in, first out; of more regions than the bank has rows, the last ones."""
+        """Replaces the oldest rows of the bank; of more regions than it has rows, the last ones are kept."""
         rows = len(self.bank)
         regions_ND = regions_ND[-rows:].to(self.bank.dtype)
         at_N = (self.bank_next + torch.arange(len(regions_ND), device=self.bank.device)) % rows
@@ -154,9 +178,11 @@ class D3SSL(Method):
         self.bank_filled.copy_((self.bank_filled + len(regions_ND)).clamp(max=rows))
 
     def encoder(self) -> Encoder:
+        """The encoder that `export` names: the student's by default."""
         return (self.student if self.settings.export == "student" else self.teacher).encoder
 
     def diagnostics(self) -> dict[str, float]:
+        """Mean cosines of positives, the share of the bank in use, and how many images had no box to use."""
         counts = {"bank_filled": self.bank_filled / len(self.bank), "images_without_boxes": self.without_boxes}
         return {name: float(value) for name, value in (self._watched | counts).items()}
 

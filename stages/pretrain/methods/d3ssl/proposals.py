@@ -1,9 +1,13 @@
-"""Region-level draws of one image (D3SSL,
-docs/methods.md#d3ssl-region-augmentations): cut-outs, masks, jitters and shifts of its
-proposals, as rectangles. Pure functions of boxes and of numbers drawn uniformly from [0, 1); no pixel is touched.
+"""D3SSL's augmentations of regions: cut-outs, masks, jitters and shifts of the proposals of one image, as rectangles.
 
-Legend: K proposals, S side of the view in pixels. Boxes are x0, y0, x1, y1, the last row and column excluded.
-Whole boxes have integer coordinates and lie inside the view; an empty rectangle is all zeros.
+Source: docs/methods.md#d3ssl-region-augmentations.
+
+These are pure functions of boxes and of numbers drawn uniformly from [0, 1). They touch no pixels.
+
+Boxes are x0, y0, x1, y1; the last row and column are excluded. Whole boxes have integer coordinates and lie inside the
+view. An empty rectangle is all zeros.
+
+Shape legend: K proposals, S side of the view in pixels.
 """
 
 from __future__ import annotations
@@ -19,32 +23,39 @@ WholeBoxes: TypeAlias = NDArray[np.int64]
 Numbers: TypeAlias = NDArray[np.float64]
 JitterKind: TypeAlias = Literal["restricted", "contained", "plain", "none"]
 
-# SoCo's cut-out, which the paper's Table 5 compares with: how often a box is cut, and how much of its area.
+# SoCo's cut-out, of the paper's Table 5: the probability that a box is cut, and the fraction of its area.
 RANDOM_CUT_P = 0.5
 RANDOM_CUT_RATIO = (0.1, 0.3)
 
 
 def whole_boxes(boxes_K4: FloatBoxes, size: int) -> WholeBoxes:
-    """Boxes of a view rounded to whole pixels; each keeps at least one."""
+    """Boxes of a view rounded to whole pixels, at least one pixel wide and high."""
     low_K2 = np.rint(boxes_K4[:, :2]).clip(0, size - 1)
     high_K2 = np.rint(boxes_K4[:, 2:]).clip(low_K2 + 1, size)
     return np.concatenate([low_K2, high_K2], 1).astype(np.int64)
 
 
 def between(numbers: Any, limits: tuple[float, float]) -> Any:
-    """Uniform numbers of [0, 1) moved to [limits[0], limits[1])."""
+    """Numbers from [0, 1), scaled and shifted to [limits[0], limits[1])."""
     return limits[0] + (limits[1] - limits[0]) * numbers
 
 
 # ------------------------------------------------------------------------------------------------------- cut-outs
 def proposal_cutout(boxes_K4: WholeBoxes, draws_K3: Numbers, size: int, threshold: float | None = None) -> WholeBoxes:
-    """PRC: cuts a rectangle of its own shape from every box, large boxes first, sparing smaller ones.
+    """PRC, the proposal-based random cutout: cuts a rectangle from every box, large boxes first.
+
+    A rectangle has the shape of its box. What larger boxes have already cut from a box counts; if it is too much, the
+    box is restored before its own cut.
 
     Args:
-        draws_K3: for each box the fraction of its area to cut, and u, v in [0, 1) that place the rectangle.
-        threshold: a box of which larger ones have cut more than this is restored first; None: its own fraction.
+        boxes_K4: the proposals in the view.
+        draws_K3: for each box, the fraction of its area to cut, and u and v in [0, 1), which place the rectangle.
+        size: side of the view in pixels.
+        threshold: a box is restored if more than this fraction of it is already cut; None: its own fraction.
 
-    Returns: (2K, 4) operations in the order of their application, two a box: restore this rectangle, cut this one.
+    Returns:
+        (2K, 4) operations in the order in which they are applied, two for each box: restore this rectangle, then cut
+        this one.
     """
     kept_SS = np.ones((size, size), bool)
     operations = np.zeros((2 * len(boxes_K4), 4), np.int64)
@@ -68,10 +79,15 @@ def proposal_cutout(boxes_K4: WholeBoxes, draws_K3: Numbers, size: int, threshol
 
 
 def random_cutout(boxes_K4: WholeBoxes, draws_K4: Numbers, size: int) -> WholeBoxes:
-    """The ablation's plain cut-out, SoCo's: squares anywhere in the boxes, nothing restored; operations as above.
+    """SoCo's cut-out, for the ablation: cuts a square anywhere in a box, and restores nothing.
 
     Args:
-        draws_K4: whether to cut, what fraction of the box's area, and where the square's centre lies in the box.
+        boxes_K4: the proposals in the view.
+        draws_K4: in [0, 1), for: whether to cut, the fraction of the box's area, x and y of the square's centre.
+        size: side of the view in pixels.
+
+    Returns:
+        (2K, 4) operations, as from `proposal_cutout`.
     """
     wh_K2 = boxes_K4[:, 2:] - boxes_K4[:, :2]
     half_K1 = np.sqrt(wh_K2.prod(1) * between(draws_K4[:, 1], RANDOM_CUT_RATIO))[:, None] / 2
@@ -86,10 +102,19 @@ def random_cutout(boxes_K4: WholeBoxes, draws_K4: Numbers, size: int) -> WholeBo
 def context_rectangles(
     boxes_K4: WholeBoxes, draws_K3: Numbers, size: int, scale: tuple[float, float], aspect: tuple[float, float]
 ) -> WholeBoxes:
-    """PRM: for each box a rectangle of `scale` times its area, centred where a ray from its middle leaves it.
+    """PRM, the proposal-based random mask: a rectangle on the edge of each box.
+
+    The rectangle is centred where a ray from the middle of the box leaves the box.
 
     Args:
-        draws_K3: of the area, of the log aspect (width / height), and of the ray's angle.
+        boxes_K4: the proposals in the view.
+        draws_K3: in [0, 1), for: the area, the logarithm of the aspect, the angle of the ray.
+        size: side of the view in pixels; rectangles are clipped to it.
+        scale: limits of the area, as a multiple of the box's.
+        aspect: limits of width / height.
+
+    Returns:
+        (K, 4).
     """
     wh_K2 = (boxes_K4[:, 2:] - boxes_K4[:, :2]).astype(np.float64)
     area_K = wh_K2.prod(1) * between(draws_K3[:, 0], scale)
@@ -104,12 +129,19 @@ def context_rectangles(
 
 
 def jittered(boxes_K4: FloatBoxes, draws_K4: Numbers, size: int, ratio: float, how: JitterKind) -> FloatBoxes:
-    """RBJ: boxes for RoIAlign, clipped to the view.
+    """RBJ, the restricted box jitter: scales and shifts boxes, and clips them to the view.
 
     Args:
-        draws_K4: of width, height and the shifts along x and y.
-        how: restricted: sides shrink to at least 1 - ratio, the centre moves by up to ratio of them; contained: the
-            same, never out of the box; plain: SoCo's, corner and sides by up to ratio either way; none.
+        boxes_K4: the proposals in the view.
+        draws_K4: in [0, 1), for: width, height, the shifts along x and y.
+        size: side of the view in pixels.
+        ratio: the largest change, as a fraction of a box's sides.
+        how: "restricted": sides shrink by up to `ratio`, the centre moves by up to `ratio` of them. "contained": the
+            same, but never out of the box. "plain" (SoCo's): the sides shrink or grow and the corner moves by up to
+            `ratio`. "none": the boxes as they are.
+
+    Returns:
+        (K, 4), for RoIAlign.
     """
     if how == "none":
         return boxes_K4
@@ -124,6 +156,6 @@ def jittered(boxes_K4: FloatBoxes, draws_K4: Numbers, size: int, ratio: float, h
 
 
 def common_shift(boxes_K4: WholeBoxes, draws_2: Numbers, size: int) -> WholeBoxes:
-    """(2,) the offset dx, dy of all boxes together, uniform over those that keep every one of them inside."""
+    """One offset (dx, dy) for all boxes, uniform over the offsets that keep every box inside the view: (2,)."""
     low_2, high_2 = -boxes_K4[:, :2].min(0), size - boxes_K4[:, 2:].max(0)
     return low_2 + np.floor(draws_2 * (high_2 - low_2 + 1)).astype(np.int64)

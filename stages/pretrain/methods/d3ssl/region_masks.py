@@ -1,6 +1,7 @@
-"""Rectangles of a whole batch painted as masks at once, and the pasting of regions onto other images.
+"""Turns the rectangles of a whole batch into masks at once, and pastes regions onto other images.
 
-Shape legend: B images, R rectangles of each (x0, y0, x1, y1; integers, last row and column excluded), S side.
+Shape legend: B images, R rectangles of each (x0, y0, x1, y1; integers, last row and column excluded), S side of a view
+in pixels.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from torch import Tensor
 
 
 def painted(rectangles_BR4: Tensor, size: int) -> Tensor:
-    """(B, R, S, S) bool: the pixels of each rectangle."""
+    """The pixels of each rectangle, (B, R, S, S) bool."""
     at_S = torch.arange(size, device=rectangles_BR4.device, dtype=rectangles_BR4.dtype)
     x0, y0, x1, y1 = rectangles_BR4[..., None].unbind(-2)
     columns_BRS = (at_S >= x0) & (at_S < x1)
@@ -19,14 +20,14 @@ def painted(rectangles_BR4: Tensor, size: int) -> Tensor:
 
 
 def union(rectangles_BR4: Tensor, size: int) -> Tensor:
-    """(B, S, S) bool: the pixels in any of an image's rectangles."""
+    """The pixels in any of an image's rectangles, (B, S, S) bool."""
     return painted(rectangles_BR4, size).any(dim=1)
 
 
 def kept(operations_BR4: Tensor, size: int) -> Tensor:
-    """(B, S, S) bool: what is left after a cut-out's operations, in turn one that restores and one that cuts.
+    """The pixels that are left after the operations of a cut-out, (B, S, S) bool.
 
-    What became of a pixel is decided by the last operation that touched it.
+    Operations restore and cut in turn (see `proposals.proposal_cutout`). The last one that covers a pixel decides.
     """
     number_R = torch.arange(1, operations_BR4.shape[1] + 1, device=operations_BR4.device, dtype=torch.int16)
     last_BSS = (painted(operations_BR4, size) * number_R[:, None, None]).amax(dim=1)
@@ -34,9 +35,16 @@ def kept(operations_BR4: Tensor, size: int) -> Tensor:
 
 
 def compose(image_B3SS: Tensor, background_B3SS: Tensor, mask_BSS: Tensor, offset_B2: Tensor) -> Tensor:
-    """x3 (Eq. 8): inside the mask the image moved by (dx, dy), elsewhere the background.
+    """View 3 (Eq. 8): the image moved by (dx, dy) inside the mask, the background elsewhere.
 
-    Where the mask has holes, the background shows through. Every masked pixel must come from inside the image.
+    Args:
+        image_B3SS: the images that regions come from.
+        background_B3SS: the images that they are pasted onto.
+        mask_BSS: bool, the moved regions; their pixels must come from inside the image.
+        offset_B2: dx and dy in pixels, integers.
+
+    Returns:
+        (B, 3, S, S).
     """
     size = image_B3SS.shape[-1]
     at_S = torch.arange(size, device=image_B3SS.device)

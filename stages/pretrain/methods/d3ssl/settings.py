@@ -1,4 +1,4 @@
-"""What a config says about `d3ssl`: contrast of proposals, de-coupled and de-positioned. Torch-free."""
+"""What a config says about `d3ssl`: contrast of proposals, de-coupled and de-positioned. Free of torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from stages.pretrain.config.parts import Range, TeacherSettings, pairing_group
 
 
 class CutoutSettings(Settings):
-    """PRC, the proposal-based random cutout (docs/methods.md#d3ssl-region-augmentations)."""
+    """PRC, the proposal-based random cutout.
+
+    Source: docs/methods.md#d3ssl-region-augmentations.
+    """
 
     kind: Literal["proposal", "random", "none"] = Field(
         "proposal", description="random: SoCo's, squares cut from half of the boxes (Table 5); none: no cutout"
@@ -28,7 +31,10 @@ class CutoutSettings(Settings):
 
 
 class MaskSettings(Settings):
-    """PRM, the proposal-based random mask (docs/methods.md#d3ssl-region-augmentations)."""
+    """PRM, the proposal-based random mask.
+
+    Source: docs/methods.md#d3ssl-region-augmentations.
+    """
 
     kind: Literal["reveal", "erase", "none"] = Field(
         "reveal",
@@ -40,7 +46,10 @@ class MaskSettings(Settings):
 
 
 class JitterSettings(Settings):
-    """RBJ, the restricted box jitter (docs/methods.md#d3ssl-region-augmentations); drawn anew for every view."""
+    """RBJ, the restricted box jitter; drawn anew for every view.
+
+    Source: docs/methods.md#d3ssl-region-augmentations.
+    """
 
     kind: Literal["restricted", "contained", "plain", "none"] = Field(
         "restricted",
@@ -51,14 +60,14 @@ class JitterSettings(Settings):
 
 
 class RegionHead(Settings):
-    """The projector: width -> hidden (batch norm, ReLU) -> out, l2."""
+    """The projector of a region: a hidden layer with batch norm and ReLU, an output layer, l2-normalisation."""
 
     hidden: int = Field(4096, gt=0)
     out: int = Field(256, gt=0)
 
 
 class BankSettings(Settings):
-    """Negatives: the teacher's regions of past batches, first in first out, common to all workers."""
+    """Negatives: the teacher's regions of past batches, first in, first out, the same on all ranks."""
 
     size: int = Field(65536, ge=1, description="regions kept; of a batch with more of them, the last ones")
     holds: Literal["both", "masked"] = Field(
@@ -67,8 +76,10 @@ class BankSettings(Settings):
 
 
 class D3SSLSettings(MethodSettings):
-    """D3SSL
-    (docs/methods.md#d3ssl). Without `deposition` (weights.deposition: 0) it is the paper's Table 7 baseline."""
+    """D3SSL. Without the term deposition (`weights: {deposition: 0}`) it is the baseline of the paper's Table 7.
+
+    Source: docs/methods.md#d3ssl.
+    """
 
     builds: ClassVar[str] = "stages.pretrain.methods.d3ssl.method:D3SSL"
     terms: ClassVar[tuple[str, ...]] = ("decouple", "deposition")
@@ -95,9 +106,8 @@ class D3SSLSettings(MethodSettings):
         None,
         ge=2,
         description="deposition: regions are pasted onto the next image of their group of this many consecutive images "
-        "of the global batch, so that it does not depend on the number of workers; must divide every worker's share (a "
-        "micro-batch of it with accumulation); default: the largest of 4, 2 that divides the global batch, else its "
-        "smallest divisor",
+        "of the global batch, so that it does not depend on the number of ranks; must divide the images that a rank "
+        "has at once; default: the largest of 4, 2 that divides the global batch, else its smallest divisor",
     )
     teacher: TeacherSettings = TeacherSettings(momentum=0.99)
     export: Literal["student", "teacher"] = Field(
@@ -113,7 +123,11 @@ class D3SSLSettings(MethodSettings):
         return self
 
     def group_size(self, global_batch: int) -> int:
-        """`background_group`, or its default. Raises ValueError for a batch of one image, which has no background."""
+        """`background_group`, or its default for this global batch.
+
+        Raises:
+            ValueError: if the batch has one image and so no other image as background.
+        """
         if self.background_group is not None:
             return self.background_group
         if global_batch < 2:

@@ -1,8 +1,12 @@
-"""Draws D3SSL's views of one image and the regions that both of them show (docs/methods.md#d3ssl-views).
+"""Draws D3SSL's views of one image and the regions that both of them show.
 
-Runs in the loader's processes; what it draws are numbers, which d3ssl.py applies to whole batches.
+Source: docs/methods.md#d3ssl-views.
 
-Legend: K proposals. Views: 1 the whole image, 2 a crop, 2s the crop at a smaller size, 3 the crop's regions moved.
+This runs in the loader's processes. It draws numbers only; method.py applies them to whole batches.
+
+Views: 1 the whole image, 2 a crop, 2s the crop at a smaller size, 3 the crop's regions moved.
+
+Shape legend: K proposals.
 """
 
 from __future__ import annotations
@@ -31,11 +35,14 @@ from stages.pretrain.views.draw import draw_views
 from stages.pretrain.views.geometry import clip_to_view
 from stages.pretrain.views.plan import Draw, Drawn, ImageRow, ViewPlan, ViewSpec
 
-CROP_TRIES = 10  # crops drawn before the whole image is taken as the only box
+CROP_TRIES = 10  # if so many crops show no box, the whole image is taken as the only box
 
 
 def view_plan(settings: D3SSLSettings) -> ViewPlan:
-    """x1 is the whole image with SoCo's first colours, x2 a crop with its second (docs/methods.md#d3ssl-views)."""
+    """View 1 is the whole image with SoCo's first colours, view 2 a crop with SoCo's second colours.
+
+    Source: docs/methods.md#d3ssl-views.
+    """
     strength = (0.4, 0.4, 0.2, 0.1)
     whole = ViewSpec(
         "whole", settings.size, flip_p=settings.flip, photometric=crop_colours(strength, blur_p=1.0), whole=True
@@ -52,13 +59,14 @@ def view_plan(settings: D3SSLSettings) -> ViewPlan:
 
 @dataclass(frozen=True)
 class ProposalDrawer:
-    """A `ViewPlan.drawer`. Its extras, all with one row an image:
+    """The drawer of the view plan: views 1 and 2 of an image, and these extras.
 
-    boxes (4, K, 4) float32: what RoIAlign takes in views 1, 2, 2s, 3, in their pixels, jittered;
-    cuts (3, 2K, 4) int16: the cut-outs of views 1, 2s, 3 as operations (`proposals.proposal_cutout`);
-    regions (2, 2K, 4) int16: of views 1 and 2s the boxes, then the mask's rectangles;
-    moved (K, 4) int16 and shift (2,) int64: the regions of view 3, and by how much they were moved in view 2;
-    whole () bool: there was no box to use, and the whole image stands in for it.
+    - boxes (4, K, 4) float32: the jittered boxes for RoIAlign in views 1, 2, 2s and 3, in pixels of each view;
+    - cuts (3, 2K, 4) int16: the cut-outs of views 1, 2s and 3, as operations (see `proposals.proposal_cutout`);
+    - regions (2, 2K, 4) int16: of views 1 and 2s, the boxes and then the mask's rectangles;
+    - moved (K, 4) int16: the regions of view 3;
+    - shift (2,) int64: by how much they were moved from their place in view 2, dx and dy in pixels;
+    - whole () bool: whether there was no box to use, so that the whole image is used as the box.
     """
 
     settings: D3SSLSettings
@@ -105,10 +113,10 @@ class ProposalDrawer:
         return Drawn([view1, view2], extras)
 
     def _crop_with_boxes(self, rng: np.random.Generator, row: ImageRow, view1: Draw) -> tuple[Draw, FloatBoxes, bool]:
-        """A crop, K boxes (image pixels) that it and the whole image both show, and whether there was none to use.
+        """A crop, K boxes (in pixels of the image) that views 1 and 2 both show, and whether there was none to use.
 
-        A crop that shows fewer than K/2 different ones is drawn again, each time asking for half as many, at least
-        one. Where no crop shows any, the whole image is the box.
+        A crop that shows fewer than K / 2 different boxes is drawn again. Each new crop needs half as many, but at
+        least one. If no crop shows any, the whole image is used as the box.
         """
         size, least = self.settings.size, self.settings.min_side
         all_boxes = np.asarray(row.boxes if row.boxes is not None else (), np.float64).reshape(-1, 4)
@@ -127,6 +135,7 @@ class ProposalDrawer:
         return view2, image.repeat(self.settings.proposals, 0), True
 
     def _cutout(self, boxes_K4: WholeBoxes, numbers_K4: Numbers, size: int) -> WholeBoxes:
+        """The operations of the settings' kind of cut-out, (2K, 4)."""
         cutout = self.settings.cutout
         if cutout.kind == "random":
             return random_cutout(boxes_K4, numbers_K4, size)

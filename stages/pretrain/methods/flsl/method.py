@@ -1,11 +1,12 @@
-"""FLSL: tokens gather around the modes of their image, modes around centroids of all images (docs/methods.md#flsl; the
-paper's equation numbers).
+"""FLSL: clusters the tokens of an image around modes, and the modes of all images around centroids.
 
-Terms: intra (Eq. 8), inter (Eq. 11), vmr (the KL of Eq. 11 and 13), weighted 0.03, 1 and 5 unless a config says
-otherwise. A term whose weight is 0 is not computed.
+Source: docs/methods.md#flsl. The equation numbers are the paper's.
 
-Shape legend: T teacher crops (1, or 2 in the symmetric form), V student crops, B images of this rank, N tokens of a
-crop, Q its queries, R queries of all crops and images, D width, K centroids.
+Terms: intra (Eq. 8), inter (Eq. 11), vmr (the KL of Eq. 11 and 13). Their default weights are 0.03, 1 and 5. A term of
+weight 0 is not computed.
+
+Shape legend: T teacher crops (1, or 2 in the symmetric form), V student crops, B images of this rank, S side of a crop,
+N tokens of a crop, Q its queries, R queries of all crops and images, D width of a token, K centroids.
 """
 
 from __future__ import annotations
@@ -35,36 +36,41 @@ from stages.training.schedules import cosine, linear_warmup
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
 
-HEAD = "clusters"
+HEAD = "clusters"  # the head whose prototypes are the centroids
 
 
 class FLSL(SelfDistillation):
-    """A student and a teacher, crops of the teacher's crop for the student, and mean-shift in place of [CLS]."""
+    """Student and teacher. The student's crops are cut from the teacher's; mean-shift takes the place of [CLS]."""
 
-    center: Tensor  # (K,) running mean of the teacher's scores; used with `centering: centre` only
+    center: Tensor  # (K,) moving mean of the teacher's scores; used with `centering: centre` only
 
     def __init__(self, settings: FLSLSettings, encoder: Encoder) -> None:
         require_usable(encoder, settings)
         super().__init__(Branch(encoder, {HEAD: make_head(encoder.width, settings.head)}), settings.teacher)
         self.settings = settings
         self.register_buffer("center", torch.zeros(settings.head.prototypes))
-        self.previous: Encoder | None = None  # the multi-stage constraint's
+        self.previous: Encoder | None = None  # the earlier teacher of multi-stage training
         self._teacher_means: list[Tensor] = []  # of this step's forward passes
         self._watched: dict[str, Tensor] = {}
         self.start_step(Step(0, 1, 1))
 
     def use_inputs(self, inputs: Mapping[str, Artifact]) -> None:
+        """Loads the earlier teacher of multi-stage training, if the settings name one."""
         if self.settings.previous is not None:
             self.previous = Encoder.load(inputs["previous.encoder"]).teacher()
 
     def train(self, mode: bool = True) -> FLSL:
+        """Sets the training mode, except that the earlier teacher always stays in evaluation mode."""
         super().train(mode)
         if self.previous is not None:
             self.previous.eval()
         return self
 
     def view_plan(self) -> ViewPlan:
-        """A crop for the teacher, and the student's crops out of it; no flips (docs/methods.md#flsl-views)."""
+        """A crop for the teacher, and the student's crops cut from it; no flips.
+
+        Source: docs/methods.md#flsl-views.
+        """
         settings = self.settings
         teacher, globals_, locals_ = settings.teacher_crop, settings.global_crops, settings.local_crops
         colour = Photometric(
@@ -81,7 +87,7 @@ class FLSL(SelfDistillation):
 
         views = [ViewSpec("teacher", teacher.size, 1, teacher.scale, photometric=colour)]
         if settings.two_teacher_views:
-            # The whole of the first teacher crop: the same place in other colours.
+            # All of the first teacher crop again, in other colours.
             again = ViewSpec("teacher_again", teacher.size, 1, (1, 1), (1, 1), photometric=colour, parent="teacher")
             views += [again, inside("global", globals_.size, 2 * globals_.count, globals_.scale)]
         else:
@@ -91,6 +97,7 @@ class FLSL(SelfDistillation):
         return ViewPlan(tuple(views))
 
     def start_step(self, step: Step) -> None:
+        """Sets the teacher's temperature, both attention scales and the share of the present attention."""
         settings, teacher = self.settings, self.settings.teacher_temperature
         self.temperature = linear_warmup(step.epoch, teacher.start, teacher.end, teacher.epochs)
         self.self_scale = _scheduled(settings.self_attention, step)
@@ -102,6 +109,7 @@ class FLSL(SelfDistillation):
     # -- terms -----------------------------------------------------------------------------------------------
 
     def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """The terms that have a weight: query tokens, then their modes, then the modes' centroids."""
         student = self.student_features(batch)
         teacher = self._teacher_tokens(batch, self.teacher.encoder)
         index = self._sample(batch, student)
@@ -116,9 +124,9 @@ class FLSL(SelfDistillation):
             terms["intra"] = intra_view(query_RD, mode_RD).mean()
         terms["inter"] = inter_view(log_p_RK, targets_RK).mean()
         if self.settings.uses("vmr"):
-            # Over all queries of all crops, images and ranks before the logarithm. The symmetric form is a mean of two
-            # losses, so each of its student's halves has a mean of its own. Every rank computes the same from the
-            # mean, so its backward pass, the mean of the ranks' gradients, is the local gradient unchanged.
+            # The mean over all queries of all crops, images and ranks is taken before the logarithm. The symmetric form
+            # is the mean of two losses, so each half of the student's crops has its own mean. Every rank computes the
+            # same value from the mean; so the gradient through it is the local one, unchanged.
             mean_TK = all_reduce_mean(log_p_RK.exp().reshape(len(teacher), -1, log_p_RK.shape[1]).mean(dim=1))
             terms["vmr"] = volume(mean_TK).mean()
         return terms
@@ -158,7 +166,7 @@ class FLSL(SelfDistillation):
                 all_reduce_max=all_reduce_max,
             )
         else:
-            targets_RK = centred_softmax(scores_RK, self.center, self.temperature)  # the centre of "none" stays 0
+            targets_RK = centred_softmax(scores_RK, self.center, self.temperature)  # with "none" the centre stays 0
         if centering == "centre":
             self._teacher_means.append(scores_RK.mean(dim=0))
         self._watched.update(teacher_entropy=entropy(targets_RK), prototype_usage=usage(targets_RK))
@@ -168,14 +176,14 @@ class FLSL(SelfDistillation):
 
     @torch.no_grad()
     def _teacher_tokens(self, batch: Batch, encoder: Encoder) -> list[Tensor]:
-        """(B, N, D) of each teacher crop, in one forward pass."""
+        """An encoder's tokens of each teacher crop, (B, N, D) each, from one forward pass."""
         names = [name for name in ("teacher", "teacher_again") if name in batch.views]
         crops_TB3SS = torch.cat([batch.views[name] for name in names])
         tokens = at_least_float32(encoder(crops_TB3SS.flatten(0, 1)).tokens_BND)
         return list(tokens.chunk(len(crops_TB3SS)))
 
     def _sample(self, batch: Batch, student: list[Features]) -> list[Tensor]:
-        """(B, Q) query tokens of each student crop."""
+        """Which tokens of each student crop are queries, (B, Q) each."""
         queries = self.settings.queries
         is_global = [name == "global" for name in ("global", "local") for _ in batch.views.get(name, ())]
         windows = [queries.window_global if large else queries.window_local for large in is_global]
@@ -184,8 +192,10 @@ class FLSL(SelfDistillation):
 
     @torch.no_grad()
     def _previous_attention(self, batch: Batch, index: list[Tensor]) -> list[Tensor] | None:
-        """Multi-stage: what the earlier teacher's query tokens attend to in its view of the teacher crop, (B, Q, N)
-        for each student crop; a mask rather than weights."""
+        """Multi-stage training: a mask (B, Q, N) for each student crop; None if there is no earlier teacher.
+
+        It marks what the query tokens attend to, in the teacher crop, by the features of the earlier teacher.
+        """
         settings = self.settings.previous
         if settings is None:
             return None
@@ -203,30 +213,41 @@ class FLSL(SelfDistillation):
         return masks
 
     def _seen_by_teacher(self, teacher: list[Tensor], v: int) -> Tensor:
-        """The teacher crop that predicts student crop v: the one it was cut from, in the symmetric form the other."""
+        """The teacher crop that gives the targets of student crop v.
+
+        In the symmetric form the second teacher crop serves the first half of the student's crops, and the reverse.
+        """
         return teacher[(v // self.settings.global_crops.count + 1) % len(teacher)]
 
     def _over_root(self, scale: float, width: int) -> float:
-        """t_sa or t_ca of tokens of that width: dot products of normalised tokens grow with its root."""
+        """t_sa or t_ca divided by the root of the width, with which dot products of layer-normed tokens grow."""
         return scale / (self.settings.temperature_width or width) ** 0.5
 
     def before_update(self, step: Step) -> None:
+        """Drops the gradients of the centroids in the first epochs (`freeze_last_layer`)."""
         if step.epoch < self.settings.freeze_last_layer:
             self.student.head(HEAD).drop_last_layer_gradients()
 
     def after_step(self, step: Step) -> None:
+        """Moves the teacher, and with `centering: centre` the centre of its scores."""
         super().after_step(step)
-        if self._teacher_means:  # after the loss: this step's targets used the old centre
+        if self._teacher_means:  # only now, because this step's targets used the old centre
             mean_K = all_reduce_sum(torch.stack(self._teacher_means).mean(dim=0)) / world_size()
             self.center.copy_(moved_center(self.center, mean_K, self.settings.center_momentum))
             self._teacher_means = []
 
     def diagnostics(self) -> dict[str, float]:
+        """Entropy of the teacher's assignments and the share of centroids in use."""
         return {name: value.item() for name, value in self._watched.items()}
 
 
 def require_usable(encoder: Encoder, settings: FLSLSettings) -> None:
-    """Raises ValueError, naming the backbone's setting, for an encoder or a window that the paper's form cannot use."""
+    """Checks that FLSL can use this encoder, and that the windows of queries fit the crops.
+
+    Raises:
+        ValueError: if `tokens` is "paper" and the encoder is not a ViT without [CLS] and with fixed positions, or if a
+            window is larger than a crop's grid of tokens.
+    """
     if settings.tokens == "paper":
         otherwise = "or set method.tokens: map to train on any feature map"
         if not encoder.is_vit:
@@ -250,11 +271,12 @@ def require_usable(encoder: Encoder, settings: FLSLSettings) -> None:
 
 
 def _scheduled(attention: AttentionSettings, step: Step) -> float:
+    """The attention's inverse temperature at a step."""
     if attention.start is None:
         return attention.end
     return cosine(step.index, step.total, attention.start, attention.end)
 
 
 def _rows(tokens_BND: Tensor, index_BQ: Tensor) -> Tensor:
-    """(B, Q, D): the tokens at these places."""
+    """The tokens at these places, (B, Q, D)."""
     return tokens_BND.gather(1, index_BQ[..., None].expand(-1, -1, tokens_BND.shape[-1]))

@@ -1,4 +1,6 @@
-"""FLSL's "random pooling": which tokens of a crop become queries, one a window (docs/methods.md#flsl-query-sampling).
+"""FLSL's "random pooling": chooses one token of every window of a crop as a query.
+
+Source: docs/methods.md#flsl-query-sampling.
 
 Shape legend: B images of this rank, Q queries of a crop = windows of its grid.
 """
@@ -14,12 +16,17 @@ from stages.pretrain.data.batch import Batch
 
 
 def window_queries(grid: int, window: int, cell_BQ: Tensor, corner_B: Tensor) -> Tensor:
-    """The raster index of one token in each window of a grid x grid map: (B, Q), Q = (grid // window)^2, row by row.
+    """One token of each window of a square map.
 
     Args:
-        cell_BQ: which token of a window, 0 (its top left) .. window^2 - 1, in raster order.
-        corner_B: where the windows are anchored if they do not fill the grid: 0 top left, 1 top right, 2 bottom left,
-            3 bottom right.
+        grid: tokens on a side of the map.
+        window: tokens on a side of a window; Q = (grid // window)^2 windows, row by row.
+        cell_BQ: which token of the window, from 0 (top left) to window^2 - 1, row by row.
+        corner_B: the corner of the map that the windows start from, if they do not fill it: 0 top left, 1 top right, 2
+            bottom left, 3 bottom right.
+
+    Returns:
+        (B, Q) int64, indices of tokens of the map, row by row.
     """
     side, rest = grid // window, grid % window
     place_Q = torch.arange(side * side, device=cell_BQ.device)
@@ -30,16 +37,20 @@ def window_queries(grid: int, window: int, cell_BQ: Tensor, corner_B: Tensor) ->
 
 
 def sample_queries(batch: Batch, crops: Sequence[tuple[int, int]], *, random: bool) -> list[Tensor]:
-    """Query tokens of every crop, (B, Q) each, on the batch's device.
+    """Draws the query tokens of every crop.
 
-    The draws of an image follow from the step's seed and its row in the global batch, whatever the number of ranks.
+    The draws of an image depend on the step's seed and on its row in the global batch, not on the number of ranks.
 
     Args:
-        crops: (side of the feature map, window) of each crop.
-        random: a random token of every window; else its top left one.
+        batch: one rank's rows of the global batch.
+        crops: for each crop, the tokens on a side of its map and of a window.
+        random: take a random token of every window; False: its top left one.
+
+    Returns:
+        (B, Q) int64 for each crop, on the batch's device.
     """
     counts = [(grid // window) ** 2 for grid, window in crops]
-    # Row by row from the first row of the global batch on: ranks that start later skip what the ones before them use.
+    # Numbers are drawn for every row of the global batch up to this rank's last; those of earlier ranks are skipped.
     rows = torch.rand(batch.offset + len(batch), sum(counts) + len(counts), generator=batch.generator())
     draws = rows[batch.offset :].to(batch.image_ids.device)
     queries = []

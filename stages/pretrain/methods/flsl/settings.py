@@ -1,4 +1,4 @@
-"""What a config says about `flsl`: clusters of features within and between views. Torch-free."""
+"""What a config says about `flsl`: clusters of features within a view and between views. Free of torch."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ from stages.pretrain.config.parts import Crops, HeadSettings, Range, TeacherSett
 
 
 class TeacherCrop(Settings):
-    """The crop of the image that the teacher sees, and that the student's crops are cut from."""
+    """The crop of the image that the teacher sees. The student's crops are cut from it."""
 
     size: int = Field(224, gt=0, description="side in pixels; a multiple of the ViT's patch")
     scale: Range = Field((0.8, 1.0), description="area as a fraction of the image's")
 
 
 class AttentionSettings(Settings):
-    """An inverse temperature of the mean-shift: what multiplies the dot products, times the root of the width."""
+    """An inverse temperature of the mean-shift. Divided by the root of the width, it multiplies the dot products."""
 
-    end: float = Field(gt=0, description="at the end of the run; divided by sqrt(temperature_width)")
+    end: float = Field(gt=0, description="at the end of the training; divided by sqrt(temperature_width)")
     start: float | None = Field(None, gt=0, description="at the first step, then a cosine to `end`; default: constant")
 
 
 class QuerySettings(Settings):
-    """Which tokens become queries: one of every window
-    (docs/methods.md#flsl-query-sampling). Released code: windows 3 and 2, not random."""
+    """Which tokens become queries: one of every window. The released code has windows of 3 and 2, not random.
+
+    Source: docs/methods.md#flsl-query-sampling.
+    """
 
     window_global: int = Field(2, ge=1, description="tokens a side of a window, in the student's large crops")
     window_local: int = Field(2, ge=1, description="the same in local crops")
@@ -36,22 +38,24 @@ class QuerySettings(Settings):
 
 
 class PreviousStage(Settings):
-    """The multi-stage constraint: cross-attention is held to what an earlier, frozen teacher attends to."""
+    """Multi-stage training: cross-attention is limited to what an earlier, frozen teacher attends to."""
 
     encoder: Input["encoder"] = Field(description="the earlier teacher")
-    sharpness: float = Field(1e4, gt=0, description="of the sigmoid that makes a mask of its attention")
+    sharpness: float = Field(1e4, gt=0, description="of the sigmoid that turns its attention into a mask")
     mixture_bias: float = Field(
         1.0,
         ge=0,
         le=1,
-        description="the earlier attention's share at the end of the run; it falls from 1 to this along a cosine, so "
+        description="the earlier attention's share at the end; it falls from 1 to this along a cosine, so "
         "that at 1 (the released code's default) the present teacher's attention never counts",
     )
 
 
 class FLSLSettings(MethodSettings):
-    """FLSL
-    (docs/methods.md#flsl). For the encoder of the paper set backbone: {class_token: false, pos_embed: sincos}."""
+    """FLSL. For the encoder of the paper set `backbone: {class_token: false, pos_embed: sincos}`.
+
+    Source: docs/methods.md#flsl.
+    """
 
     builds: ClassVar[str] = "stages.pretrain.methods.flsl.method:FLSL"
     terms: ClassVar[tuple[str, ...]] = ("intra", "inter", "vmr")
@@ -90,7 +94,7 @@ class FLSLSettings(MethodSettings):
         "released code's constant",
     )
     head: HeadSettings = HeadSettings(prototypes=4096)
-    freeze_last_layer: int = Field(1, ge=0, description="epochs in which the centroids stay put")
+    freeze_last_layer: int = Field(1, ge=0, description="epochs in which the centroids are not trained")
     student_temperature: float = Field(0.1, gt=0)
     teacher_temperature: TeacherTemperature = TeacherTemperature()
     centering: Literal["none", "centre", "sinkhorn"] = Field(

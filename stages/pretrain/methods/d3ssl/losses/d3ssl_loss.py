@@ -1,6 +1,8 @@
-"""D3SSL's region contrast against a memory bank (docs/methods.md#d3ssl-losses, Eq. 4, 5 and 9).
+"""D3SSL's contrast of regions against a memory bank.
 
-Shape legend: N regions, D width, M rows of the bank, P positives of each region.
+Source: docs/methods.md#d3ssl-losses (Eq. 4, 5 and 9).
+
+Shape legend: N regions, D width, M rows of the bank, P positives of each region. All vectors have length 1.
 """
 
 from __future__ import annotations
@@ -14,19 +16,22 @@ def bank_nce(
 ) -> Tensor:
     """Eq. 5 for several positives of the same regions: -log exp(z z+ / T) / (exp(z z+ / T) + sum_neg exp(z z- / T)).
 
-    Negatives are the bank's rows alone: neither the other regions nor the other positives are.
+    Only the rows of the bank are negatives, not the other regions or the other positives.
 
     Args:
-        z_ND: unit vectors of the student, the only ones that get a gradient.
-        positives_PND, bank_MD: unit vectors of the teacher.
-        filled: 0-d integer, rows of the bank in use; None: all. With none, the loss is 0.
+        z_ND: regions of the student, which get the gradient.
+        positives_PND: regions of the teacher, without gradient.
+        bank_MD: earlier regions of the teacher, without gradient.
+        temperature: T.
+        filled: 0-d integer, how many rows of the bank are in use; None: all. If it is 0, the loss is 0.
 
-    Returns: (P, N), each >= 0.
+    Returns:
+        (P, N), each >= 0.
     """
     negative_NM = z_ND @ bank_MD.detach().T / temperature
     if filled is not None:
         unused_M = torch.arange(len(bank_MD), device=bank_MD.device) >= filled
-        # A large finite number: with minus infinity, a bank without any row would give NaN gradients.
+        # A large finite number: minus infinity would give NaN gradients if no row is in use.
         negative_NM = negative_NM.masked_fill(unused_M, torch.finfo(negative_NM.dtype).min / 2)
     negatives_N = negative_NM.logsumexp(dim=1)
     positive_PN = (z_ND * positives_PND.detach()).sum(dim=-1) / temperature
@@ -43,7 +48,20 @@ def decoupling_loss(
     temperature: float = 0.2,
     filled: Tensor | None = None,
 ) -> Tensor:
-    """L_dc (Eq. 4), (N,): each view's student region against the other view's teacher region."""
+    """L_dc of Eq. 4: each view's student regions against the other view's teacher regions.
+
+    Args:
+        student1_ND: the student's regions of view 1.
+        student2_ND: the student's regions of view 2s.
+        teacher1_ND: the teacher's regions of view 1.
+        teacher2_ND: the teacher's regions of view 2.
+        bank_MD: negatives.
+        temperature: T.
+        filled: rows of the bank in use; None: all.
+
+    Returns:
+        (N,), the sum of both directions.
+    """
     first_1N = bank_nce(student1_ND, teacher2_ND[None], bank_MD, temperature=temperature, filled=filled)
     second_1N = bank_nce(student2_ND, teacher1_ND[None], bank_MD, temperature=temperature, filled=filled)
     return (first_1N + second_1N)[0]
@@ -58,6 +76,18 @@ def depositioning_loss(
     temperature: float = 0.2,
     filled: Tensor | None = None,
 ) -> Tensor:
-    """L_dp (Eq. 9), (N,): the pasted region against both teacher regions; the bank is compared with once."""
+    """L_dp of Eq. 9: the pasted regions of the student against the teacher's regions of both views.
+
+    Args:
+        student3_ND: the student's regions of view 3.
+        teacher1_ND: the teacher's regions of view 1.
+        teacher2_ND: the teacher's regions of view 2.
+        bank_MD: negatives; their scores are computed once for both positives.
+        temperature: T.
+        filled: rows of the bank in use; None: all.
+
+    Returns:
+        (N,), the sum over both positives.
+    """
     positives_2ND = torch.stack([teacher1_ND, teacher2_ND])
     return bank_nce(student3_ND, positives_2ND, bank_MD, temperature=temperature, filled=filled).sum(dim=0)

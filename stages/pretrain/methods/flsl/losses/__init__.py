@@ -1,0 +1,1 @@
+"""FLSL's own losses: the mean-shift and the three terms. They import torch only."""

@@ -1,4 +1,6 @@
-"""FLSL's three terms (docs/methods.md#flsl-terms; the paper's Eq. 8, 11 and 13).
+"""FLSL's three terms.
+
+Source: docs/methods.md#flsl-terms (Eq. 8, 11 and 13).
 
 Shape legend: R queries of all crops and images, D width, K centroids.
 """
@@ -13,10 +15,10 @@ from torch import Tensor
 
 
 def intra_view(query_RD: Tensor, mode_RD: Tensor) -> Tensor:
-    """Level 1: squared distance of a query and its mode on the unit sphere, 2 - 2 cos: (R,) in [0, 4].
+    """Level 1: squared distance of a query and its mode after normalisation, 2 - 2 cos: (R,) in [0, 4].
 
-    The gradient goes to both. (The paper's pseudo-code writes a product of two differences, one of them of a variable
-    that it has overwritten by then; this is what the released code computes.)
+    Both get a gradient. This is what the released code computes. The paper's pseudo-code differs: it multiplies two
+    differences, and one of them uses a variable that was overwritten before.
     """
     return 2 - 2 * functional.cosine_similarity(query_RD, mode_RD, dim=-1, eps=1e-12)
 
@@ -30,11 +32,14 @@ def inter_view(log_p_RK: Tensor, targets_RK: Tensor) -> Tensor:
 
 
 def volume(mean_K: Tensor, log_prior_K: Tensor | None = None) -> Tensor:
-    """Non-empty clusters: KL(mean assignment || prior), over the last axis.
+    """KL(mean assignment || prior), which keeps all clusters in use.
 
     Args:
-        mean_K: (..., K) the student's assignments, averaged over all queries of all crops, images and ranks first.
-        log_prior_K: of the wanted share of each centroid; None: uniform.
+        mean_K: (..., K), the mean of the student's assignments over all queries of all crops, images and ranks.
+        log_prior_K: logarithm of the wanted share of each centroid; None: all the same.
+
+    Returns:
+        (...), each >= 0.
     """
     log_mean_K = mean_K.clamp(min=torch.finfo(mean_K.dtype).tiny).log()
     negative_entropy = (mean_K * log_mean_K).sum(dim=-1)
