@@ -74,6 +74,7 @@ class ProposalDrawer:
     crop: ViewSpec
 
     def __call__(self, rng: np.random.Generator, row: ImageRow) -> Drawn:
+        """The draws of one image and the extras."""
         settings, size = self.settings, self.settings.size
         [view1] = draw_views([self.whole], rng, row.width, row.height)
         view2, boxes_K4, whole = self._crop_with_boxes(rng, row, view1)

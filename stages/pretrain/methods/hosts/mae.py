@@ -1,6 +1,8 @@
-"""MAE: rebuild the removed patches of an image from the ones that stay (docs/methods.md#mae).
+"""MAE: rebuilds the removed patches of an image from those that are kept.
 
-Shape legend: B images of this rank, N patches, K kept ones, D width, P values of a patch.
+Source: docs/methods.md#mae.
+
+Shape legend: B images of this rank, S side of a view, N patches, K kept ones, D width of a token, P values of a patch.
 """
 
 from __future__ import annotations
@@ -21,21 +23,73 @@ from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.views.plan import ViewPlan, ViewSpec
 
 
+class MAE(Method):
+    """An encoder of visible patches and a decoder. Term: mae, the mean over `masks` masks of every image."""
+
+    def __init__(self, settings: MAESettings, encoder: Encoder) -> None:
+        super().__init__()
+        if not encoder.is_vit or encoder.filter is not None:
+            raise ValueError("method mae leaves patches out, which only a plain ViT can do: choose a vit_ backbone")
+        if settings.size % encoder.stride:
+            raise ValueError(f"method.size {settings.size} is not a multiple of the ViT's patch {encoder.stride}")
+        self.settings = settings
+        self.student = VisibleEncoder(encoder)
+        self.decoder = Decoder(encoder, settings.decoder, settings.size // encoder.stride)
+
+    def view_plan(self) -> ViewPlan:
+        """One crop, flipped at random and not coloured."""
+        settings = self.settings
+        return ViewPlan((ViewSpec("global", settings.size, 1, settings.scale, flip_p=settings.flip),))
+
+    def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """The error of the removed patches, for one or more masks of every image."""
+        image_B3SS = batch.views["global"][0]
+        losses = [self._rebuild(batch, image_B3SS, noise_BN) for noise_BN in self._noise(batch)]
+        return {"mae": torch.stack(losses).mean()}
+
+    def _rebuild(self, batch: Batch, image_B3SS: Tensor, noise_BN: Tensor) -> Tensor:
+        """The loss of one mask."""
+        kept_BK, mask_BN, restore_BN = random_masking(noise_BN, ratio=self.settings.mask_ratio)
+        visible = self.student(image_B3SS, kept_BK)
+        predicted_BNP = at_least_float32(self.decoder(visible.tokens, restore_BN))
+        side = self.student.encoder.stride
+        return mae_loss(predicted_BNP, image_B3SS, mask_BN, side=side, normalise=self.settings.normalise_targets)
+
+    def _noise(self, batch: Batch) -> Tensor:
+        """Uniform numbers (masks, B, N). An image's depend on its row in the global batch, not on the rank."""
+        patches, stop = (self.settings.size // self.student.encoder.stride) ** 2, batch.offset + len(batch)
+        rows = torch.rand(stop, self.settings.masks, patches, generator=batch.generator())[batch.offset :]
+        return rows.transpose(0, 1).to(batch.views["global"].device)
+
+    def representation(self) -> nn.Module:
+        """The encoder of visible patches: two masks of an image are the two views that DSA compares."""
+        return self.student
+
+    def after_step(self, step: Step) -> None:
+        """Nothing: MAE has no teacher and no queue."""
+        return
+
+    def encoder(self) -> Encoder:
+        """The ViT, which sees all patches once it is exported."""
+        return self.student.encoder
+
+
 class Visible(NamedTuple):
-    """What the encoder makes of the patches it sees."""
+    """The encoder's output for the patches that it sees."""
 
     vector: Tensor  # (B, D): mean of the visible patches' tokens
     tokens: Tensor  # (B, prefix + K, D)
 
 
 class VisibleEncoder(nn.Module):
-    """A ViT that is given some patches of an image only, in the places where they are."""
+    """A ViT that sees only some patches of an image, with the positions that they have in it."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
 
     def forward(self, image_B3SS: Tensor, kept_BK: Tensor) -> Visible:
+        """The features of the patches with these indices."""
         model, prefix = self.encoder.model, self.encoder.model.num_prefix_tokens
         tokens_BND, _ = self.encoder.embed_patches(image_B3SS)
         index_BKD = kept_BK[..., None].expand(-1, -1, tokens_BND.shape[2])
@@ -47,7 +101,10 @@ class VisibleEncoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Visible tokens in their places, a mask token in all others, and fixed positions -> pixels of every patch."""
+    """A transformer that predicts the pixels of every patch.
+
+    Its input: the visible tokens in their places, a mask token in all other places, plus fixed positions.
+    """
 
     positions: Tensor  # (prefix + N, width)
 
@@ -65,6 +122,12 @@ class Decoder(nn.Module):
         self.pixels = nn.Linear(width, encoder.stride**2 * 3)
 
     def forward(self, tokens_BKD: Tensor, restore_BN: Tensor) -> Tensor:
+        """The pixels of every patch, (B, N, P).
+
+        Args:
+            tokens_BKD: the encoder's output, prefix tokens first.
+            restore_BN: for each patch, its index in the list of kept and then removed patches.
+        """
         embedded = self.embed(tokens_BKD)
         kept = embedded[:, self.prefix :]
         removed = self.mask_token.expand(len(kept), restore_BN.shape[1] - kept.shape[1], -1).to(kept.dtype)
@@ -73,48 +136,3 @@ class Decoder(nn.Module):
         tokens = torch.cat([embedded[:, : self.prefix], patches], dim=1) + self.positions
         predicted_BNP: Tensor = self.pixels(self.norm(self.blocks(tokens)))[:, self.prefix :]
         return predicted_BNP
-
-
-class MAE(Method):
-    """Term: mae, the mean over `masks` masks of every image."""
-
-    def __init__(self, settings: MAESettings, encoder: Encoder) -> None:
-        super().__init__()
-        if not encoder.is_vit or encoder.filter is not None:
-            raise ValueError("method mae leaves patches out, which only a plain ViT can do: choose a vit_ backbone")
-        if settings.size % encoder.stride:
-            raise ValueError(f"method.size {settings.size} is not a multiple of the ViT's patch {encoder.stride}")
-        self.settings = settings
-        self.student = VisibleEncoder(encoder)
-        self.decoder = Decoder(encoder, settings.decoder, settings.size // encoder.stride)
-
-    def view_plan(self) -> ViewPlan:
-        settings = self.settings
-        return ViewPlan((ViewSpec("global", settings.size, 1, settings.scale, flip_p=settings.flip),))
-
-    def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
-        image_B3SS = batch.views["global"][0]
-        losses = [self._rebuild(batch, image_B3SS, noise_BN) for noise_BN in self._noise(batch)]
-        return {"mae": torch.stack(losses).mean()}
-
-    def _rebuild(self, batch: Batch, image_B3SS: Tensor, noise_BN: Tensor) -> Tensor:
-        kept_BK, mask_BN, restore_BN = random_masking(noise_BN, ratio=self.settings.mask_ratio)
-        visible = self.student(image_B3SS, kept_BK)
-        predicted_BNP = at_least_float32(self.decoder(visible.tokens, restore_BN))
-        side = self.student.encoder.stride
-        return mae_loss(predicted_BNP, image_B3SS, mask_BN, side=side, normalise=self.settings.normalise_targets)
-
-    def _noise(self, batch: Batch) -> Tensor:
-        """(masks, B, N) uniform, from the rows of the global batch: the same whichever rank has an image."""
-        patches, stop = (self.settings.size // self.student.encoder.stride) ** 2, batch.offset + len(batch)
-        rows = torch.rand(stop, self.settings.masks, patches, generator=batch.generator())[batch.offset :]
-        return rows.transpose(0, 1).to(batch.views["global"].device)
-
-    def representation(self) -> nn.Module:
-        return self.student
-
-    def after_step(self, step: Step) -> None:
-        return
-
-    def encoder(self) -> Encoder:
-        return self.student.encoder

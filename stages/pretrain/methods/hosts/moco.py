@@ -1,7 +1,9 @@
-"""MoCo v2 and v3: find a view's key, made by a moving average, among keys of other images (docs/methods.md#moco).
+"""MoCo v2 and v3: finds the key of the other view, made by a moving average, among the keys of other images.
 
-Keys' batch norms use the statistics of all ranks (assemble.py); MoCo v2's shuffling between GPUs, which is there for
-batch norms that do not, is left out.
+Source: docs/methods.md#moco.
+
+The official MoCo v2 shuffles images between GPUs, because its batch norms see one GPU's images only. Batch norms here
+use the statistics of all ranks (launch/assemble.py), so there is no shuffling.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from stages.training.collectives import gather
 
 
 class MoCoV2(TwoView):
-    """Term: moco. The first view asks, the second is its key, the queue holds the others."""
+    """View 1 gives the query, view 2 its key, and the queue the other keys. Term: moco."""
 
     def __init__(self, settings: MoCoSettings, encoder: Encoder) -> None:
         head = settings.projector or MLPSettings(hidden=2048, out=128)
@@ -36,16 +38,19 @@ class MoCoV2(TwoView):
         super().__init__(settings, encoder, mlp(head.widths(encoder.vector_width), norm=False), teacher=teacher)
         self.queue = Queue(settings.queue, head.out)
         self.loss = queue_contrast(self.queue, settings.temperature or 0.2)
-        self._keys: list[Tensor] = []  # of this step's forward passes
+        self._keys: list[Tensor] = []  # of each forward pass of this step
 
     def colours(self) -> tuple[Photometric, Photometric]:
+        """The same for both views, without solarisation."""
         colour = crop_colours((0.4, 0.4, 0.4, 0.1), blur_p=0.5)
         return colour, colour
 
     def start_step(self, step: Step) -> None:
+        """Starts a step with no new keys for the queue."""
         self._keys = []
 
     def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """Queries of view 1 against their keys and the queue."""
         assert self.teacher is not None
         query_view, key_view = batch.views["global"]
         query_BD = self.network(query_view)
@@ -55,14 +60,15 @@ class MoCoV2(TwoView):
         return {"moco": exactly(self.loss, query_BD, key_BD)}
 
     def after_step(self, step: Step) -> None:
+        """Moves the moving average, then pushes the keys of this step into the queue."""
         super().after_step(step)
-        for keys_BD in self._keys:  # after the loss, which saw earlier batches only
+        for keys_BD in self._keys:  # only now, because the loss compares with earlier batches only
             self.queue.push(keys_BD)
         self._keys = []
 
 
 class MoCoV3(TwoView):
-    """Term: moco, the sum of both directions. Negatives are the keys of all ranks' batch."""
+    """Both views give queries and keys. Term: moco, the sum of both directions; other keys are those of all ranks."""
 
     def __init__(self, settings: MoCoSettings, encoder: Encoder) -> None:
         head = settings.projector or MLPSettings(hidden=4096, out=256, layers=3 if encoder.is_vit else 2)
@@ -75,6 +81,7 @@ class MoCoV3(TwoView):
         self.temperature = settings.temperature or (0.2 if encoder.is_vit else 1.0)
 
     def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """Predictions from each view against the keys of the other view, of all ranks."""
         first, second = self.predict(batch)
         key_first, key_second = (gather(key_BD) for key_BD in self.targets(batch))
         loss = partial(in_batch_contrast, first=batch.offset, temperature=self.temperature)
@@ -82,7 +89,7 @@ class MoCoV3(TwoView):
 
 
 def queue_contrast(queue: Queue, temperature: float) -> NTXentLoss:
-    """lightly's NT-Xent with this queue's entries as negatives: MoCo's loss of (queries, keys)."""
+    """MoCo v2's loss of queries and keys: lightly's NT-Xent with the entries of this queue as negatives."""
     loss = NTXentLoss(temperature=temperature)
     loss.memory_bank = queue
     return loss

@@ -1,4 +1,4 @@
-"""A first-in, first-out queue of unit vectors from earlier batches, the same on every rank and after a resume.
+"""A first-in, first-out queue of unit vectors from earlier batches, for MoCo, ReSSL and SwAV.
 
 Shape legend: Q entries, D width, B rows.
 """
@@ -14,10 +14,13 @@ from stages.training.collectives import gather
 
 
 class Queue(nn.Module):
-    """Starts with random unit vectors. It can stand in for lightly's memory bank, which checkpoints would not save."""
+    """A queue that is the same on every rank and part of a checkpoint. It starts with random unit vectors.
+
+    It can replace lightly's memory bank, which checkpoints do not hold.
+    """
 
     rows: Tensor  # (Q, D)
-    position: Tensor  # where the next row goes
+    position: Tensor  # () row for the next vector
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
@@ -25,12 +28,12 @@ class Queue(nn.Module):
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
 
     def forward(self, output: Tensor, labels: Tensor | None = None, update: bool = False) -> tuple[Tensor, Tensor]:
-        """What lightly asks of a bank: the output, and the entries as (D, Q). Looking changes nothing."""
+        """The interface of lightly's memory bank: the output, and the entries as (D, Q). The queue does not change."""
         return output, self.rows.T
 
     @torch.no_grad()
     def push(self, rows_BD: Tensor) -> None:
-        """Rows of all ranks in place of the oldest; of more rows than the queue holds, the last ones."""
+        """Replaces the oldest entries by the rows of all ranks; of more rows than entries, the last ones are kept."""
         size = len(self.rows)
         newest = functional.normalize(at_least_float32(gather(rows_BD)), dim=1)[-size:]
         where = (self.position + torch.arange(len(newest), device=newest.device)) % size

@@ -1,5 +1,7 @@
-"""SimSiam: predict the other view's projection, whose gradient is stopped; no moving average
-(docs/methods.md#simsiam)."""
+"""SimSiam: predicts the other view's projection, which gets no gradient; there is no moving average.
+
+Source: docs/methods.md#simsiam.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from stages.pretrain.views.plan import Photometric
 
 
 class SimSiam(TwoView):
-    """Term: simsiam, the mean of both directions."""
+    """Two views, projector and predictor. Term: simsiam, the mean of both directions."""
 
     def __init__(self, settings: SimSiamSettings, encoder: Encoder) -> None:
         out = settings.projector.out
@@ -25,10 +27,12 @@ class SimSiam(TwoView):
         self.loss = NegativeCosineSimilarity()
 
     def colours(self) -> tuple[Photometric, Photometric]:
+        """The same for both views, without solarisation."""
         colour = crop_colours((0.4, 0.4, 0.4, 0.1), blur_p=0.5)
         return colour, colour
 
     def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """The prediction from each view against the projection of the other: minus the cosine."""
         assert self.predictor is not None
         z1, z2 = self.project(batch)
         p1, p2 = self.predictor(z1), self.predictor(z2)

@@ -1,6 +1,9 @@
-"""SwAV: the assignment of one crop to prototypes is predicted from the others (docs/methods.md#swav).
+"""SwAV: the other crops predict to which prototypes a large crop is assigned.
 
-Shape legend: V crops of one size (G large ones), B images of this rank, D width of an embedding, K prototypes.
+Source: docs/methods.md#swav.
+
+Shape legend: V crops of one size (G large ones), B images of this rank, S side of a crop, X rows of all crops and
+images, D width of an embedding, K prototypes, Q rows of a queue.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from stages.training.collectives import rank, world_size
 
 
 class SwAV(Method):
-    """Term: swav."""
+    """Crops of two sizes, a projector, prototypes, and a queue for each large crop. Term: swav."""
 
     def __init__(self, settings: SwAVSettings, encoder: Encoder, *, global_batch: int) -> None:
         super().__init__()
@@ -38,7 +41,7 @@ class SwAV(Method):
         self.queues = nn.ModuleList(Queue(settings.queue, settings.projector.out) for _ in range(counts))
         self.global_batch = global_batch
         self.use_queue = False
-        self._embeddings: list[Tensor] = []  # (G, B, D) of this step's forward passes
+        self._embeddings: list[Tensor] = []  # of the large crops, (G, B, D), of each forward pass of this step
         self._watched: dict[str, Tensor] = {}
         self.loss = SwaVLoss(
             temperature=settings.temperature,
@@ -51,9 +54,19 @@ class SwAV(Method):
     def build(
         cls, settings: SwAVSettings, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int
     ) -> Self:
+        """The method; when its queue is full follows from the global batch.
+
+        Args:
+            settings: SwAV's settings.
+            encoder: the student.
+            total_steps: not used.
+            steps_per_epoch: not used.
+            global_batch: images of one optimiser step, of all ranks together.
+        """
         return cls(settings, encoder, global_batch=global_batch)
 
     def view_plan(self) -> ViewPlan:
+        """Large and small crops, all with the same colour operations."""
         colour = crop_colours((0.8, 0.8, 0.8, 0.2), blur_p=0.5)
         crops = {"global": self.settings.global_crops, "local": self.settings.local_crops}
         return ViewPlan(
@@ -66,14 +79,16 @@ class SwAV(Method):
 
     @torch.no_grad()
     def start_step(self, step: Step) -> None:
+        """Brings the prototypes back to length 1, and uses the queue from when it is full."""
         self.prototypes.weight.copy_(functional.normalize(self.prototypes.weight, dim=1))
         pushed = (step.index - self.settings.queue_from_epoch * step.steps_per_epoch) * self.global_batch
         self.use_queue = bool(self.queues) and pushed >= self.settings.queue
         self._embeddings = []
 
     def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """The SwAV loss of all crops, whose assignments are balanced over all ranks and the queues."""
         crops = [batch.views[name] for name in ("global", "local") if name in batch.views]
-        # One forward pass of the encoder a size, one of the head for all crops.
+        # One forward pass of the encoder for each size of crop, one of the projector for all crops.
         vectors = [self.student(views_VB3SS.flatten(0, 1)).vector for views_VB3SS in crops]
         embeddings_XD = functional.normalize(at_least_float32(self.projector(torch.cat(vectors))), dim=1)
         large = len(batch.views["global"])
@@ -87,7 +102,7 @@ class SwAV(Method):
         return {"swav": loss.squeeze()}
 
     def _queue_share(self) -> list[Tensor]:
-        """This rank's part of every crop's queue: together, Sinkhorn sees each entry once."""
+        """This rank's share of every crop's queue. Sinkhorn over all ranks then counts each entry once."""
         size, ranks = self.settings.queue, world_size()
         if size % ranks:
             raise ValueError(
@@ -96,10 +111,12 @@ class SwAV(Method):
         return [queue.rows[rank() :: ranks] for queue in self.queues if isinstance(queue, Queue)]
 
     def before_update(self, step: Step) -> None:
+        """Drops the gradients of the prototypes in the first steps (`freeze_prototypes`)."""
         if step.index < self.settings.freeze_prototypes:
             self.prototypes.weight.grad = None
 
     def after_step(self, step: Step) -> None:
+        """Pushes this step's embeddings of the large crops into their queues, from epoch `queue_from_epoch`."""
         if self.queues and step.epoch >= self.settings.queue_from_epoch:
             for embeddings_GBD in self._embeddings:
                 for queue, embeddings_BD in zip(self.queues, embeddings_GBD, strict=True):
@@ -108,7 +125,9 @@ class SwAV(Method):
         self._embeddings = []
 
     def encoder(self) -> Encoder:
+        """The student, the only network."""
         return self.student
 
     def diagnostics(self) -> dict[str, float]:
+        """The share of prototypes in use."""
         return {name: value.item() for name, value in self._watched.items()}

@@ -1,4 +1,7 @@
-"""VICReg: views agree, every dimension varies, no two dimensions say the same (docs/methods.md#vicreg)."""
+"""VICReg: the views agree (invariance), every dimension varies (variance), dimensions are uncorrelated (covariance).
+
+Source: docs/methods.md#vicreg.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,12 @@ from stages.pretrain.methods.hosts.two_view import TwoView, exactly
 
 
 class VICReg(TwoView):
-    """Term: vicreg. Variances and covariances are those of all ranks' rows."""
+    """Two views and a projector. Term: vicreg; variances and covariances are over the rows of all ranks."""
 
     def __init__(self, settings: VICRegSettings, encoder: Encoder) -> None:
         super().__init__(settings, encoder, mlp(settings.projector.widths(encoder.vector_width)))
         self.loss = VICRegLoss(settings.invariance, settings.variance, settings.covariance, gather_distributed=True)
 
     def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """The VICReg loss of the two projections, with its three weights."""
         return {"vicreg": exactly(self.loss, *self.project(batch))}

@@ -1,7 +1,8 @@
-"""VICRegL: VICReg of the views' vectors, and of local features matched by likeness and by place
-(docs/methods.md#vicregl).
+"""VICRegL: VICReg of the views' vectors, and of their cells, matched by similarity and by place.
 
-Shape legend: V views of one size, B images of this rank, D width, N cells of a map.
+Source: docs/methods.md#vicregl.
+
+Shape legend: B images of this rank, S side of a view, D width of a projection, h w sides of a map, N = h w cells.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from stages.training.collectives import gather_with_gradient
 
 
 class VICRegL(Method):
-    """Terms: global, local."""
+    """Large and small crops, a projector for vectors and one for cells. Terms: global, local."""
 
     def __init__(self, settings: VICRegLSettings, encoder: Encoder) -> None:
         super().__init__()
@@ -32,6 +33,7 @@ class VICRegL(Method):
         self.local_projector = mlp(settings.local_projector.widths(encoder.width))
 
     def view_plan(self) -> ViewPlan:
+        """Large crops with BYOL's colours, and small ones if the settings ask for them."""
         settings, strength = self.settings, (0.4, 0.4, 0.2, 0.1)
         globals_, locals_ = settings.global_crops, settings.local_crops
         first, later = crop_colours(strength, blur_p=1.0), crop_colours(strength, blur_p=0.1, solarize_p=0.2)
@@ -47,6 +49,7 @@ class VICRegL(Method):
         return ViewPlan(tuple(views))
 
     def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """VICReg of the projected vectors, and of the matched cells."""
         settings = self.settings
         views, others = self._project(batch, "global"), self._project(batch, "local")
         weights = settings.invariance, settings.variance, settings.covariance
@@ -62,7 +65,7 @@ class VICRegL(Method):
         return {"global": whole.weighted(*weights), "local": local.weighted(*weights)}
 
     def _project(self, batch: Batch, name: str) -> list[ProjectedView]:
-        """One forward pass a view, so that batch norms see views apart, as in the official code."""
+        """The projected views of one size. One forward pass for each, so that batch norms see the views separately."""
         views = []
         for image_B3SS, affine_B23 in zip(batch.views.get(name, ()), batch.affines.get(name, ()), strict=True):
             vector_BD, map_BDhw = self.student(image_B3SS)
@@ -72,14 +75,26 @@ class VICRegL(Method):
         return views
 
     def after_step(self, step: Step) -> None:
+        """Nothing: VICRegL has no teacher and no queue."""
         return
 
     def encoder(self) -> Encoder:
+        """The student, the only network."""
         return self.student
 
 
 def cell_centres(affine_B23: Tensor, size: int, height: int, width: int) -> Tensor:
-    """Centres of a map's cells in pixels of the stored image, (B, N, 2) as x, y, raster order; mirrored views too."""
+    """The centres of a map's cells in pixels of the stored image; mirrored views need no special case.
+
+    Args:
+        affine_B23: from the view's pixels to the stored image's.
+        size: side of the view in pixels.
+        height: rows of the map.
+        width: columns of the map.
+
+    Returns:
+        (B, N, 2), x and y, cells row by row.
+    """
     y = (torch.arange(height, device=affine_B23.device, dtype=affine_B23.dtype) + 0.5) * size / height
     x = (torch.arange(width, device=affine_B23.device, dtype=affine_B23.dtype) + 0.5) * size / width
     points_N3 = torch.stack([x.repeat(height), y.repeat_interleave(width), torch.ones_like(x).repeat(height)], dim=1)

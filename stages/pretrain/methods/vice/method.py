@@ -1,13 +1,13 @@
-"""ViCE: what a superpixel is assigned to in one view is predicted from the others
-(docs/methods.md#vice; its equations).
+"""ViCE: a superpixel is assigned to prototypes in one view, and the other views predict this assignment.
 
-Terms: swapped (L_cl, Eq. 3), and with `region: representative` coherence (released COCO configs).
+Source: docs/methods.md#vice. The equation numbers are the paper's.
 
-The encoder that is exported is the backbone: the decoder serves training and is dropped, and evaluations read the
-backbone's own map.
+Terms: swapped (L_cl, Eq. 3), and coherence if `region` is "representative" (released COCO configs).
 
-Shape legend: V views, B images of this rank, S side of a view, D width, R mutual regions of all images of this rank,
-K prototypes, Q rows of the queue.
+The exported encoder is the backbone, and evaluations read the backbone's own map. The decoder is used in training only.
+
+Shape legend: V views, B images of this rank, N = V * B, h w sides of a map, S side of a view, D width of an embedding,
+P = N * S * S pixels, R mutual regions of all images of this rank, K prototypes, Q rows of the queue.
 """
 
 from __future__ import annotations
@@ -34,23 +34,28 @@ from stages.training.collectives import all_reduce_max, all_reduce_sum, gather, 
 
 
 class DenseNetwork(nn.Module):
-    """f: a backbone with a decoder, one embedding for each pixel of a view (Eq. 1)."""
+    """f of Eq. 1: a backbone with a decoder, which gives an embedding for each pixel of a view.
+
+    Source: docs/methods.md#vice-network.
+    """
 
     def __init__(self, encoder: Encoder, decoder: nn.Module) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
 
     def forward(self, view_N3SS: Tensor) -> Tensor:
-        """(N, D, S, S), in float32 or wider also under autocast, and in memory one pixel after the other."""
+        """Embeddings (N, D, S, S), in float32 or wider even under autocast, in the memory format `channels_last`."""
         map_NDhw = at_least_float32(self.decoder(self.encoder.levels(view_N3SS)))
-        map_NDhw = map_NDhw.contiguous(memory_format=torch.channels_last)  # so that pooling reads whole pixels
+        map_NDhw = map_NDhw.contiguous(
+            memory_format=torch.channels_last
+        )  # so that pooling reads a pixel's values at once
         return functional.interpolate(map_NDhw, size=view_N3SS.shape[2:], mode="bilinear", align_corners=True)
 
 
 class ViCE(Method):
-    """One network and its prototypes; no teacher: the first view, without gradient, is the target."""
+    """One network and its prototypes. There is no teacher: the first view gives the targets, without gradient."""
 
-    queue: Tensor  # (Q, D) embeddings of past first views of all ranks, newest first
+    queue: Tensor  # (Q, D) embeddings of regions in earlier first views of all ranks, newest first
     queue_filled: Tensor  # () rows in use
 
     def __init__(self, settings: ViCESettings, encoder: Encoder) -> None:
@@ -66,20 +71,23 @@ class ViCE(Method):
         self.register_buffer("queue", torch.zeros(settings.queue.size, width))
         self.register_buffer("queue_filled", torch.zeros((), dtype=torch.int64))
         self.queue_in_use = False
-        self._fresh: list[Tensor] = []  # of this step's forward passes: first-view embeddings for the queue
+        self._fresh: list[Tensor] = []  # first-view embeddings for the queue, of each forward pass of this step
         self._watched: dict[str, Tensor] = {}
 
     def view_plan(self) -> ViewPlan:
+        """A view around a point with much content, others around it, and the regions that all of them show."""
         return view_plan(self.settings)
 
     def start_step(self, step: Step) -> None:
+        """Switches the queue on from step `queue.start`."""
         self.queue_in_use = step.index >= self.settings.queue.start
         self._fresh = []
 
     def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """All views through the network, pooled to regions; the other views predict the first one's assignments."""
         regions_VBSS, count_B = batch.extras["regions"].transpose(0, 1).long(), batch.extras["count"]
         total = int(count_B.sum())
-        # All views in one pass, the first too: batch norms see them together, as in the official code.
+        # All views, the first too, in one forward pass: batch norms see them together, as in the official code.
         map_NDSS = self.network(self._filled(batch, regions_VBSS).flatten(0, 1))
         with torch.autocast(map_NDSS.device.type, enabled=False):
             index_VBSS = region_index(regions_VBSS, count_B, total)
@@ -101,7 +109,7 @@ class ViCE(Method):
         return {"swapped": swapped, **terms}
 
     def _filled(self, batch: Batch, regions_VBSS: Tensor) -> Tensor:
-        """The views with masked regions filled with U(-1, 1) noise: that of the step, so that ranks agree."""
+        """The views with masked regions filled with U(-1, 1) noise, which depends on the step only, not on the rank."""
         views = batch.views["view"]
         shape = (len(views), 1, *views.shape[2:])
         noise = torch.rand(shape, generator=batch.generator()).mul_(2).sub_(1).to(views)
@@ -110,23 +118,23 @@ class ViCE(Method):
     def _pooled(
         self, map_NDSS: Tensor, index_VBSS: Tensor, count_B: Tensor, total: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """z* of every region in every view, (V, R, D), and the coherence term where regions are representatives."""
+        """z* of every region in every view, (V, R, D), and the term coherence if regions are representatives."""
         settings, views = self.settings, len(index_VBSS)
         if settings.region == "mean":
             z = pool_regions(map_NDSS, index_VBSS.flatten(0, 1), views * total, order=settings.pool_order)
             return z.view(views, total, -1), {}
         unit_PD, index_P = functional.normalize(pixel_rows(map_NDSS), dim=1), index_VBSS.flatten()
         z = representatives(unit_PD, index_P, views * total, self.prototypes)
-        # Averaged over the regions of an image, then over images and views; the first view learns from it too.
+        # The mean over the regions of an image, then over images and views. The first view is trained by it too.
         spread_R = coherence(unit_PD, index_P, z).view(views, total).mean(dim=0)
         term = (spread_R / _of_each_region(count_B, total)).sum() / len(count_B)
         return z.view(views, total, -1), {"coherence": term}
 
     def _targets(self, scores_RK: Tensor) -> Tensor:
-        """q: the first view's assignments, balanced over the regions of all ranks and the queue."""
+        """q: the first view's assignments, from Sinkhorn over the regions of all ranks and the queue."""
         settings, balanced = self.settings, scores_RK
         if self.queue_in_use:
-            # Each rank scores its share of the rows, with the prototypes of today.
+            # Each rank scores its share of the rows, with the present prototypes.
             mine = self.queue[: int(self.queue_filled)][rank() :: world_size()]
             balanced = torch.cat([balanced, mine.to(scores_RK.dtype) @ self.prototypes.detach().T])
         q = sinkhorn(
@@ -139,40 +147,54 @@ class ViCE(Method):
         return q[: len(scores_RK)]
 
     def _weights(self, count_B: Tensor, total: int) -> Tensor:
-        """(R,) what each region's loss counts, so that the average over ranks is the mean of the global batch."""
+        """(R,), the weight of each region's loss. With it, the average over ranks is the mean over the global batch."""
         if self.settings.loss_mean == "per_image":
             return 1 / (_of_each_region(count_B, total) * len(count_B))
         everywhere = all_reduce_sum(count_B.sum())
         return (world_size() / everywhere.double()).expand(total)
 
     def before_update(self, step: Step) -> None:
+        """Drops the gradients of the prototypes in the first steps (`frozen_steps`)."""
         if step.index < self.settings.frozen_steps:
             self.prototypes.grad = None
 
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
+        """Brings the prototypes back to length 1 and pushes this step's first-view embeddings into the queue."""
         self.prototypes.copy_(functional.normalize(self.prototypes, dim=1))
-        for fresh in self._fresh:  # after the loss: a batch is balanced against past ones
+        for fresh in self._fresh:  # only now: the queue must hold earlier batches when assignments are balanced
             newest = gather(fresh).to(self.queue.dtype)
             self.queue.copy_(pushed(self.queue, newest))
             self.queue_filled.copy_((self.queue_filled + len(newest)).clamp(max=len(self.queue)))
         self._fresh = []
 
     def encoder(self) -> Encoder:
+        """The backbone, without the decoder."""
         return self.network.encoder
 
     def diagnostics(self) -> dict[str, float]:
+        """Entropy of the assignments, shares of prototypes and queue in use, and mutual regions of an image."""
         filled = self.queue_filled / max(1, len(self.queue))
         return {name: float(value) for name, value in (self._watched | {"queue_filled": filled}).items()}
 
 
 def region_index(regions_VBSS: Tensor, count_B: Tensor, total: int) -> Tensor:
-    """Numbers that no two regions of a batch share: views first, then images, then the image's own number; else -1."""
+    """Numbers the regions of all views of all images, so that each has its own.
+
+    Args:
+        regions_VBSS: for each pixel, the number of its region within the image; below 0 if it has none.
+        count_B: regions of each image.
+        total: their sum, R.
+
+    Returns:
+        (V, B, S, S) int64: view times R, plus the regions of earlier images, plus the number within the image; -1 for
+        pixels without a region.
+    """
     first_B = count_B.cumsum(0) - count_B
     first_VB = first_B + total * torch.arange(len(regions_VBSS), device=count_B.device)[:, None]
     return torch.where(regions_VBSS < 0, -1, regions_VBSS + first_VB[:, :, None, None])
 
 
 def _of_each_region(count_B: Tensor, total: int) -> Tensor:
-    """(R,) how many regions a region's image has."""
+    """For each region, how many regions its image has: (R,)."""
     return count_B.repeat_interleave(count_B, output_size=total)

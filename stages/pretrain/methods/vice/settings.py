@@ -1,4 +1,4 @@
-"""What a config says about `vice`: dense clustering of superpixels that several views share. Torch-free."""
+"""What a config says about `vice`: clustering of the superpixels that several views share. Free of torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from stages.training.settings import weight_of
 
 
 class StandardSettings(Settings):
-    """The standardised image that views are cut from
-    (docs/methods.md#vice-standard-image). Superpixels stay those of the stored image."""
+    """The standardised image that views are cut from. The superpixels are those of the stored image.
+
+    Source: docs/methods.md#vice-standard-image.
+    """
 
     kind: Literal["pad", "square"] = Field(
         "pad",
@@ -26,7 +28,10 @@ class StandardSettings(Settings):
 
 
 class RegionMaskSettings(Settings):
-    """Region masking (docs/methods.md#vice-region-masking)."""
+    """Masking of regions with noise.
+
+    Source: docs/methods.md#vice-region-masking.
+    """
 
     ratio: float = Field(0.25, ge=0, le=1, description="largest side of the rectangle, of the view's; 0: no masking")
     protected: float = Field(0.25, ge=0, le=1, description="share of the common regions that are never masked")
@@ -38,13 +43,18 @@ class RegionMaskSettings(Settings):
 
 
 class ConceptQueueSettings(Settings):
-    """Past embeddings of the first view that the assignments are balanced over too."""
+    """Embeddings of earlier first views, which Sinkhorn balances assignments over too."""
 
-    size: int = Field(160_000, ge=0, description="regions, of all workers together (paper: 5000 on each of 32 GPUs)")
+    size: int = Field(160_000, ge=0, description="regions, of all ranks together (paper: 5000 on each of 32 GPUs)")
     start: int = Field(313, ge=0, description="optimiser steps before it is used")
 
 
 class ViCEDecoderSettings(Settings):
+    """The decoder on the backbone's levels; dropped after training.
+
+    Source: docs/methods.md#vice-network.
+    """
+
     name: Literal["fpn", "deeplab"] = Field(
         "deeplab", description="deeplab: DeepLabV3+ (high-res recipe); fpn: PiCIE's pyramid (low-res recipe)"
     )
@@ -52,7 +62,10 @@ class ViCEDecoderSettings(Settings):
 
 
 class ViCESettings(MethodSettings):
-    """ViCE (docs/methods.md#vice). Defaults are the paper's high-resolution model; the released configs differ."""
+    """ViCE. Defaults are those of the paper's high-resolution model; the released configs differ.
+
+    Source: docs/methods.md#vice.
+    """
 
     builds: ClassVar[str] = "stages.pretrain.methods.vice.method:ViCE"
     terms: ClassVar[tuple[str, ...]] = ("swapped", "coherence")
@@ -67,7 +80,7 @@ class ViCESettings(MethodSettings):
         "superpixels", description="pixels: every pixel is a region of its own (the ablation); needs no superpixels"
     )
     standard: StandardSettings = StandardSettings()
-    views: int = Field(5, ge=2, description="the first around the content's centre, the others around the first")
+    views: int = Field(5, ge=2, description="the first around a point with much content, the others around the first")
     size: int = Field(512, gt=0, description="side of a view in pixels; a multiple of a ViT's patch")
     resize: Range = Field(
         (0.5, 2.0), description="side of the cut-out as a multiple of `size`; released configs (0.5, 1.5)"
@@ -77,7 +90,7 @@ class ViCESettings(MethodSettings):
     drop_region_zero: bool = Field(False, description="never use an image's region 0, as the official pooling does")
     decoder: ViCEDecoderSettings = ViCEDecoderSettings()
     prototypes: int = Field(128, gt=0, description="K, the visual concepts")
-    frozen_steps: int = Field(313, ge=0, description="optimiser steps in which the prototypes stay put")
+    frozen_steps: int = Field(313, ge=0, description="optimiser steps in which the prototypes are not trained")
     region: Literal["mean", "representative"] = Field(
         "mean",
         description="what stands for a region: the mean of its pixels; representative: its pixel with the highest "
@@ -109,7 +122,7 @@ class ViCESettings(MethodSettings):
         return self
 
     def term_weights(self) -> dict[str, float]:
-        """With representatives, 1/2 each by default (the released configs); without, coherence does not exist."""
+        """With representatives, both terms weigh 1/2 by default (released configs); else there is no coherence."""
         if self.region == "mean":
             return {"swapped": weight_of(self.weights, "swapped")}
         return {term: self.weights.get(term, 0.5) for term in self.terms}

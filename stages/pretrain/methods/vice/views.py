@@ -1,6 +1,9 @@
-"""Draws ViCE's views of one image and finds the regions that all of them show (docs/methods.md#vice-views).
+"""Draws ViCE's views of one image and finds the regions that all of them show.
 
-Runs in the loader's processes. Region ids are those of the `superpixels` table, cut with every view.
+Source: docs/methods.md#vice-views.
+
+This runs in the loader's processes. Region ids are those of the `superpixels` table; the label map is cut and resized
+with every view.
 """
 
 from __future__ import annotations
@@ -19,11 +22,11 @@ from stages.pretrain.views.geometry import crop_affine, to_view
 from stages.pretrain.views.plan import Draw, Drawn, ImageRow, Photometric, ViewPlan, ViewSpec
 from stages.pretrain.views.render_cpu import cut_labels
 
-NO_MUTUAL_REGION = "no mutual region"
+NO_MUTUAL_REGION = "no mutual region"  # why an image is skipped
 
 
 def view_plan(settings: ViCESettings) -> ViewPlan:
-    """All views are coloured alike, the first one too."""
+    """The views of one size, all with the same colour operations, and the drawer that places them."""
     colours = crop_colours((0.8, 0.8, 0.8, 0.2), blur_p=0.5)
     spec = ViewSpec("view", settings.size, settings.views, flip_p=settings.flip, photometric=colours)
     tables = ("superpixels",) if settings.decomposition == "superpixels" else ()
@@ -32,17 +35,20 @@ def view_plan(settings: ViCESettings) -> ViewPlan:
 
 @dataclass(frozen=True)
 class RegionDrawer:
-    """A `ViewPlan.drawer`. Its extras:
+    """The drawer of the view plan: the views of an image, and these extras.
 
-    regions (V, S, S) int32: of each view's pixels the mutual region, 0..n-1 and the same in all views, MASKED where
-        noise goes, -1 elsewhere; mirrored where the view is;
-    count () int64: n, at least 1: an image without a mutual region is skipped.
+    - regions (V, S, S) int32: the mutual region of each pixel, 0 to n - 1, with the same number in all views. Pixels to
+      be filled with noise are `MASKED`, all others -1. If a view is mirrored, so is its map;
+    - count () int64: n.
+
+    An image without a mutual region is skipped.
     """
 
     settings: ViCESettings
     colours: Photometric
 
     def __call__(self, rng: np.random.Generator, row: ImageRow) -> Drawn:
+        """The draws of one image and the extras."""
         settings = self.settings
         frame = self._frame(row)
         squares = self._squares(rng, row, frame)
@@ -57,7 +63,7 @@ class RegionDrawer:
         shared = frame.to_image(regions.common_rectangle(squares))
         rects = np.rint([to_view(shared, item.affine) for item in draws]).astype(np.int64).clip(0, settings.size)
         masked = self._masked(rng, maps, rects, [x1 - x0 for x0, _, x1, _ in squares], ids)
-        rects[0] = (0, 0, settings.size, settings.size)  # of the first view the whole map counts
+        rects[0] = (0, 0, settings.size, settings.size)  # in the first view, a region may be anywhere
         kept = regions.mutual(maps, rects, ids)
         for flags in masked:
             kept &= ~flags
@@ -69,13 +75,14 @@ class RegionDrawer:
         return Drawn(draws, {"regions": numbered, "count": np.array(count)})
 
     def _frame(self, row: ImageRow) -> Frame:
+        """The standardised image of the settings."""
         standard = self.settings.standard
         if standard.kind == "square":
             return regions.square_frame(row.width, row.height, standard.size)
         return regions.padded_frame(row.width, row.height, standard.size, standard.longest)
 
     def _squares(self, rng: np.random.Generator, row: ImageRow, frame: Frame) -> list[regions.Rectangle]:
-        """Where the views lie in the standardised image."""
+        """Where the views lie in the standardised image, the first view first."""
         settings = self.settings
         weights = regions.content_map(regions.standardise(row.pixels(), frame))
         sides = settings.size * rng.uniform(*settings.resize, settings.views)
@@ -87,7 +94,7 @@ class RegionDrawer:
         return squares
 
     def _labels(self, row: ImageRow) -> tuple[NDArray[np.int32], int]:
-        """The decomposition of the stored image, and the number of its ids."""
+        """The label map of the stored image, and the number of its ids."""
         if self.settings.decomposition == "pixels":
             count = row.height * row.width
             return np.arange(count, dtype=np.int32).reshape(row.height, row.width), count
@@ -102,7 +109,10 @@ class RegionDrawer:
         extents: list[int],
         ids: int,
     ) -> list[regions.RegionFlags]:
-        """The regions masked in each view; none where masking is off (docs/methods.md#vice-region-masking)."""
+        """The regions to mask in each view; empty if masking is off.
+
+        Source: docs/methods.md#vice-region-masking.
+        """
         mask, size = self.settings.mask, self.settings.size
         if not mask.ratio:
             return []
@@ -110,7 +120,7 @@ class RegionDrawer:
         protected = rng.permutation(common)[: int(mask.protected * len(common))]
         masked = []
         for map_, extent in zip(maps, extents, strict=True):
-            # Half of what the view shows; the official code takes half of `size` before the view is resized to it.
+            # Half of the view. The official code takes half of `size` too, but before the view is resized to `size`.
             reach = size / 2 if mask.centre == "view" else size / 2 * size / max(1, extent)
             rectangle = regions.mask_rectangle(rng, size, mask.ratio, reach)
             flags = regions.present(map_, np.array(rectangle), ids)

@@ -29,7 +29,7 @@ def neighbourhood(distance_JJ: Tensor, eta: int) -> Tensor:
 
 @torch.no_grad()
 def connection_scores(neighbors_JE: Tensor, *, latent: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
-    """sc of Eq. 14 and 15: the share of an anchor's neighbours that have it among their own: (J,) in [0, 1].
+    """The score sc of Eq. 14 and 15: the share of an anchor's neighbours that have it among their own: (J,) in [0, 1].
 
     Args:
         neighbors_JE: `neighbourhood` of the auxiliary features.

@@ -1,6 +1,8 @@
-"""MAE: which patches stay, and the error of the ones that were removed (docs/methods.md#mae).
+"""MAE: chooses the patches to keep, and measures the error of the removed ones.
 
-Shape legend: B images, N patches, K kept ones, P values of a patch (side * side * 3).
+Source: docs/methods.md#mae.
+
+Shape legend: B images, H W sides of an image in pixels, N patches, K kept ones, P = side * side * 3 values of a patch.
 """
 
 from __future__ import annotations
@@ -9,17 +11,22 @@ from torch import Tensor
 
 
 def patchify(image_B3HW: Tensor, side: int) -> Tensor:
-    """(B, N, side * side * 3): patches in raster order, values as row, column, channel."""
+    """Cuts images into patches: (B, N, P), patches row by row, values in the order row, column, channel."""
     batch, channels, height, width = image_B3HW.shape
     grid = image_B3HW.reshape(batch, channels, height // side, side, width // side, side)
     return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, side * side * channels)
 
 
 def random_masking(noise_BN: Tensor, *, ratio: float = 0.75) -> tuple[Tensor, Tensor, Tensor]:
-    """The patches with the smallest noise stay.
+    """Keeps the patches with the smallest noise.
 
-    Returns: kept (B, K) indices by rising noise; mask (B, N), 1 where removed; restore (B, N): where each patch is in
-        the list "kept ones, then removed ones".
+    Args:
+        noise_BN: uniform numbers.
+        ratio: share of the patches that is removed.
+
+    Returns:
+        The indices of the kept patches (B, K), smallest noise first; a mask (B, N), 1 for removed patches; and for each
+        patch (B, N) its index in the list of kept and then removed patches.
     """
     patches = noise_BN.shape[1]
     keep = int(patches * (1 - ratio))
@@ -32,13 +39,14 @@ def random_masking(noise_BN: Tensor, *, ratio: float = 0.75) -> tuple[Tensor, Te
 def mae_loss(
     predicted_BNP: Tensor, image_B3HW: Tensor, mask_BN: Tensor, *, side: int, normalise: bool = True
 ) -> Tensor:
-    """Mean squared error over the removed patches, a scalar.
+    """Mean squared error over the removed patches, as the official `forward_loss`: a scalar.
 
     Args:
+        predicted_BNP: predicted pixels of every patch.
+        image_B3HW: the images.
         mask_BN: 1 where a patch was removed; at least one must be.
-        normalise: targets with mean 0 and variance 1 in every patch (unbiased variance, eps 1e-6).
-
-    Source: MAE, official `forward_loss`. lightly has no loss of it, only a plain MSE in its example.
+        side: of a patch, in pixels.
+        normalise: bring the target pixels of each patch to mean 0 and variance 1 (unbiased variance plus 1e-6).
     """
     targets_BNP = patchify(image_B3HW, side)
     if normalise:

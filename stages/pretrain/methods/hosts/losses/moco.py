@@ -1,6 +1,8 @@
-"""MoCo v3: queries against the keys of all images of the batch
-(docs/methods.md#moco). v1 and v2, whose negatives come from
-a queue, use lightly's NT-Xent.
+"""MoCo v3's loss: queries against the keys of all images of the batch.
+
+Source: docs/methods.md#moco (MoCo v3, Algorithm 1).
+
+MoCo v2, whose negatives come from a queue, uses lightly's NT-Xent (hosts/moco.py).
 
 Shape legend: B images of this rank, A images of all ranks, D width.
 """
@@ -13,13 +15,13 @@ from torch import Tensor
 
 
 def in_batch_contrast(query_BD: Tensor, keys_AD: Tensor, *, first: int = 0, temperature: float = 0.2) -> Tensor:
-    """2 T times the cross-entropy of each query's own key among all keys, cosines / T as logits: a scalar mean.
+    """2 T times the mean cross-entropy of each query's own key among all keys, with cosines / T as scores: a scalar.
 
     Args:
-        query_BD, keys_AD: normalised here; keys without gradient.
-        first: which of the keys belongs to the first query (ranks hold consecutive images).
-
-    Source: MoCo v3, Algorithm 1.
+        query_BD: the queries; normalised here.
+        keys_AD: the keys of all ranks; normalised here, used without gradient.
+        first: index of the key that belongs to the first query. Ranks hold consecutive images.
+        temperature: T.
     """
     logits_BA = functional.normalize(query_BD, dim=1) @ functional.normalize(keys_AD.detach(), dim=1).T / temperature
     labels_B = torch.arange(first, first + len(query_BD), device=query_BD.device)

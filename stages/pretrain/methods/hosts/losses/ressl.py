@@ -1,4 +1,6 @@
-"""ReSSL: the student's relations to a queue of teacher features follow the teacher's (docs/methods.md#ressl).
+"""ReSSL's loss: the student's similarities to a queue of teacher features follow the teacher's.
+
+Source: docs/methods.md#ressl (Eq. 4 to 6).
 
 Shape legend: B images, Q queue entries, D width.
 """
@@ -18,9 +20,9 @@ def ressl_loss(
     Args:
         student_BD: projections of the strongly augmented views, normalised here.
         teacher_BD: the teacher's projections of the weakly augmented views, normalised here; no gradient.
-        queue_QD: unit vectors of the teacher from earlier batches.
-
-    Source: ReSSL, Eq. 4 to 6. lightly has no such loss.
+        queue_QD: unit vectors of the teacher from earlier batches; no gradient.
+        tau_s: the student's temperature.
+        tau_t: the teacher's temperature.
     """
     teacher_BD, queue_QD = functional.normalize(teacher_BD.detach(), dim=1), queue_QD.detach()
     targets_BQ = torch.softmax(teacher_BD @ queue_QD.T / tau_t, dim=1)

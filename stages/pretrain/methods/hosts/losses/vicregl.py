@@ -1,9 +1,12 @@
-"""VICRegL: VICReg between views and between their matched local features (docs/methods.md#vicregl).
+"""VICRegL's losses: VICReg of the views' vectors and of their matched cells.
 
-lightly has this loss too, but orders a view's matches by distance, where the official code keeps them in raster
-order; variances and covariances are taken slot by slot, so the order counts. Here it is a choice.
+Source: docs/methods.md#vicregl.
 
-Shape legend: B images, D width of a vector or local feature, N M cells of two views' maps, S match slots.
+A view's matches fill numbered slots, and variances and covariances are computed for each slot, so the order of matches
+counts. The official code keeps the cells' order, row by row; lightly's form of the loss orders them by distance. Here
+`order` chooses.
+
+Shape legend: B images, D width of a vector or cell, N M cells of two views' maps, S match slots.
 """
 
 from __future__ import annotations
@@ -16,36 +19,38 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 MatchOrder = Literal["raster", "distance"]
-Gather = Callable[[Tensor], Tensor]
+Gather = Callable[[Tensor], Tensor]  # rows of this rank -> rows of all ranks, with gradient
 
 
 class ProjectedView(NamedTuple):
-    """One projected view."""
+    """The projections of one view."""
 
     vector: Tensor  # (B, D)
     map: Tensor  # (B, N, D)
-    places: Tensor  # (B, N, 2), centres of the cells in the original image
+    places: Tensor  # (B, N, 2), centres of the cells in pixels of the stored image
 
 
 class VICRegParts(NamedTuple):
-    """Unweighted: mean squared distance, mean hinge of the standard deviations, squared covariances."""
+    """The three parts of VICReg, unweighted: squared distance, hinge of standard deviations, squared covariances."""
 
     invariance: Tensor
     variance: Tensor
     covariance: Tensor
 
     def weighted(self, invariance: float, variance: float, covariance: float) -> Tensor:
+        """The sum of the parts with these weights."""
         return invariance * self.invariance + variance * self.variance + covariance * self.covariance
 
 
 def global_parts(
     views: Sequence[ProjectedView], others: Sequence[ProjectedView] = (), *, gather: Gather | None = None
 ) -> VICRegParts:
-    """VICReg of the vectors: invariance averaged over (view, any other view) pairs, the rest over views.
+    """VICReg of the vectors. Invariance is averaged over pairs of a large view and any other, the rest over views.
 
     Args:
-        views: large crops; others: small ones, which are compared with the large.
-        gather: rows of all ranks, with gradient, for the statistics; None when all images are here.
+        views: the large crops.
+        others: the small crops, which are compared with the large ones.
+        gather: for the variances and covariances; None if all images are here.
     """
     every = [*views, *others]
     pairs = [
@@ -64,11 +69,18 @@ def local_parts(
     order: MatchOrder = "raster",
     gather: Gather | None = None,
 ) -> VICRegParts:
-    """VICReg of matched cells, for every ordered pair (large view, other view): matched by feature, and by place.
+    """VICReg of matched cells, for every ordered pair of a large view and any other.
 
-    Each direction keeps its `num_matches` cells (from the first view, from the second) that lie nearest to a cell of
-    the other view, all of them where there are fewer. Directions are averaged, the two ways to match are summed, pairs
-    are averaged.
+    Cells are matched to the nearest cell of the other view in two ways: by feature and by place. The two ways are
+    summed; the two directions of a pair are averaged, and so are the pairs.
+
+    Args:
+        views: the large crops.
+        others: the small crops, which are compared with the large ones.
+        num_matches: how many of the closest matches are kept from the first and from the second view of a pair; all
+            of them if there are fewer.
+        order: of the matches: that of the cells, row by row, or by distance.
+        gather: for the variances and covariances; None if all images are here.
     """
     every = [*views, *others]
     pairs = []
@@ -82,13 +94,14 @@ def local_parts(
                 there = _matched(a.map, b.map, distance_BNM, num_matches[0], order)
                 back = _matched(b.map, a.map, distance_BNM.transpose(1, 2), num_matches[1], order)
                 pairs += [_slot_parts(*there, gather), _slot_parts(*back, gather)]
-    # Four entries a pair: two ways to match are summed, two directions averaged.
+    # Each pair has four entries, and two ways to match are summed where the mean would average them: hence the 2.
     return VICRegParts(*(2 * torch.stack(part).mean() for part in zip(*pairs, strict=True)))
 
 
 def _matched(
     from_BND: Tensor, to_BMD: Tensor, distance_BNM: Tensor, count: int, order: MatchOrder
 ) -> tuple[Tensor, Tensor]:
+    """The `count` closest matches, as cells of the one view and of the other: (B, S, D) each."""
     nearest_BN, where_BN = distance_BNM.min(dim=2)
     chosen_BS = nearest_BN.topk(min(count, nearest_BN.shape[1]), dim=1, largest=False).indices
     if order == "raster":
@@ -113,7 +126,7 @@ def _variance(x_BSD: Tensor) -> Tensor:
 
 
 def _covariance(x_BSD: Tensor) -> Tensor:
-    """Squared off-diagonal covariances over the batch, divided by D, averaged over slots."""
+    """Sum of the squared off-diagonal covariances over the batch, divided by D, averaged over slots."""
     centred_SBD = (x_BSD - x_BSD.mean(dim=0)).transpose(0, 1)
     cov_SDD = centred_SBD.transpose(1, 2) @ centred_SBD / (len(x_BSD) - 1)
     squared_S = cov_SDD.square().sum(dim=(1, 2)) - cov_SDD.diagonal(dim1=1, dim2=2).square().sum(dim=1)

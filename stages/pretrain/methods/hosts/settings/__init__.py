@@ -1,0 +1,1 @@
+"""What a config says about each host, one file for each. Imports `stages/pretrain/config` only, no torch."""

@@ -1,4 +1,4 @@
-"""What a config says about `barlow_twins`: the views' cross-correlation becomes the identity. Torch-free."""
+"""What a config says about `barlow_twins`. Free of torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoView
 
 
 class BarlowTwinsSettings(TwoViewSettings):
-    """Barlow Twins
-    (docs/methods.md#barlow-twins); centred as the official code does, which the paper's Eq. 5 is not."""
+    """Barlow Twins. Projections are centred as in the official code, which the paper's Eq. 5 leaves out.
+
+    Source: docs/methods.md#barlow-twins.
+    """
 
     builds: ClassVar[str] = "stages.pretrain.methods.hosts.barlow_twins:BarlowTwins"
     terms: ClassVar[tuple[str, ...]] = ("barlow_twins",)

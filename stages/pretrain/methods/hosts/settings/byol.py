@@ -1,4 +1,4 @@
-"""What a config says about `byol`: predict the moving average's projection of the other view. Torch-free."""
+"""What a config says about `byol`. Free of torch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoView
 
 
 class BYOLSettings(TwoViewSettings):
-    """BYOL (docs/methods.md#byol)."""
+    """BYOL: predicts the moving average's projection of the other view.
+
+    Source: docs/methods.md#byol.
+    """
 
     builds: ClassVar[str] = "stages.pretrain.methods.hosts.byol:BYOL"
     terms: ClassVar[tuple[str, ...]] = ("byol",)
 
     name: str = "byol"
     projector: MLPSettings = MLPSettings(hidden=4096, out=256)
-    predictor_hidden: int = Field(4096, gt=0)
+    predictor_hidden: int = Field(4096, gt=0, description="width of the predictor's hidden layer")
     teacher: TeacherSettings = TeacherSettings(momentum=0.996)

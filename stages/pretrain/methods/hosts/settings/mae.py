@@ -1,4 +1,4 @@
-"""What a config says about `mae`: rebuild an image from a quarter of its patches. Torch-free."""
+"""What a config says about `mae`. Free of torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stages.pretrain.config.parts import Range
 
 
 class MAEDecoderSettings(Settings):
-    """The transformer that rebuilds removed patches; thrown away after training."""
+    """The transformer that predicts the removed patches; dropped after training."""
 
     width: int = Field(512, gt=0, multiple_of=4)
     blocks: int = Field(8, ge=1)
@@ -20,7 +20,10 @@ class MAEDecoderSettings(Settings):
 
 
 class MAESettings(MethodSettings):
-    """MAE (docs/methods.md#mae), for ViTs only."""
+    """MAE: rebuilds an image from a quarter of its patches; for ViTs only.
+
+    Source: docs/methods.md#mae.
+    """
 
     builds: ClassVar[str] = "stages.pretrain.methods.hosts.mae:MAE"
     terms: ClassVar[tuple[str, ...]] = ("mae",)
@@ -35,4 +38,5 @@ class MAESettings(MethodSettings):
     decoder: MAEDecoderSettings = MAEDecoderSettings()
 
     def as_host(self) -> MAESettings:
+        """With at least two masks of each image, which are the two views that DSA compares."""
         return self.model_copy(update={"masks": max(2, self.masks)})

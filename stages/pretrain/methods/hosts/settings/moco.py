@@ -1,6 +1,4 @@
-"""What a config says about `moco`: a query against keys of a moving average, v2 with a queue or v3 within the batch.
-Torch-free.
-"""
+"""What a config says about `moco`, versions 2 and 3. Free of torch."""
 
 from __future__ import annotations
 
@@ -13,7 +11,12 @@ from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoView
 
 
 class MoCoSettings(TwoViewSettings):
-    """MoCo (docs/methods.md#moco). What is left out follows `version`."""
+    """MoCo: a query against the keys of a moving average, from a queue (v2) or from the batch (v3).
+
+    Defaults that a config leaves out follow `version`.
+
+    Source: docs/methods.md#moco.
+    """
 
     terms: ClassVar[tuple[str, ...]] = ("moco",)
 
@@ -30,9 +33,9 @@ class MoCoSettings(TwoViewSettings):
 
     @property
     def builds(self) -> str:  # type: ignore[override]
-        """The class of the version."""
+        """The class of this version."""
         return f"stages.pretrain.methods.hosts.moco:{'MoCoV2' if self.version == 'v2' else 'MoCoV3'}"
 
     def least_batch(self) -> int:
-        """Version 2 compares with its queue; version 3 with the other images of the batch."""
+        """1 for version 2, which compares with its queue; 2 for version 3, which compares the images of a batch."""
         return 1 if self.version == "v2" else 2

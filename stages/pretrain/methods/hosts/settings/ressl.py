@@ -1,4 +1,4 @@
-"""What a config says about `ressl`: relations to a queue of earlier images. Torch-free."""
+"""What a config says about `ressl`. Free of torch."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoView
 
 
 class ReSSLSettings(TwoViewSettings):
-    """ReSSL (docs/methods.md#ressl): the student sees a strong view, the teacher a weak one."""
+    """ReSSL: similarities to earlier images agree. The student sees a strong view, the teacher a weak one.
+
+    Source: docs/methods.md#ressl.
+    """
 
     builds: ClassVar[str] = "stages.pretrain.methods.hosts.ressl:ReSSL"
     terms: ClassVar[tuple[str, ...]] = ("ressl",)
 
     name: str = "ressl"
     scale: Range = Field((0.2, 1.0), description="area of a crop as a fraction of the image's")
-    tau_student: float = Field(0.1, gt=0)
-    tau_teacher: float = Field(0.04, gt=0)
+    tau_student: float = Field(0.1, gt=0, description="temperature of the student's similarities")
+    tau_teacher: float = Field(0.04, gt=0, description="temperature of the teacher's similarities")
     queue: int = Field(131072, ge=1, description="teacher features of earlier batches; 16384 to 131072")
     projector: MLPSettings = MLPSettings(hidden=4096, out=512)
     teacher: TeacherSettings = TeacherSettings(momentum=0.999, momentum_end=0.999)

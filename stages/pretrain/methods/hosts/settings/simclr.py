@@ -1,4 +1,4 @@
-"""What a config says about `simclr`: two views of an image against all others. Torch-free."""
+"""What a config says about `simclr`. Free of torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoView
 
 
 class SimCLRSettings(TwoViewSettings):
-    """SimCLR (docs/methods.md#simclr)."""
+    """SimCLR: two views of an image against all others of the batch.
+
+    Source: docs/methods.md#simclr.
+    """
 
     builds: ClassVar[str] = "stages.pretrain.methods.hosts.simclr:SimCLR"
     terms: ClassVar[tuple[str, ...]] = ("simclr",)

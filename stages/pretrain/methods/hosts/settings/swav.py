@@ -1,4 +1,4 @@
-"""What a config says about `swav`: views predict each other's balanced cluster assignments. Torch-free."""
+"""What a config says about `swav`. Free of torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from stages.pretrain.methods.hosts.settings.two_view import MLPSettings
 
 
 class SwAVSettings(MethodSettings):
-    """SwAV (docs/methods.md#swav)."""
+    """SwAV: crops predict each other's balanced assignments to prototypes.
+
+    Source: docs/methods.md#swav.
+    """
 
     builds: ClassVar[str] = "stages.pretrain.methods.hosts.swav:SwAV"
     terms: ClassVar[tuple[str, ...]] = ("swav",)
@@ -22,19 +25,19 @@ class SwAVSettings(MethodSettings):
     local_crops: Crops = Crops(size=96, count=6, scale=(0.05, 0.14))
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
     projector: MLPSettings = MLPSettings(hidden=2048, out=128)
-    prototypes: int = Field(3000, gt=0)
-    freeze_prototypes: int = Field(313, ge=0, description="steps in which the prototypes stay put")
+    prototypes: int = Field(3000, gt=0, description="K")
+    freeze_prototypes: int = Field(313, ge=0, description="optimiser steps in which the prototypes are not trained")
     temperature: float = Field(0.1, gt=0, description="of the predictions")
     epsilon: float = Field(0.05, gt=0, description="of Sinkhorn")
     iterations: int = Field(3, ge=1, description="of Sinkhorn")
     queue: int = Field(
         3840,
         ge=0,
-        description="embeddings of each large crop that Sinkhorn balances over too; 0: none. The workers "
-        "share it out, so their number must divide it",
+        description="embeddings of each large crop that Sinkhorn balances over too; 0: none. Each rank takes a "
+        "share, so the number of ranks must divide it",
     )
     queue_from_epoch: int = Field(15, ge=0, description="it fills from here on, and is used once full")
 
     def least_batch(self) -> int:
-        """Two: assignments, variances and covariances are of the images of a batch."""
+        """2, because assignments are balanced over the images of a batch."""
         return 2

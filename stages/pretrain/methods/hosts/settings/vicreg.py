@@ -1,4 +1,4 @@
-"""What a config says about `vicreg`: invariance, variance, covariance. Torch-free."""
+"""What a config says about `vicreg`. Free of torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoView
 
 
 class VICRegSettings(TwoViewSettings):
-    """VICReg (docs/methods.md#vicreg)."""
+    """VICReg: invariance between views, variance and covariance within them.
+
+    Source: docs/methods.md#vicreg.
+    """
 
     builds: ClassVar[str] = "stages.pretrain.methods.hosts.vicreg:VICReg"
     terms: ClassVar[tuple[str, ...]] = ("vicreg",)

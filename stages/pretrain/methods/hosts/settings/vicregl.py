@@ -1,4 +1,4 @@
-"""What a config says about `vicregl`: VICReg of whole views and of their matched local features. Torch-free."""
+"""What a config says about `vicregl`. Free of torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from stages.pretrain.methods.hosts.settings.two_view import MLPSettings
 
 
 class VICRegLSettings(MethodSettings):
-    """VICRegL
-    (docs/methods.md#vicregl). The paper's alpha 0.75 is the weight of `global`, 1 - alpha that of `local`."""
+    """VICRegL: VICReg of whole views and of their matched cells.
+
+    The paper's alpha, 0.75, is the weight of the term global; 1 - alpha is that of local.
+
+    Source: docs/methods.md#vicregl.
+    """
 
     builds: ClassVar[str] = "stages.pretrain.methods.hosts.vicregl:VICRegL"
     terms: ClassVar[tuple[str, ...]] = ("global", "local")
@@ -35,5 +39,5 @@ class VICRegLSettings(MethodSettings):
     local_projector: MLPSettings = MLPSettings(hidden=512, out=512, layers=3)
 
     def least_batch(self) -> int:
-        """Two: assignments, variances and covariances are of the images of a batch."""
+        """2, because variances and covariances are over the images of a batch."""
         return 2

@@ -1,0 +1,1 @@
+"""ViCE's own losses: pooling of regions and the swapped prediction. They import torch and shared losses only."""

@@ -1,7 +1,8 @@
-"""One vector for each region of a batch: the mean of its pixels, or its most decided pixel
-(docs/methods.md#vice-terms).
+"""One vector for each region of a batch: the mean of its pixels, or the pixel with the highest score.
 
-All regions of all views are pooled at once: a region is a number in an index map, not a mask.
+Source: docs/methods.md#vice-terms.
+
+All regions of all views are pooled at once. A region is a number in an index map, not a mask of its own.
 
 Shape legend: N views of all images, D width, H W sides of a map, P = N*H*W pixels, R regions of all N together,
 K prototypes.
@@ -19,13 +20,17 @@ PoolOrder = Literal["mean_then_norm", "norm_then_mean"]
 
 
 def pool_regions(map_NDHW: Tensor, index_NHW: Tensor, regions: int, *, order: PoolOrder = "mean_then_norm") -> Tensor:
-    """z*, (R, D): the embedding of each region.
+    """z*, the embedding of each region (Eq. 1).
 
     Args:
-        map_NDHW: embeddings of pixels; fastest where it lies in memory as (N, H, W, D) (`channels_last`).
-        index_NHW: int64, the region of each pixel, -1 where none; every number 0..R-1 has a pixel.
-        order: mean_then_norm, the mean of the raw vectors brought to length 1 (the official code); norm_then_mean, the
-            mean of unit vectors, at most 1 long (the paper).
+        map_NDHW: embeddings of pixels; fastest in the memory format `channels_last`.
+        index_NHW: int64, the region of each pixel, -1 if it has none; every number from 0 to R - 1 has a pixel.
+        regions: R.
+        order: "mean_then_norm": the mean of the vectors, then brought to length 1 (the official code).
+            "norm_then_mean": the mean of the vectors brought to length 1, at most 1 long (the paper).
+
+    Returns:
+        (R, D).
 
     Example:
         >>> rows = torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 8.0]])
@@ -40,17 +45,26 @@ def pool_regions(map_NDHW: Tensor, index_NHW: Tensor, regions: int, *, order: Po
 
 
 def region_means(values_PD: Tensor, index_P: Tensor, regions: int) -> Tensor:
-    """(R, D): the mean of the rows of each region; a row whose index is -1 belongs to none."""
-    slot_P = torch.where(index_P < 0, regions, index_P)  # one more row takes what belongs nowhere: no host waits
+    """The mean of the rows of each region, (R, D). A row whose index is -1 belongs to none."""
+    slot_P = torch.where(index_P < 0, regions, index_P)  # an extra row takes the rest, so that the CPU need not wait
     sums = values_PD.new_zeros(regions + 1, values_PD.shape[1]).index_add(0, slot_P, values_PD)
     counts = values_PD.new_zeros(regions + 1).index_add_(0, slot_P, values_PD.new_ones(()).expand(len(slot_P)))
     return sums[:regions] / counts[:regions, None].clamp(min=1)
 
 
 def representatives(unit_PD: Tensor, index_P: Tensor, regions: int, prototypes_KD: Tensor) -> Tensor:
-    """(R, D): of each region the pixel with the highest score against any prototype, the first of equals.
+    """The pixel of each region with the highest score against any prototype; of equal ones the first.
 
-    What the released COCO configs use in place of the mean. Its gradient reaches that pixel alone.
+    The released COCO configs use it in place of the mean. Only this pixel gets a gradient.
+
+    Args:
+        unit_PD: embeddings of pixels, of length 1.
+        index_P: the region of each pixel, -1 if it has none.
+        regions: R.
+        prototypes_KD: the prototypes, of length 1.
+
+    Returns:
+        (R, D).
     """
     with torch.no_grad():
         score_P = (unit_PD @ prototypes_KD.T).amax(dim=1)
@@ -63,10 +77,10 @@ def representatives(unit_PD: Tensor, index_P: Tensor, regions: int, prototypes_K
 
 
 def coherence(unit_PD: Tensor, index_P: Tensor, representative_RD: Tensor) -> Tensor:
-    """(R,): the mean distance of each region's pixels from its representative, which gets no gradient.
+    """The mean distance of each region's pixels from its representative, which gets no gradient: (R,).
 
-    The distance is torch's, as in the official code: its epsilon pushes the representative's own pixel a little along
-    the diagonal.
+    The distance is torch's `pairwise_distance`, as in the official code. It adds an epsilon to every difference, so
+    the representative's own pixel has a small distance and gradient too.
     """
     regions = len(representative_RD)
     target_PD = representative_RD.detach()[index_P.clamp(min=0)]
@@ -75,5 +89,5 @@ def coherence(unit_PD: Tensor, index_P: Tensor, representative_RD: Tensor) -> Te
 
 
 def pixel_rows(map_NDHW: Tensor) -> Tensor:
-    """(P, D): the pixels of a map in raster order; a view of it, not a copy, where it is `channels_last`."""
+    """The pixels of a map, row by row: (P, D). No copy is made if the map is in the memory format `channels_last`."""
     return map_NDHW.permute(0, 2, 3, 1).reshape(-1, map_NDHW.shape[1])
