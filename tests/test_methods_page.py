@@ -64,6 +64,13 @@ def test_nothing_cites_a_page_that_is_not_here() -> None:
     assert not bare, "cite docs/methods.md#anchor instead:\n" + "\n".join(bare)
 
 
+def test_paths_of_the_page_exist() -> None:
+    paths = re.findall(r"`((?:stages|pipeline|tests|configs)/[\w./-]+)`", PAGE.read_text(encoding="utf-8"))
+    assert paths
+    missing = sorted({path for path in paths if not (ROOT / path).exists()})
+    assert not missing, f"docs/methods.md names what does not exist: {missing}"
+
+
 def test_every_golden_file_is_named() -> None:
     files = sorted(path.name for path in (ROOT / "tests" / "golden" / "data").glob("*.npz"))
     page = PAGE.read_text(encoding="utf-8")

@@ -106,7 +106,7 @@ class SwAV(Method):
         size, ranks = self.settings.queue, world_size()
         if size % ranks:
             raise ValueError(
-                f"method.queue is {size}, which {ranks} workers cannot share: choose a multiple of resources.workers"
+                f"method.queue is {size}, which {ranks} ranks cannot share: choose a multiple of resources.workers"
             )
         return [queue.rows[rank() :: ranks] for queue in self.queues if isinstance(queue, Queue)]
 

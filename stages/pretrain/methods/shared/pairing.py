@@ -31,7 +31,7 @@ def partners(batch: Batch, group: int, *, setting: str, shift: int | None = None
     if count % group or batch.offset % group:
         raise ValueError(
             f"{setting} is {group}, which does not divide the {count} images that a rank has at once: "
-            "choose a divisor of batch_size / (workers * accumulate), at least 2"
+            "choose a divisor of batch_size / (resources.workers * accumulate), at least 2"
         )
     if shift is None:
         shift = int(torch.randint(1, group, (), generator=batch.generator()))
