@@ -27,9 +27,7 @@ class MethodSettings(Settings):
     variant_group: ClassVar[str | None] = METHODS
     builds: ClassVar[str]  # "package.module:Class" of the method; imported when the method is built, not before
     terms: ClassVar[tuple[str, ...]]  # the names that `weights` may scale
-    default_weights: ClassVar[
-        Mapping[str, float]
-    ] = {}  # weights of the paper that are not 1; a config's weights replace them
+    default_weights: ClassVar[Mapping[str, float]] = {}  # the paper's weights that are not 1; a config replaces them
 
     name: str = Field(description="entry point in the group tessera.methods")
     weights: dict[str, float] = Field(

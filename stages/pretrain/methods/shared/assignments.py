@@ -15,7 +15,7 @@ def entropy(probabilities_NK: Tensor) -> Tensor:
 
 
 def usage(probabilities_NK: Tensor) -> Tensor:
-    """How many of the prototypes are in use: exp(entropy of the mean row) / K.
+    """The share of prototypes in use: exp(entropy of the mean row) / K.
 
     1 if all prototypes are used equally, 1 / K if one takes everything.
     """

@@ -46,9 +46,7 @@ class DenseNetwork(nn.Module):
     def forward(self, view_N3SS: Tensor) -> Tensor:
         """Embeddings (N, D, S, S), in float32 or wider even under autocast, in the memory format `channels_last`."""
         map_NDhw = at_least_float32(self.decoder(self.encoder.levels(view_N3SS)))
-        map_NDhw = map_NDhw.contiguous(
-            memory_format=torch.channels_last
-        )  # so that pooling reads a pixel's values at once
+        map_NDhw = map_NDhw.contiguous(memory_format=torch.channels_last)  # so that pooling reads whole pixels
         return functional.interpolate(map_NDhw, size=view_N3SS.shape[2:], mode="bilinear", align_corners=True)
 
 
