@@ -12,11 +12,11 @@ N tokens of a crop, Q its queries, R queries of all crops and images, D width of
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from pipeline.store.artifact import Artifact
 from stages.models.encoder import Encoder, Features
 from stages.models.heads import at_least_float32
 from stages.pretrain.data.batch import Batch
@@ -32,9 +32,6 @@ from stages.pretrain.methods.shared.teacher import Branch, SelfDistillation, mak
 from stages.pretrain.views.plan import Photometric, ViewPlan, ViewSpec
 from stages.training.collectives import all_reduce_max, all_reduce_mean, all_reduce_sum, world_size
 from stages.training.schedules import cosine, linear_warmup
-
-if TYPE_CHECKING:
-    from pipeline.store.artifact import Artifact
 
 HEAD = "clusters"  # the head whose prototypes are the centroids
 
