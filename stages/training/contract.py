@@ -99,6 +99,6 @@ class Trainable(nn.Module, ABC):
         """
         return {}
 
-    def parameter_groups(self) -> Iterable[nn.Parameter]:
-        """What the optimiser trains."""
+    def trained_parameters(self) -> Iterable[nn.Parameter]:
+        """The parameters that the optimiser changes."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)

@@ -164,7 +164,7 @@ def compute_gradients(
         batch = next(passes).to(training.device)
         terms, total = compute_total(model, batch, training.weights, precision=settings.precision)
         if nth == settings.accumulate - 1 and watch.gradients_due(step.index):
-            window.of_terms |= watch.gradient_norms(terms, method.parameter_groups())
+            window.of_terms |= watch.gradient_norms(terms, method.trained_parameters())
         torch.autograd.backward(total / settings.accumulate)
         window.add(batch, terms, total)
     return batch

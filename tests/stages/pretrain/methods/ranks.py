@@ -55,7 +55,7 @@ def steps_of(
     if world_size > 1:
         convert(method)
         wrapped = torch.nn.parallel.DistributedDataParallel(method, find_unused_parameters=find_unused_parameters)
-    optimizer = torch.optim.SGD(method.parameter_groups(), lr=lr)
+    optimizer = torch.optim.SGD(method.trained_parameters(), lr=lr)
     for index, batch in enumerate(batches):
         step = Step(index, 10, 1)
         method.start_step(step)
