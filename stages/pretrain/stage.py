@@ -1,6 +1,6 @@
 """The `pretrain` stage: images in, an encoder out. The work is in launch/, its config in config/pretrain.py.
 
-Torch and Ray are imported when it runs, not before: planning reads this file.
+Planning imports this file and must stay fast: torch and Ray are imported when the stage runs.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class Pretrain(Stage[PretrainConfig]):
 
     @property
     def uses_ray(self) -> bool:  # type: ignore[override]
-        """resources.workers: 0 trains in the driver's own process and needs no Ray."""
+        """False with `resources.workers: 0`, which trains in the driver's own process."""
         return self.config.resources.workers != 0
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
-        """A table (boxes, superpixels, neighbours, embeddings) must describe one of the image sets trained on."""
+        """Tables (boxes, superpixels, neighbours, embeddings) that describe none of the image sets trained on."""
         sources = {path for path, _ in self.config.image_sources()}
         trained_on = {feeds[path].fingerprint: feeds[path].stage for path in feeds if path in sources}
         for path, feed in feeds.items():
@@ -38,13 +38,17 @@ class Pretrain(Stage[PretrainConfig]):
                 )
 
     def run(self, context: Context) -> Outcome:
+        """Train, or continue a training that was interrupted, and write the encoder with its curves and pictures."""
         from stages.pretrain.launch.pretrain import pretrain
 
         return pretrain(self.config, context)
 
 
 def _image_sets(feed: Feed) -> dict[str, str]:
-    """The image sets that a table describes: fingerprint -> stage. What an encoder was trained on is not among them."""
+    """The image sets that a table describes: fingerprint -> stage.
+
+    A table may be made with an encoder; the images that encoder was trained on are not among them.
+    """
     if feed.kind == "images":
         return {feed.fingerprint: feed.stage}
     found: dict[str, str] = {}

@@ -2,8 +2,8 @@
 
     step-00000120/
         state.pt        method and optimiser, tensors and plain containers only (read with weights_only=True)
-        progress.json   step, fingerprint of the artifact in the making, the curves so far
-        complete.json   sha256 of the two, written last
+        progress.json   `TrainingState`, and the fingerprint of the artifact in the making (as "run")
+        complete.json   the marker: sha256 of the two, written last
 
 A folder that a crash left half-written, or that was damaged since, is passed over and the one before it is used.
 """
@@ -38,13 +38,13 @@ class TrainingState:
 def write_checkpoint(
     folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState, fingerprint: str
 ) -> None:
-    """Write one checkpoint; the marker comes last.
+    """Write one checkpoint.
 
     Args:
         folder: where to; it must not exist.
-        method: whose parameters and buffers are kept.
-        optimizer: whose state is kept.
-        state: step, curves and what was skipped so far.
+        method: what is trained; its parameters and buffers are kept.
+        optimizer: its state is kept.
+        state: where the training stands.
         fingerprint: of the artifact that the training makes.
     """
     folder.mkdir(parents=True)
@@ -67,7 +67,7 @@ def write_checkpoint(
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the marker is there and every file is what it says."""
+    """Whether the marker is there and every file has the checksum that it names."""
     try:
         sums = json.loads((folder / MARKER).read_text())
         return bool(sums) and all(_sha256(folder / name) == digest for name, digest in sums.items())
@@ -103,13 +103,20 @@ def read_checkpoint(
 
 
 class CheckpointFolder:
-    """Checkpoints of one training under one local folder: the newest two are kept."""
+    """Checkpoints of one training under one local folder.
+
+    Args:
+        root: the folder; each checkpoint is a folder in it.
+        fingerprint: of the artifact that the training makes.
+        keep: how many of the newest are kept.
+        say: takes a line for the user when a checkpoint is damaged.
+    """
 
     def __init__(self, root: Path, fingerprint: str, *, keep: int = 2, say: Callable[[str], None] = print) -> None:
         self.root, self.fingerprint, self.keep, self.say = root, fingerprint, keep, say
 
     def save(self, method: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
-        """Write the checkpoint of this step, then remove those that are no longer among the newest."""
+        """Write the checkpoint of this step, then remove all but the newest."""
         folder = self.root / f"step-{state.step:08d}"
         shutil.rmtree(folder, ignore_errors=True)
         write_checkpoint(folder, method, optimizer, state, self.fingerprint)

@@ -1,6 +1,7 @@
-"""What ranks share: sums, means and gathers that do nothing when there is one process.
+"""Sums, means and gathers over ranks (the processes of one training); with a single rank they change nothing.
 
-Losses get these as arguments; nothing below a method knows that there are ranks.
+Every rank must make the same calls in the same order. Losses get these functions as arguments: only methods and the
+loop know that there are ranks.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def all_reduce_mean(value: Tensor) -> Tensor:
 
 
 def gather(value: Tensor) -> Tensor:
-    """Rows of all ranks, (n_0 + n_1 + ..., ...), in rank order, without gradient. Ranks may hold different numbers."""
+    """Rows of all ranks in rank order, (n_0 + n_1 + ..., ...), without gradient; n_r may differ between ranks."""
     if world_size() == 1:
         return value.detach()
     counts = [torch.zeros(1, dtype=torch.long, device=value.device) for _ in range(world_size())]
@@ -61,7 +62,7 @@ def gather(value: Tensor) -> Tensor:
 
 
 def gather_objects(value: T) -> list[T]:
-    """What every rank passed, in rank order; anything that pickles."""
+    """What every rank passed, in rank order. `value` is anything that pickles."""
     if world_size() == 1:
         return [value]
     values = [value] * world_size()
@@ -72,8 +73,9 @@ def gather_objects(value: T) -> list[T]:
 def gather_with_gradient(value: Tensor) -> Tensor:
     """Rows of all ranks, (ranks * n, ...), in rank order. Every rank holds the same number of rows.
 
-    The backward pass sums the ranks' gradients of a row. A loss of all rows that every rank computes alike, or whose
-    share each rank computes as in `Method.compute_terms`, then gets the gradient of one process with the whole batch.
+    The backward pass sums the ranks' gradients of a row. Where every rank computes the same loss from all rows, or
+    each rank its own images' share of it (`Trainable.compute_terms`), DDP's average is then the gradient that one
+    process with the whole batch would compute.
     """
     if world_size() == 1:
         return value

@@ -1,7 +1,10 @@
-"""What the training loop asks of the thing it trains, and of the batches it trains on.
+"""What the training loop (loop.py) asks of the thing it trains, and of the batches it trains on.
 
-A pre-training method meets this contract (stages/pretrain/methods/method.py adds views and inputs to it); the loop
-knows this file and nothing of what stands behind it.
+The loop knows this file and nothing of the stages that use it. A pre-training method meets this contract and adds
+views and inputs to it (stages/pretrain/methods/method.py).
+
+In every step the loop calls `start_step`, then `compute_terms` and a backward pass once for each of the step's
+batches, then `before_update`, the optimiser, and `after_step`.
 """
 
 from __future__ import annotations
@@ -19,9 +22,9 @@ from stages.models.encoder import Encoder
 
 @dataclass(frozen=True)
 class Step:
-    """Where training stands. `progress` is what schedules are functions of."""
+    """Where training stands: the step that is being made."""
 
-    index: int  # optimiser steps done, 0-based
+    index: int  # of the step, 0-based: the optimiser steps done before it
     total: int  # optimiser steps of the whole training
     steps_per_epoch: int
 
@@ -32,66 +35,70 @@ class Step:
 
     @property
     def progress(self) -> float:
-        """Share of the training that is done, in [0, 1)."""
+        """Share of the training that is done, in [0, 1): what schedules are functions of."""
         return self.index / max(1, self.total)
 
 
 class TrainingBatch(Protocol):
-    """One rank's share of a forward pass, as the loop sees it."""
+    """One rank's share of a forward pass, as the loop sees it: B images, of S pixels a side where they are watched."""
 
     image_ids: Tensor  # (B,) int64
     skipped: dict[str, int]  # reason -> images replaced while this batch was made
     problems: dict[str, str]  # key -> reason, of those images
 
     def __len__(self) -> int:
-        """Images of this rank."""
+        """B."""
 
     def to(self, device: torch.device | str) -> Any:
         """The same batch on a device."""
 
     def watched_images(self) -> Tensor:
-        """(B, 3, S, S) normalised images whose features are watched for collapse."""
+        """(B, 3, S, S) normalised images whose features are watched for collapse (watch.py)."""
 
 
 class Trainable(nn.Module, ABC):
     """A module that computes named loss terms and knows the encoder it trains.
 
-    Everything that must survive a resume (teacher, queues, centres, banks) is a parameter or a buffer.
-    Parameters with requires_grad=False (the teacher) are never optimised.
+    Everything that must survive a resume (a teacher, queues, centres) is a parameter or a buffer. The optimiser gets
+    the parameters with requires_grad=True; a teacher's have False.
     """
 
     @abstractmethod
     def compute_terms(self, batch: Any) -> dict[str, Tensor]:
-        """Named, unweighted scalar terms, equal on every rank only in expectation.
+        """Named, unweighted scalar terms of a batch; the same names in every step.
 
-        Each rank returns its own share's mean, and gradients are averaged over ranks. Statistics that a paper computes
-        over the batch (Sinkhorn, centres, volume) are all-reduced (collectives.py).
+        Each rank returns the mean over its own images; the loop weighs and sums the terms and averages the gradients
+        over ranks. A statistic that belongs to the whole batch (Sinkhorn, centres, volume) must be computed over all
+        ranks (collectives.py).
         """
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
-        """`compute_terms`, so that DistributedDataParallel can wrap the module as it is."""
+        """The same as `compute_terms`: DistributedDataParallel wraps a module's forward."""
         return self.compute_terms(batch)
 
     def start_step(self, step: Step) -> None:
-        """Before a step: set teacher temperatures and whatever else follows a schedule."""
+        """Before the step's first forward pass: set what follows a schedule, e.g. a teacher's temperature."""
         return
 
     def before_update(self, step: Step) -> None:
-        """After backward, before the optimiser: e.g. drop the last layer's gradients in the first epoch."""
+        """After the backward passes, before clipping and the optimiser: change gradients, e.g. freeze a layer."""
         return
 
     @abstractmethod
     def after_step(self, step: Step) -> None:
-        """After the optimiser: move the teacher, push queues, renormalise prototypes."""
+        """After the optimiser, with all gradients dropped: move a teacher, fill queues, renormalise prototypes."""
 
     @abstractmethod
     def encoder(self) -> Encoder:
         """What is evaluated and exported: the teacher where there is one."""
 
     def diagnostics(self) -> dict[str, float]:
-        """Cheap numbers about the last step worth a curve: teacher entropy, prototype usage, ..."""
+        """Numbers about the last forward pass that are worth a curve, asked for in the steps that are logged.
+
+        "teacher_entropy" and "assignment_entropy" (mean entropy of the targets, in nats) are watched for collapse.
+        """
         return {}
 
-    def parameter_groups(self) -> Iterable[nn.Parameter]:
-        """What the optimiser trains."""
+    def trained_parameters(self) -> Iterable[nn.Parameter]:
+        """The parameters that the optimiser changes."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)

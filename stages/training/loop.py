@@ -1,8 +1,8 @@
-"""The training loop: one for all methods, plain PyTorch, no Ray. Read it from top to bottom.
+"""The training loop: plain PyTorch, no Ray, the same for everything that meets contract.py. Read it from top to bottom.
 
 It owns the optimiser, the schedules, mixed precision, clipping, accumulation, checkpoints, the curves and the
-weighted sum of terms. Nothing in it asks which method runs. The Ray Train stage wraps it (launch.py), and so do a
-plain `python` process and the benchmarks. Under torch.distributed it trains data-parallel.
+weighted sum of terms. It never asks what it trains. A stage wraps it, in Ray Train's workers or in a plain process
+(stages/pretrain/launch). Under torch.distributed it trains data-parallel: one rank a process.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from stages.training.optim import build_optimizer, clip_gradients, set_schedule
 from stages.training.settings import LoopSettings, weight_of
 from stages.training.watch import Watch
 
-MAX_PROBLEMS = 100  # skipped images that are named; all are counted
+MAX_PROBLEMS = 100  # skipped images that are listed by name; all of them are counted
 
 
 class Data(Protocol):
@@ -35,53 +35,62 @@ class Data(Protocol):
 
 
 class Checkpoints(Protocol):
-    def save(self, method: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None: ...
+    """What the loop needs of checkpoints: `CheckpointFolder` on a local disk, or what a launcher brings."""
 
-    def restore(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState: ...
+    def save(self, method: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
+        """Keep this state; called on every rank."""
+
+    def restore(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
+        """Load the newest whole checkpoint into both; a fresh `TrainingState` where there is none."""
 
 
 @dataclass(frozen=True)
 class Training:
     """The parts of one training, as one rank sees them."""
 
-    method: Trainable
+    method: Trainable  # what is trained
     data: Data
     settings: LoopSettings
-    weights: Mapping[str, float]  # term -> weight; terms not named weigh 1
-    total_steps: int
+    weights: Mapping[str, float]  # term -> weight; a term that is not named weighs 1
+    total_steps: int  # optimiser steps
     steps_per_epoch: int
     device: torch.device
 
 
 @dataclass(frozen=True)
 class BadStep:
-    """A step after which training cannot go on, before the optimiser has moved."""
+    """A step after which training cannot go on, seen before the optimiser has changed any parameter."""
 
-    step: int
-    why: str
-    image_ids: list[Tensor]  # of this rank's share, one (B,) a forward pass
+    step: int  # its index, 0-based
+    why: str  # a sentence for the user
+    image_ids: list[Tensor]  # of this rank's share: one (B,) tensor for each forward pass
     optimizer: torch.optim.Optimizer
 
 
-Report = Callable[[dict[str, float]], None]
+RowCallback = Callable[[dict[str, float]], None]
 LeaveReplay = Callable[[BadStep], str]
 
 
 def train(
     training: Training,
     checkpoints: Checkpoints,
-    report: Report = lambda row: None,
+    report_row: RowCallback = lambda row: None,
     leave_replay: LeaveReplay = lambda bad: "",
 ) -> TrainingState:
     """Train to the end, from the last checkpoint where there is one.
 
     Args:
-        report: called on every rank with each row of the curves as it is made (means over ranks and steps).
-        leave_replay: called on every rank when a step has gone wrong; keeps what is needed to run it again and returns
-            a sentence that says how (replay.py).
+        training: what to train, on which data, how; its method is moved to the device and changed in place.
+        checkpoints: where to continue from, and where to save to.
+        report_row: called on every rank with each row of the curves as it is made (means over ranks and steps).
+        leave_replay: called on every rank when a step has gone wrong; keeps what is needed to repeat the step alone
+            and returns a sentence that tells the user how.
 
-    Returns: the final state; its `curves` hold every row, those before a resume included.
-    Raises: StageFailed when a term or its gradient is not finite, or the features have collapsed (watch.py).
+    Returns:
+        The final state; its `curves` hold every row, those before a resume included.
+
+    Raises:
+        StageFailed: when a term or its gradient is not finite, or the features have collapsed (watch.py).
     """
     settings, device = training.settings, training.device
     # Convolutions are faster with channels last (ResNet-18 on a CPU by a fifth); other layers do not care.
@@ -90,7 +99,7 @@ def train(
     state = checkpoints.restore(method, optimizer)
     model: nn.Module = method
     if world_size() > 1:
-        # Some steps leave some heads out (a batch without object-centric images), so unused parameters are normal.
+        # A step may use only some of the parameters (a term that has nothing to say about this batch).
         model = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False, find_unused_parameters=True)
     checkpoint_every = settings.checkpoint_every or max(1, training.total_steps // 20)
     window, watch = Window(training), Watch(settings.watch, training.weights)
@@ -113,13 +122,11 @@ def train(
         must_save = done % checkpoint_every == 0 or done == training.total_steps
         logged = done % settings.log_every == 0 or must_save
         seen = watch.look(method, batch, precision=settings.precision) if logged else {}
-        # Before the optimiser moves: a replay starts from the state that this step had.
+        # Before the optimiser changes anything: a replay needs the parameters that this step had.
         if wrong := watch.wrong(index, window.names, torch.stack(window.pending), norm, seen):
             how = leave_replay(BadStep(index, wrong, window.image_ids, optimizer))
             raise StageFailed(f"{wrong}: training stopped. {how}".rstrip())
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        method.after_step(step)
+        update(method, optimizer, step)
         window.end_step(norm)
 
         state.step = done
@@ -127,7 +134,7 @@ def train(
             row = window.flush(done, {"lr": lr, "weight_decay": decay, **seen})
             state.curves.append(row)
             window.hand_over_skipped(state)
-            report(row)
+            report_row(row)
         if must_save:
             checkpoints.save(method, optimizer, state)
     return state
@@ -136,48 +143,92 @@ def train(
 def compute_gradients(
     training: Training, model: nn.Module, step: Step, passes: Iterator[TrainingBatch], window: Window, watch: Watch
 ) -> TrainingBatch:
-    """The forward and backward passes of one step; what came out is in the window. Returns the last batch."""
+    """The forward and backward passes of one step: gradients end up in the parameters, terms in the window.
+
+    Args:
+        training: whose method, weights and settings these are.
+        model: the method, or the DistributedDataParallel around it.
+        step: which step it is.
+        passes: gives one batch for each forward pass of the step.
+        window: takes each pass's terms and image ids.
+        watch: measures the terms' gradients in the steps in which that is due.
+
+    Returns:
+        The last pass's batch.
+    """
     settings, method = training.settings, training.method
-    # one seed a step, not one a training: a resumed one needs no generator states to continue exactly.
+    # A new seed for every step: a resumed training continues exactly without stored generator states.
     torch.manual_seed(settings.seed * 1_000_003 + step.index)
     method.start_step(step)
     for nth in range(settings.accumulate):
         batch = next(passes).to(training.device)
-        with torch.autocast(training.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            terms = model(batch)
-        total = weighted_sum(terms, training.weights)
+        terms, total = compute_total(model, batch, training.weights, precision=settings.precision)
         if nth == settings.accumulate - 1 and watch.gradients_due(step.index):
-            window.of_terms |= watch.gradient_norms(terms, method.parameter_groups())
+            window.of_terms |= watch.gradient_norms(terms, method.trained_parameters())
         torch.autograd.backward(total / settings.accumulate)
         window.add(batch, terms, total)
     return batch
 
 
+def compute_total(
+    model: nn.Module, batch: TrainingBatch, weights: Mapping[str, float], *, precision: Literal["fp32", "bf16"]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One forward pass.
+
+    Args:
+        model: a `Trainable`, or the DistributedDataParallel around one.
+        batch: on the model's device.
+        weights: term -> weight; a term that is not named weighs 1.
+        precision: "bf16" runs the pass under autocast.
+
+    Returns:
+        The unweighted terms, and their weighted sum in float32, whose gradient is the step's.
+    """
+    with torch.autocast(batch.image_ids.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        terms: dict[str, Tensor] = model(batch)
+    return terms, weighted_sum(terms, weights)
+
+
+def update(method: Trainable, optimizer: torch.optim.Optimizer, step: Step) -> None:
+    """The end of a step: move the parameters, drop their gradients, then what the method does after a step."""
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    method.after_step(step)
+
+
 def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """Sum of weight * term over the terms of a step, in float32; a term without a weight weighs 1."""
+    """Sum of weight * term over the terms of a forward pass, in float32; a term without a weight weighs 1.
+
+    Raises:
+        ValueError: when there is no term.
+    """
     if not terms:
         raise ValueError("a method must return at least one term")
     return torch.stack([weight_of(weights, name) * term.float() for name, term in terms.items()]).sum()
 
 
 class Window:
-    """Terms since the last logged row, kept on the device so that no step waits for it."""
+    """The steps since the last logged row. Terms stay on the device, so that no step waits for their values."""
 
     def __init__(self, training: Training) -> None:
         self.training = training
-        self.names: list[str] = []
-        self.rows: list[Tensor] = []
-        self.norms: list[Tensor] = []
+        self.names: list[str] = []  # of the terms, and "total" last
+        self.rows: list[Tensor] = []  # one a finished step: (terms,) values, the mean over its forward passes
+        self.norms: list[Tensor] = []  # one a finished step: norm of the whole gradient
         self.of_terms: dict[str, float] = {}  # the newest gradient norms and weights of single terms
-        self.images = 0
-        self.skipped: Counter[str] = Counter()
-        self.problems: dict[str, str] = {}
+        self.images = 0  # of all ranks
+        self.skipped: Counter[str] = Counter()  # reason -> images of this rank
+        self.problems: dict[str, str] = {}  # key -> reason
         self.started = time.perf_counter()
-        self.pending: list[Tensor] = []  # of this step's forward passes: values of the terms,
-        self.image_ids: list[Tensor] = []  # and images
+        self.pending: list[Tensor] = []  # one a forward pass of the step under way: (terms,) values
+        self.image_ids: list[Tensor] = []  # and its (B,) images
 
     def add(self, batch: TrainingBatch, terms: Mapping[str, Tensor], total: Tensor) -> None:
-        """One forward pass."""
+        """Take in one forward pass.
+
+        Raises:
+            ValueError: when the names of the terms differ from those of the passes before.
+        """
         names = [*terms, "total"]
         if self.names and names != self.names:
             raise ValueError(f"terms changed from {self.names} to {names}: a method returns the same terms every step")
@@ -189,12 +240,13 @@ class Window:
         self.problems.update(batch.problems)
 
     def end_step(self, norm: Tensor) -> None:
+        """Close the step under way; `norm` is that of its whole gradient."""
         self.rows.append(torch.stack(self.pending).mean(0))
         self.norms.append(norm.detach().float())
         self.pending, self.image_ids = [], []
 
     def flush(self, step: int, extra: Mapping[str, float]) -> dict[str, float]:
-        """The mean over the window's steps and the ranks; empties the window."""
+        """A row of the curves: means over the window's steps and the ranks, and `extra`. Empties the window."""
         values_ST, norms_S = all_reduce_mean(torch.stack(self.rows)).cpu(), torch.stack(self.norms).cpu()
         seconds = time.perf_counter() - self.started
         row = {"step": float(step), "epoch": step / self.training.steps_per_epoch}

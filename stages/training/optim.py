@@ -1,4 +1,4 @@
-"""The optimiser of a run: parameter groups, learning rate and decay of a step, gradient clipping."""
+"""The optimiser of a training: parameter groups, a step's learning rate and weight decay, gradient clipping."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from stages.training.settings import OptimizerSettings
 
 
 def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """Two groups, decayed and not: tensors with one dimension and biases are not decayed unless `decay_all`."""
+    """An optimiser with two groups: parameters with weight decay and parameters without.
+
+    Biases and tensors with at most one dimension (norms) have none, unless `decay_all`. A group without parameters is
+    left out.
+    """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
@@ -43,7 +47,19 @@ def set_schedule(
     steps_per_epoch: int,
     batch_size: int,
 ) -> tuple[float, float]:
-    """Put this step's learning rate and weight decay into the groups; returns both."""
+    """Put a step's learning rate and weight decay into the optimiser's groups.
+
+    Args:
+        optimizer: made by `build_optimizer`.
+        settings: the peak values, and what they start from and end at.
+        step: 0-based.
+        total: steps of the whole training.
+        steps_per_epoch: optimiser steps of one epoch: the warm-up is given in epochs.
+        batch_size: images of one optimiser step over all ranks, which may scale the learning rate.
+
+    Returns:
+        The learning rate and the weight decay.
+    """
     scale = batch_size / settings.lr_per if settings.lr_per else 1.0
     warmup = min(total, round(settings.warmup_epochs * steps_per_epoch))
     lr = cosine(step, total, settings.lr * scale, settings.lr_end, warmup=warmup, start=settings.lr_start)
@@ -57,10 +73,13 @@ def set_schedule(
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> Tensor:
-    """Clip in place and return the global norm before clipping, without waiting for the device.
+    """Clip gradients in place, without waiting for the device.
 
-    "tensor": each gradient is scaled to norm <= clip by clip / (norm + 1e-6) (DINO's utility);
-    "global": all gradients together (torch.nn.utils.clip_grad_norm_).
+    `clip_mode` "tensor" scales each gradient to a norm of at most `clip` by clip / (norm + 1e-6), as DINO does;
+    "global" scales all of them together (as torch.nn.utils.clip_grad_norm_).
+
+    Returns:
+        The norm of all gradients together before clipping, a scalar on their device.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))

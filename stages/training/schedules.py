@@ -1,5 +1,7 @@
-"""Schedules: numbers as functions of the step, looked up every step
-(docs/methods.md#ema-and-schedules; DINO's scheduler)."""
+"""Schedules: numbers as functions of the step, looked up every step, as DINO's scheduler gives them.
+
+docs/methods.md#ema-and-schedules says where they come from.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,11 @@ def cosine(step: int, total: int, base: float, final: float, *, warmup: int = 0,
 
     Args:
         step: 0-based; steps past the end keep the last value.
-        total: steps of the whole run, warm-up included.
+        total: steps of the whole training, warm-up included.
+        base: value at the end of the warm-up, or at step 0 without one.
+        final: what the cosine falls (or rises) towards.
+        warmup: steps of the linear part.
+        start: value at step 0 where there is a warm-up.
 
     Example:
         >>> cosine(0, 100, 1.0, 0.0)
@@ -27,7 +33,14 @@ def cosine(step: int, total: int, base: float, final: float, *, warmup: int = 0,
 
 
 def linear_warmup(epoch: int, start: float, end: float, warmup_epochs: int) -> float:
-    """linspace(start, end, warmup_epochs) by epoch, then `end`: DINO's teacher temperature."""
+    """DINO's teacher temperature: linspace(start, end, warmup_epochs) by epoch, then `end`.
+
+    Args:
+        epoch: 0-based.
+        start: value in epoch 0.
+        end: value from epoch `warmup_epochs` - 1 on.
+        warmup_epochs: number of points of the line, both ends included.
+    """
     if epoch >= warmup_epochs:
         return end
     return start + (end - start) * epoch / max(1, warmup_epochs - 1)

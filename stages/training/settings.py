@@ -1,4 +1,4 @@
-"""How long and with what optimiser to train: the part of a pre-train stage's config that the loop owns."""
+"""How long and with what optimiser to train: the part of a training stage's config that the loop reads."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ class OptimizerSettings(Settings):
 
 
 class WatchSettings(Settings):
-    """What is measured while training, and when a run that has gone wrong is stopped (watch.py)."""
+    """What is measured while training, and when a training that has gone wrong is stopped (watch.py)."""
 
     gradients_every: int = Field(
-        100, ge=0, description="steps between measurements of each term's gradient: a backward pass a term; 0: never"
+        100,
+        ge=0,
+        description="steps between measurements of each term's gradient, one more backward pass a term; 0: never",
     )
     min_rank: float = Field(
         1.2, ge=0, description="collapse: effective rank of image vectors or patches below this; 0: never stop for it"
@@ -43,34 +45,34 @@ class WatchSettings(Settings):
     min_entropy: float = Field(
         0.0,
         ge=0,
-        description="collapse: mean entropy of the targets in nats below this; Sinkhorn's may be sharp",
+        description="collapse: mean entropy of the targets in nats below this; 0: never stop for it (as sharp targets "
+        "are normal with Sinkhorn)",
     )
-    patience: int = Field(3, ge=1, description="logged rows in a row that must show a collapse")
+    patience: int = Field(3, ge=1, description="consecutive logged rows that must show a collapse")
     grace: int = Field(
-        200, ge=0, description="steps at the start in which no collapse is looked for: random encoders look like one"
+        200,
+        ge=0,
+        description="steps at the start in which no collapse is looked for: a random encoder's features look collapsed",
     )
 
 
 class LoopSettings(Settings):
-    """One training run. Give `epochs` or `steps`, not both."""
+    """How one training goes. Give `epochs` or `steps`, not both."""
 
     epochs: float | None = Field(None, gt=0, description="passes over the images (all sources together)")
     steps: int | None = Field(None, ge=1, description="optimiser steps, instead of epochs")
-    batch_size: int = Field(256, ge=1, description="images a step over all workers and accumulation")
+    batch_size: int = Field(256, ge=1, description="images of one optimiser step, over all ranks and passes")
     accumulate: int = Field(1, ge=1, description="forward passes an optimiser step; batch_size is split among them")
     optimizer: OptimizerSettings = OptimizerSettings()
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = Field(0, ge=0)
-    renderer: Literal["auto", "cpu", "gpu"] = Field(
-        "auto", description="who turns draws into pixels: OpenCV in loader processes, or torch on the GPU"
-    )
     loader_workers: Annotated[int | None, NoFingerprint] = Field(
-        None, ge=0, description="loader processes a training worker; default: what its CPUs allow"
+        None, ge=0, description="processes that load data for each rank; default: what its CPUs allow"
     )
     log_every: Annotated[int, NoFingerprint] = Field(10, ge=1, description="steps between points of a curve")
     watch: Annotated[WatchSettings, NoFingerprint] = WatchSettings()
     checkpoint_every: Annotated[int | None, NoFingerprint] = Field(
-        None, ge=1, description="steps between checkpoints; default: a twentieth of the run"
+        None, ge=1, description="steps between checkpoints; default: a twentieth of the training"
     )
 
     @model_validator(mode="after")
@@ -86,9 +88,10 @@ class LoopSettings(Settings):
         return max(1, images // self.batch_size)
 
     def total_steps(self, images: int) -> int:
+        """Optimiser steps of the whole training over `images` images; at least one."""
         if self.steps is not None:
             return self.steps
-        assert self.epochs is not None  # the validator saw to it
+        assert self.epochs is not None  # _one_length checked it
         return max(1, round(self.epochs * self.steps_per_epoch(images)))
 
 

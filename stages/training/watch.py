@@ -1,4 +1,4 @@
-"""Watching a run: how large each term's gradient is, whether the features still differ, and when to stop.
+"""Watching a training: how large each term's gradient is, whether features still differ, and when to stop.
 
 Shape legend: N feature rows, D width, B images, P forward passes of a step, T terms.
 """
@@ -17,24 +17,28 @@ from stages.training.collectives import all_reduce_mean, gather_objects, world_s
 from stages.training.contract import Trainable, TrainingBatch
 from stages.training.settings import WatchSettings, weight_of
 
-IMAGES = 64  # of a rank's batch that features are taken from
-PATCHES = 512  # of those images' patches, evenly spaced
+IMAGES = 64  # images of a rank's batch whose features are looked at
+PATCHES = 512  # patches of those images, evenly spaced, that are looked at
 
 
 class Watch:
-    """The watcher of one rank's run. Every rank makes the same calls: some of them are collective."""
+    """Watches one rank's training. Every rank makes the same calls in the same order: some wait for all ranks."""
 
     def __init__(self, settings: WatchSettings, weights: Mapping[str, float]) -> None:
         self.settings, self.weights = settings, weights
-        self.low: dict[str, int] = {}  # what has been below its limit, and for how many rows in a row
+        self.low: dict[str, int] = {}  # name of a number -> consecutive logged rows in which it was below its limit
 
     def gradients_due(self, step: int) -> bool:
+        """Whether the terms' gradients are measured in this step (0-based)."""
         return self.settings.gradients_every > 0 and step % self.settings.gradients_every == 0
 
     def gradient_norms(self, terms: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> dict[str, float]:
-        """ "grad_norm/TERM": global norm of weight * term's gradient, of all ranks together; and "weight/TERM".
+        """Of every term its weight and the norm of its weighted gradient, over all ranks together.
 
         To be called before the step's backward pass, whose graph it keeps.
+
+        Returns:
+            "weight/TERM" and "grad_norm/TERM" for each term.
         """
         trained = list(parameters)
         found: dict[str, float] = {}
@@ -45,18 +49,23 @@ class Watch:
         return found
 
     def look(self, method: Trainable, batch: TrainingBatch, *, precision: str) -> dict[str, float]:
-        """What a row of the curves says beside its terms: the method's own numbers and `feature_spread`."""
+        """Numbers of a logged step beside its terms: the method's own diagnostics and `feature_spread`."""
         return method.diagnostics() | feature_spread(method.encoder(), batch, precision=precision)
 
     def wrong(
         self, step: int, names: Sequence[str], values_PT: Tensor, norm: Tensor, seen: Mapping[str, float]
     ) -> str | None:
-        """Why training cannot go on, in words; None while all is well.
+        """Whether training must stop: a term or the gradient is not finite, or the features have collapsed.
 
         Args:
-            values_PT: this rank's terms, called `names`, in each forward pass of the step.
+            step: 0-based.
+            names: of the T terms.
+            values_PT: this rank's terms in each forward pass of the step.
             norm: of the whole gradient, the same on all ranks.
-            seen: what `look` saw; empty in a step that is not logged.
+            seen: what `look` returned; empty in a step that is not logged.
+
+        Returns:
+            Why training cannot go on, in words; None while it can.
         """
         if bad := _not_finite(names, values_PT, norm):
             return f"{bad} at step {step} (lower optimizer.lr, set optimizer.clip, or precision: fp32)"
@@ -65,27 +74,32 @@ class Watch:
     def _collapse(self, step: int, seen: Mapping[str, float], device: torch.device) -> str | None:
         limits = {"rank_image": self.settings.min_rank, "rank_patch": self.settings.min_rank}
         limits |= dict.fromkeys(("teacher_entropy", "assignment_entropy"), self.settings.min_entropy)
-        # Ranks must agree: the one that stopped alone would leave the others waiting.
-        # On the device of the rest: NCCL takes no other.
-        mine = torch.tensor([seen.get(name, math.inf) for name in limits], device=device)
-        here = all_reduce_mean(mine).tolist()
-        for (name, limit), value in zip(limits.items(), here, strict=True):
+        # Ranks decide together, on their mean: a rank that stopped alone would leave the others waiting.
+        mine = torch.tensor([seen.get(name, math.inf) for name in limits], device=device)  # NCCL takes no CPU tensor
+        means = all_reduce_mean(mine).tolist()
+        for (name, limit), value in zip(limits.items(), means, strict=True):
             self.low[name] = self.low.get(name, 0) + 1 if step >= self.settings.grace and value < limit else 0
             if self.low[name] >= self.settings.patience:
                 setting = "watch.min_entropy" if name.endswith("entropy") else "watch.min_rank"
                 return (
                     f"the features have collapsed: {name} is {value:.4g} at step {step}, below {setting} ({limit:g}) "
-                    f"for {self.low[name]} rows in a row"
+                    f"for {self.low[name]} consecutive rows"
                 )
         return None
 
 
 @torch.no_grad()
 def feature_spread(encoder: Encoder, batch: TrainingBatch, *, precision: str) -> dict[str, float]:
-    """Effective rank and mean pairwise cosine of what the encoder (the teacher, where there is one) makes of the
-    batch's first view: "rank_image" and "cosine_image" of the image vectors, "rank_patch" and "cosine_patch".
+    """How much the encoder's features of the batch's watched images differ from each other.
 
-    Means over ranks; a single row has no cosine.
+    Args:
+        encoder: the one that is exported (the teacher, where there is one).
+        batch: gives the images.
+        precision: "bf16" runs the forward pass under autocast.
+
+    Returns:
+        Effective rank and mean pairwise cosine, means over ranks: "rank_image" and "cosine_image" of the image
+        vectors, "rank_patch" and "cosine_patch" of the patches. A cosine is left out where there is a single row.
     """
     modes = [(module, module.training) for module in encoder.modules()]
     view_B3SS = batch.watched_images()[:IMAGES]
@@ -107,14 +121,14 @@ def feature_spread(encoder: Encoder, batch: TrainingBatch, *, precision: str) ->
 
 
 def effective_rank(rows_ND: Tensor) -> Tensor:
-    """exp of the entropy of the singular values' shares: from 1 (all rows alike up to a factor) to min(N, D).
+    """The number of directions that the rows use: from 1 (all rows alike up to a factor) to min(N, D).
 
-    Roy and Vetterli 2007; as a measure of collapse, RankMe (Garrido et al. 2023, Eq. 1). Rows that are not finite, or
-    all zero, have rank 0.
+    It is exp of the entropy of the singular values, each divided by their sum (Roy and Vetterli 2007; RankMe, Garrido
+    et al. 2023, Eq. 1, measures collapse with it). Rows that are not finite, or all zero, have rank 0.
     """
     if not rows_ND.isfinite().all() or not rows_ND.any():
         return rows_ND.new_zeros(())
-    rows = rows_ND.double()  # float32 would leave noise where a singular value is 0, and many of them add up
+    rows = rows_ND.double()  # in float32 the many singular values that should be 0 are noise, which adds up
     gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
     singular_R = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     share_R = singular_R / singular_R.sum()
@@ -131,7 +145,7 @@ def mean_pairwise_cosine(rows_ND: Tensor) -> Tensor:
 def _not_finite(names: Sequence[str], values_PT: Tensor, norm: Tensor) -> str | None:
     """Names the first term that is NaN or infinite on any rank, or the gradient's norm; None when all are finite.
 
-    Waits for the device, once: the optimiser must not move before it is known.
+    Waits for the device, once: the optimiser must not change the parameters before this is known.
     """
     sound = values_PT.isfinite().all() & norm.isfinite()
     if all_reduce_mean(sound.float()[None]).item() == 1.0:
@@ -146,11 +160,11 @@ def _not_finite(names: Sequence[str], values_PT: Tensor, norm: Tensor) -> str | 
 def _gradient_norm(term: Tensor, trained: Sequence[nn.Parameter]) -> float:
     """Norm of the gradient that all ranks together would give these parameters."""
     gradients: Sequence[Tensor | None] = [None] * len(trained)
-    if term.requires_grad:  # a term without anything to say about this batch may be a constant
+    if term.requires_grad:  # a term that has nothing to say about this batch may be a constant
         gradients = torch.autograd.grad(term.float(), trained, retain_graph=True, allow_unused=True)
     if world_size() == 1:
-        there = [gradient for gradient in gradients if gradient is not None]
-        return torch.nn.utils.get_total_norm(there).item() if there else 0.0
+        present = [gradient for gradient in gradients if gradient is not None]
+        return torch.nn.utils.get_total_norm(present).item() if present else 0.0
     flat = torch.cat(
         [
             (torch.zeros_like(parameter) if gradient is None else gradient).flatten().float()

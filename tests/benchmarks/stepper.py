@@ -1,4 +1,4 @@
-"""One training step of a method by itself, for the clock: forward, backward, update and what follows it."""
+"""One training step of a method by itself, timed: forward, backward, update and what follows it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stages.pretrain.config.method import MethodSettings
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.views.draw import draw_views, generator
-from stages.training.loop import weighted_sum
+from stages.training.loop import compute_total, update
 from stages.training.optim import build_optimizer
 from stages.training.settings import OptimizerSettings
 
@@ -47,19 +47,18 @@ class Stepper:
         self.weights, self.device = settings.term_weights(), device
 
     def seconds(self) -> float:
-        """Of one step, in bf16 on a GPU: of its clock there; on a CPU of the process's, for which other work on the
-        machine does not count."""
+        """One step's time: on a GPU in bf16 and by the wall clock, on a CPU by this process's CPU time.
+
+        CPU time does not count what other processes of the machine do meanwhile.
+        """
         on_gpu, step = self.device != "cpu", Step(20, 100, 10)
         clock = time.perf_counter if on_gpu else time.process_time
         start = clock()
         self.method.start_step(step)
-        with torch.autocast(self.device, torch.bfloat16, enabled=on_gpu):
-            terms = self.method(self.batch)
-        weighted_sum(terms, self.weights).backward()  # type: ignore[no-untyped-call]
+        _, total = compute_total(self.method, self.batch, self.weights, precision="bf16" if on_gpu else "fp32")
+        torch.autograd.backward(total)
         self.method.before_update(step)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.method.after_step(step)
+        update(self.method, self.optimizer, step)
         if on_gpu:
             torch.cuda.synchronize()
         return clock() - start

@@ -33,6 +33,9 @@ class PretrainConfig(LoopSettings, StageConfig):
     init: Input["encoder"] | None = Field(None, description="start from this encoder; else from `backbone`")
     backbone: Backbone | None = None
     method: Annotated[SerializeAsAny[MethodSettings], BeforeValidator(method_settings)]
+    renderer: Literal["auto", "cpu", "gpu"] = Field(
+        "auto", description="what makes the views: OpenCV in loader processes, or torch on the GPU"
+    )
 
     @model_validator(mode="after")
     def _one_start(self) -> PretrainConfig:

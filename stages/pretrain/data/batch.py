@@ -13,24 +13,26 @@ from torch import Tensor
 
 @dataclass
 class Batch:
-    """One rank's share of a step. Rank r of W holds rows [r*B, (r+1)*B) of the global batch, in order."""
+    """One rank's share of a forward pass: rank r holds rows [r*B, (r+1)*B) of the global batch, in order."""
 
     image_ids: Tensor  # (B,) int64
     source: Tensor  # (B,) int64: which of the mixed image sources the image came from, 0 if there is only one
     views: dict[str, Tensor]  # name -> (V, B, 3, S, S) float, normalised
     affines: dict[str, Tensor]  # name -> (V, B, 2, 3) float32: view pixels -> stored-image pixels
     labels: dict[str, Tensor] = field(default_factory=dict)  # name -> (V, B, S, S) int64, -1 outside
-    extras: dict[str, Tensor] = field(default_factory=dict)  # what the drawer stacked, (B, ...); an "embedding"
+    extras: dict[str, Tensor] = field(default_factory=dict)  # (B, ...): the drawer's own arrays, and "embedding"
     neighbor_ids: Tensor | None = None  # (B,) int64: the image behind views of="neighbor"; -1 where none
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> images replaced while this batch was made
     problems: dict[str, str] = field(default_factory=dict)  # key -> reason, of those images
-    seed: int = 0  # of this step, equal on all ranks: for random choices inside compute_terms
+    seed: int = 0  # of this forward pass, equal on all ranks: for random choices inside compute_terms
     offset: int = 0  # index of this rank's first row in the global batch
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
+        """The same batch with all its tensors on a device."""
+
         def move(value: Tensor) -> Tensor:
             return value.to(device, non_blocking=non_blocking)
 
@@ -50,7 +52,7 @@ class Batch:
         return next(iter(self.views.values()))[0]
 
     def generator(self, image_id: int | None = None) -> torch.Generator:
-        """A CPU generator for this step (or this step and image): the same on every rank and world size."""
+        """A CPU generator for this forward pass, or for one image in it: the same whatever the number of ranks."""
         generator = torch.Generator()
         generator.manual_seed(self.seed if image_id is None else (self.seed * 1_000_003 + image_id) % (2**63 - 1))
         return generator

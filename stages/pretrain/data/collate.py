@@ -1,6 +1,6 @@
-"""Samples to parts (in the workers, uint8) and parts to a Batch (in the trainer: stacked, rendered, normalised).
+"""Samples to chunks (in loader processes, uint8), and chunks to a Batch (on the rank: stacked, rendered, normalised).
 
-Shape legend: V views of one kind, b images of a part, B of a batch, S side of a view.
+Shape legend: V views of one kind, b images of a chunk, B of a rank's batch, S side of a view in pixels.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from stages.pretrain.views.plan import Draw
 
 
 @dataclass
-class Part:
-    """Consecutive rows of a batch, as a worker sends them."""
+class Chunk:
+    """Consecutive rows of a global batch, as one loader process sends them at once.
+
+    Either `views` holds the rendered views, or `pixels`, `reduced` and `draws` what a GPU needs to render them.
+    """
 
     step: int
     image_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # (b,)
@@ -30,19 +33,19 @@ class Part:
     affines: dict[str, Tensor] = field(default_factory=dict)  # name -> (V, b, 2, 3)
     labels: dict[str, Tensor] = field(default_factory=dict)  # name -> (V, b, S, S) int32
     extras: dict[str, Tensor] = field(default_factory=dict)  # name -> (b, ...)
-    views: dict[str, Tensor] = field(default_factory=dict)  # name -> (V, b, S, S, 3) uint8; empty: see the next three
+    views: dict[str, Tensor] = field(default_factory=dict)  # name -> (V, b, S, S, 3) uint8
     pixels: list[Tensor] = field(default_factory=list)  # decoded images, neighbours included, (h, w, 3) uint8
-    reduced: list[int] = field(default_factory=list)  # the scale each was decoded at
+    reduced: list[int] = field(default_factory=list)  # of each: it was decoded at 1/reduced of its size
     sizes: dict[str, int] = field(default_factory=dict)  # name -> S
-    draws: list[list[tuple[Draw, int]]] = field(default_factory=list)  # of each row: the draw and which of `pixels`
+    draws: list[list[tuple[Draw, int]]] = field(default_factory=list)  # of each row: draw, which of `pixels` it cuts
     skipped: list[Skip] = field(default_factory=list)
-    failure: str = ""
+    failure: str = ""  # why these rows could not be made; everything else is then empty
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def pin_memory(self) -> Part:
-        """Called by the DataLoader's pinning thread."""
+    def pin_memory(self) -> Chunk:
+        """The same in page-locked memory, from which copies to a GPU are fast; DataLoader's pinning thread calls it."""
 
         def pin(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -56,9 +59,13 @@ class Part:
         return replace(self, **{f.name: pin(getattr(self, f.name)) for f in fields(self)})
 
 
-def collate(step: int, samples: Sequence[Sample]) -> Part:
-    """Raises ValueError when a drawer gave the images of a batch different numbers or shapes of something."""
-    part = Part(
+def collate(step: int, samples: Sequence[Sample]) -> Chunk:
+    """The samples of consecutive rows as one chunk.
+
+    Raises:
+        ValueError: when a drawer gave the images of a batch different numbers or shapes of something.
+    """
+    chunk = Chunk(
         step,
         torch.tensor([s.image_id for s in samples]),
         torch.tensor([s.source for s in samples]),
@@ -71,10 +78,10 @@ def collate(step: int, samples: Sequence[Sample]) -> Part:
         skipped=[skip for s in samples for skip in s.skipped],
     )
     for sample in samples:
-        part.draws.append([(item, len(part.pixels) + of) for item, of in sample.draws])
-        part.pixels += [torch.from_numpy(np.require(pixels, requirements=["C", "W"])) for pixels in sample.pixels]
-        part.reduced += sample.reduced if sample.pixels else []
-    return part
+        chunk.draws.append([(item, len(chunk.pixels) + image) for item, image in sample.draws])
+        chunk.pixels += [torch.from_numpy(np.require(pixels, requirements=["C", "W"])) for pixels in sample.pixels]
+        chunk.reduced += sample.reduced if sample.pixels else []
+    return chunk
 
 
 def _stack(samples: Sequence[Sample], get: Callable[[Sample], dict[str, Any]], axis: int) -> dict[str, Tensor]:
@@ -92,68 +99,85 @@ def _stack(samples: Sequence[Sample], get: Callable[[Sample], dict[str, Any]], a
 
 
 # ------------------------------------------------------------------------------------------------------- the batch
-def assemble_batch(parts: Sequence[Part], device: torch.device, mean: Sequence[float], std: Sequence[float]) -> Batch:
-    """One Batch on `device`, views normalised: (value / 255 - mean) / std."""
+def assemble_batch(chunks: Sequence[Chunk], device: torch.device, mean: Sequence[float], std: Sequence[float]) -> Batch:
+    """A rank's batch, its views normalised: (value / 255 - mean) / std.
+
+    Args:
+        chunks: all rows of the batch, in order.
+        device: where the batch goes; views that are not rendered yet are rendered there.
+        mean: of red, green, blue on the [0, 1] scale.
+        std: likewise.
+    """
     scale = torch.tensor([1 / (255 * s) for s in std], device=device)[:, None, None]
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)[:, None, None]
-    affines = _concatenate([part.affines for part in parts], 1, device)
-    rendered = parts[0].views or not parts[0].pixels
+    affines = _concatenate([chunk.affines for chunk in chunks], 1, device)
+    rendered = chunks[0].views or not chunks[0].pixels
     if rendered:
-        views = _join_views(parts, device)
+        views = _join_views(chunks, device)
     else:
-        views = {name: render_views(parts, name, affine.shape[0], device) for name, affine in affines.items()}
-    neighbor_ids = _cat([part.neighbor_ids for part in parts], 0, device)
+        views = {name: render_views(chunks, name, affine.shape[0], device) for name, affine in affines.items()}
+    neighbor_ids = _cat([chunk.neighbor_ids for chunk in chunks], 0, device)
     return Batch(
-        image_ids=_cat([part.image_ids for part in parts], 0, device),
-        source=_cat([part.source for part in parts], 0, device),
+        image_ids=_cat([chunk.image_ids for chunk in chunks], 0, device),
+        source=_cat([chunk.source for chunk in chunks], 0, device),
         views={name: view.mul_(scale).add_(shift) for name, view in views.items()},
         affines=affines,
-        labels={n: v.long() for n, v in _concatenate([part.labels for part in parts], 1, device).items()},
-        extras=_concatenate([part.extras for part in parts], 0, device),
+        labels={n: v.long() for n, v in _concatenate([chunk.labels for chunk in chunks], 1, device).items()},
+        extras=_concatenate([chunk.extras for chunk in chunks], 0, device),
         neighbor_ids=neighbor_ids,
     )
 
 
-def _join_views(parts: Sequence[Part], device: torch.device) -> dict[str, Tensor]:
-    """uint8 (V, b, S, S, 3) of every part -> float (V, B, 3, S, S) in [0, 255], converted on the way."""
+def _join_views(chunks: Sequence[Chunk], device: torch.device) -> dict[str, Tensor]:
+    """uint8 (V, b, S, S, 3) of every chunk -> float (V, B, 3, S, S) in [0, 255]; the copy converts."""
     views = {}
-    for name, first in parts[0].views.items():
+    for name, first in chunks[0].views.items():
         count, _, size = first.shape[:3]
-        joined = torch.empty(count, sum(len(part) for part in parts), 3, size, size, device=device)
+        joined = torch.empty(count, sum(len(chunk) for chunk in chunks), 3, size, size, device=device)
         at = 0
-        for part in parts:
-            mine = part.views[name].to(device, non_blocking=True)
-            joined[:, at : at + len(part)] = mine.permute(0, 1, 4, 2, 3)
-            at += len(part)
+        for chunk in chunks:
+            mine = chunk.views[name].to(device, non_blocking=True)
+            joined[:, at : at + len(chunk)] = mine.permute(0, 1, 4, 2, 3)
+            at += len(chunk)
         views[name] = joined
     return views
 
 
-def render_views(parts: Sequence[Part], name: str, count: int, device: torch.device) -> Tensor:
-    """The views of one name, (V, B, 3, S, S) float in [0, 255], rendered on `device` part by part."""
+def render_views(chunks: Sequence[Chunk], name: str, count: int, device: torch.device) -> Tensor:
+    """Render the views of one name, chunk by chunk.
+
+    Args:
+        chunks: all rows of the batch, in order, with decoded pixels.
+        name: of the views.
+        count: V, how many of them an image has.
+        device: where they are rendered.
+
+    Returns:
+        (V, B, 3, S, S) float in [0, 255]; the views of a row without a neighbour are black.
+    """
     rows = []
-    for part in parts:
-        pixels = [image.to(device, non_blocking=True) for image in part.pixels]
-        named = [[(item, of) for item, of in draws if item.view == name] for draws in part.draws]
-        views = torch.zeros(len(part), count, 3, part.sizes[name], part.sizes[name], device=device)
-        flat = [(b, v, item, of) for b, draws in enumerate(named) for v, (item, of) in enumerate(draws)]
-        if not flat:  # no image of this part has a neighbour
+    for chunk in chunks:
+        pixels = [image.to(device, non_blocking=True) for image in chunk.pixels]
+        named = [[(item, image) for item, image in draws if item.view == name] for draws in chunk.draws]
+        views = torch.zeros(len(chunk), count, 3, chunk.sizes[name], chunk.sizes[name], device=device)
+        flat = [(b, v, item, image) for b, draws in enumerate(named) for v, (item, image) in enumerate(draws)]
+        if not flat:  # no image of this chunk has a neighbour
             rows.append(views)
             continue
         drawn = render_gpu.render(
             render_gpu.pad(pixels),
-            [(image.shape[0], image.shape[1]) for image in part.pixels],
+            [(image.shape[0], image.shape[1]) for image in chunk.pixels],
             [item for _, _, item, _ in flat],
-            [of for *_, of in flat],
-            part.reduced,
+            [image for *_, image in flat],
+            chunk.reduced,
         )
         views[[b for b, *_ in flat], [v for _, v, *_ in flat]] = drawn
         rows.append(views)
     return torch.cat(rows).transpose(0, 1).contiguous()
 
 
-def _concatenate(parts: Sequence[dict[str, Tensor]], axis: int, device: torch.device) -> dict[str, Tensor]:
-    return {name: _cat([part[name] for part in parts], axis, device) for name in parts[0]}
+def _concatenate(named: Sequence[dict[str, Tensor]], axis: int, device: torch.device) -> dict[str, Tensor]:
+    return {name: _cat([tensors[name] for tensors in named], axis, device) for name in named[0]}
 
 
 def _cat(tensors: Sequence[Tensor], axis: int, device: torch.device) -> Tensor:

@@ -1,8 +1,8 @@
-"""The data of a training run: batches of views as a pure function of the step number.
+"""The data of a training: batches of views as a pure function of the step number.
 
-`TrainData.batches(start, stop)` gives the same global batches whatever the world size, the number of worker
-processes and the step it starts from. Workers read, decode and (on a CPU) render single images; what they send is
-uint8; here it is stacked, normalised and, on a GPU, rendered.
+`TrainData.batches(start, stop)` gives the same global batches whatever the number of ranks, the number of loader
+processes and the step it starts from. Loader processes read, decode and (on a CPU) render single images and send them
+as uint8; the rank stacks, normalises and, on a GPU, renders them.
 
 Shape legend: V views of one kind, B images of this rank, S side of a view.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import torch
@@ -20,15 +20,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.errors import ClusterError, SourceError, TesseraError, UsageError
 from stages.pretrain.data.batch import Batch
-from stages.pretrain.data.collate import Part, assemble_batch, collate
+from stages.pretrain.data.collate import Chunk, assemble_batch, collate
 from stages.pretrain.data.sampler import Sampler
 from stages.pretrain.data.samples import ImageSource, Reader
 from stages.pretrain.views.plan import ViewPlan
 
 __all__ = ["ImageSource", "TrainData"]
 
-MAX_PART = 32  # images a worker sends at once: bounds shared memory and the wait for the first batch
-_Task = tuple[int, int, int]  # step, and the rows start..stop-1 of its global batch
+MAX_CHUNK = 32  # images that a loader process sends at once: bounds shared memory and the wait for the first batch
 
 
 class TrainData:
@@ -37,15 +36,19 @@ class TrainData:
     Args:
         sources: one image set, or several mixed by their weights (sampler.py).
         plan: the method's views and tables.
-        global_batch: images of one step over all ranks; `rank` gets rows [rank*B, (rank+1)*B) of it.
-        workers: processes that read and render; 0 does it in this one.
-        renderer: "cpu" (OpenCV, in the workers), "gpu" (torch, on `device`; workers only decode), or "auto": "gpu"
-            where `device` is a GPU.
+        global_batch: images of one forward pass over all ranks; `rank` gets rows [rank*B, (rank+1)*B) of it.
+        seed: of the order of the images and of the views; batches are a function of it and the step.
+        rank: which of the `world_size` ranks this is.
+        world_size: number of ranks.
+        workers: loader processes, which read and render; 0: this process does it.
+        renderer: "cpu" (OpenCV, in the loader processes), "gpu" (torch, on `device`; loader processes only decode), or
+            "auto": "gpu" where `device` is a GPU.
         device: where batches end up; default: the GPU for renderer "gpu", else the CPU.
-        mean, std: of red, green, blue on the [0, 1] scale; the encoder's.
+        mean: of red, green, blue on the [0, 1] scale, which the encoder expects to be taken off.
+        std: likewise, which the encoder expects its input to be divided by.
 
-    Attributes: steps_per_epoch.
-    Raises: UsageError when ranks do not divide the batch, or a table that the plan asks for is missing.
+    Raises:
+        UsageError: when the number of ranks does not divide the batch, or a table that the plan asks for is missing.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class TrainData:
     ) -> None:
         if global_batch % world_size:
             raise UsageError(
-                f"a batch of {global_batch} images cannot be shared by {world_size} workers: "
+                f"a batch of {global_batch} images cannot be shared equally by {world_size} training processes: "
                 "choose a batch size that is a multiple of resources.workers"
             )
         _check_tables(sources, plan)
@@ -80,49 +83,52 @@ class TrainData:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Global batches of one epoch."""
         return self.sampler.steps_per_epoch
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """This rank's share of the global batches start .. stop-1.
 
-        Raises: SourceError when no image is usable, ClusterError when a worker process dies.
+        Raises:
+            SourceError: when no image of a source is usable.
+            ClusterError: when a loader process dies.
         """
-        parts: list[Part] = []
-        for part in self._parts(start, stop):
-            if part.failure:
-                raise SourceError(part.failure)
-            parts.append(part)
-            if sum(len(p) for p in parts) == self.share:
-                yield self._finish(parts)
-                parts = []
+        chunks: list[Chunk] = []
+        for chunk in self._chunks(start, stop):
+            if chunk.failure:
+                raise SourceError(chunk.failure)
+            chunks.append(chunk)
+            if sum(len(c) for c in chunks) == self.share:
+                yield self._finish(chunks)
+                chunks = []
 
-    def _finish(self, parts: list[Part]) -> Batch:
-        batch = assemble_batch(parts, self.device, self.mean, self.std)
-        for part in parts:
-            for skip in part.skipped:
+    def _finish(self, chunks: list[Chunk]) -> Batch:
+        batch = assemble_batch(chunks, self.device, self.mean, self.std)
+        for chunk in chunks:
+            for skip in chunk.skipped:
                 batch.skipped[skip.reason] = batch.skipped.get(skip.reason, 0) + 1
                 batch.problems[skip.key] = skip.detail or skip.reason
-        batch.seed = _step_seed(self.seed, parts[0].step)
+        batch.seed = _step_seed(self.seed, chunks[0].step)
         batch.offset = self.offset
         return batch
 
-    def _parts(self, start: int, stop: int) -> Iterator[Part]:
-        size = self.share if not self.workers else min(MAX_PART, -(-self.share // self.workers))
-        parts = _Parts(self.sampler, self.reader)
-        tasks = _Tasks(start, stop, self.offset, self.offset + self.share, size)
+    def _chunks(self, start: int, stop: int) -> Iterator[Chunk]:
+        size = self.share if not self.workers else min(MAX_CHUNK, -(-self.share // self.workers))
+        chunks = _Chunks(self.sampler, self.reader)
+        specs = _ChunkSpecs(start, stop, self.offset, self.offset + self.share, size)
         if not self.workers:
-            yield from (parts[task] for task in tasks)
+            yield from (chunks[spec] for spec in specs)
             return
         loader = DataLoader(
-            parts,
+            chunks,
             batch_size=None,
-            sampler=tasks,
+            sampler=specs,
             num_workers=self.workers,
             prefetch_factor=4,
             multiprocessing_context=_worker_context(),
             worker_init_fn=_start_worker,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # its own: the run's random state must not hang on the number of workers
+            generator=torch.Generator(),  # or it would advance torch's global generator, which training draws from
         )
         try:
             yield from loader
@@ -135,35 +141,43 @@ class TrainData:
             ) from error
 
 
-class _Parts(Dataset[Part]):
-    """What a worker computes: rows of a global batch, as one piece."""
+class _ChunkSpec(NamedTuple):
+    """Which rows a chunk holds: start .. stop-1 of a step's global batch."""
+
+    step: int
+    start: int
+    stop: int
+
+
+class _Chunks(Dataset[Chunk]):
+    """What a loader process computes: the chunk of a spec."""
 
     def __init__(self, sampler: Sampler, reader: Reader) -> None:
         self.sampler, self.reader = sampler, reader
 
-    def __getitem__(self, task: _Task) -> Part:
-        step, start, stop = task
+    def __getitem__(self, spec: _ChunkSpec) -> Chunk:
+        step, start, stop = spec
         try:
             return collate(step, [self.reader.read(slot) for slot in self.sampler.slots(step, start, stop)])
         except TesseraError as error:  # as a value: the loader would wrap the message in a traceback
-            return Part(step, failure=str(error))
+            return Chunk(step, failure=str(error))
 
 
-class _Tasks:
-    """(step, start, stop) in order, without listing them all."""
+class _ChunkSpecs:
+    """The specs of all chunks in order, made one by one: rows start .. stop-1 of the steps first .. last-1."""
 
     def __init__(self, first: int, last: int, start: int, stop: int, size: int) -> None:
         self.steps, self.rows = range(first, last), [(a, min(a + size, stop)) for a in range(start, stop, size)]
 
-    def __iter__(self) -> Iterator[_Task]:
-        return ((step, a, b) for step in self.steps for a, b in self.rows)
+    def __iter__(self) -> Iterator[_ChunkSpec]:
+        return (_ChunkSpec(step, a, b) for step in self.steps for a, b in self.rows)
 
     def __len__(self) -> int:
         return len(self.steps) * len(self.rows)
 
 
 def _worker_context() -> Any:
-    """Never fork: the trainer has threads (Ray, torch, NCCL). A fork server imports torch once for all workers."""
+    """Never fork: a rank has threads (Ray, torch, NCCL). A fork server imports torch once for all loader processes."""
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -182,10 +196,13 @@ def _step_seed(seed: int, step: int) -> int:
 def _check_tables(sources: Sequence[ImageSource], plan: ViewPlan) -> None:
     for spec in plan.views:
         if spec.of == "neighbor" and (spec.labels or "neighbors" not in plan.tables):
-            raise UsageError(f"view {spec.name!r} of the neighbour: it has no labels, and its plan names `neighbors`")
+            raise UsageError(
+                f"view {spec.name!r} shows the neighbour: such a view has no labels, and the plan's tables must name "
+                "`neighbors`"
+            )
     for table in plan.tables:
         missing = [str(i) for i, source in enumerate(sources) if getattr(source, table) is None]
-        # Images of a source without neighbours have neighbor_id -1; all of them so would be a mistake.
+        # Some sources may come without neighbours (their images get neighbor_id -1), but not all of them.
         if missing and (table != "neighbors" or len(missing) == len(sources)):
             raise UsageError(
                 f"the method reads {table}, and source {', '.join(missing)} of images has none: "

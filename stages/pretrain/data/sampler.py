@@ -1,7 +1,7 @@
 """Which images make up which batch: a pure function of the seed and the step number.
 
-Every global batch takes the same number of images from every source, spread evenly over it, so that any rank's slice
-holds the same mixture. The order of a source is a new permutation every epoch.
+A source gives the same number of images to every global batch, spread evenly over its rows, so that all ranks' shares
+hold the same mixture. The order of a source is a new permutation every epoch.
 """
 
 from __future__ import annotations
@@ -23,18 +23,25 @@ class Slot:
     source: int
     index: int  # of the image within its source
     epoch: int
-    again: int  # how often this epoch had gone through the whole source before
+    repeat: int  # how many times this epoch has gone through the whole source before
 
 
 class Sampler:
-    """Fills global batches from several sources of `sizes` images each, in proportion to `weights`.
+    """Fills global batches from one or several sources.
 
-    An epoch is as many whole batches as the images of all sources fill (what is left over is dropped; the next
-    epoch's permutation is another), and at least one. A source that an epoch exhausts, because its weight is large or
-    because the batch is bigger than the set, goes on with further permutations of itself.
+    An epoch is as many whole batches as the images of all sources fill (the images left over are dropped; another
+    epoch's permutation drops others), and at least one. A source that is used up before the epoch ends, because its
+    weight is large or because the batch is bigger than the set, goes on with further permutations of itself.
 
-    Where the weights do not divide the batch, each source's count is the nearest whole number (largest remainders
-    first). Raises: UsageError for a source without images or one whose share of the batch is less than an image.
+    Args:
+        sizes: images of each source.
+        weights: share of each source in a batch, relative to the others. Where a share is no whole number of images,
+            it is rounded down, and the images still missing go to the sources with the largest remainders.
+        global_batch: images of a batch over all ranks.
+        seed: of the permutations.
+
+    Raises:
+        UsageError: for a source without images, or one whose share of the batch is less than an image.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], global_batch: int, seed: int) -> None:
@@ -55,13 +62,14 @@ class Sampler:
         epoch, i = divmod(step, self.steps_per_epoch)
         slots = []
         for source, nth in self._pattern[start:stop]:
-            again, at = divmod(i * self.counts[source] + nth, self.sizes[source])
-            order = _permutation(self.seed, epoch, source, again, self.sizes[source])
-            slots.append(Slot(source, int(order[at]), epoch, again))
+            repeat, at = divmod(i * self.counts[source] + nth, self.sizes[source])
+            order = _permutation(self.seed, epoch, source, repeat, self.sizes[source])
+            slots.append(Slot(source, int(order[at]), epoch, repeat))
         return slots
 
 
 def _apportion(weights: Sequence[float], total: int) -> tuple[int, ...]:
+    """Images of each source in a batch of `total`."""
     shares = [weight / sum(weights) * total for weight in weights]
     counts = [int(share + 1e-9) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda s: (counts[s] - shares[s], s))
@@ -71,7 +79,10 @@ def _apportion(weights: Sequence[float], total: int) -> tuple[int, ...]:
 
 
 def _interleave(counts: Sequence[int]) -> list[tuple[int, int]]:
-    """(source, its how-manieth image of the batch) for each row: always the source that lags most."""
+    """For each row of a batch its source, and how many of the batch's rows that source has had before it.
+
+    A row goes to the source that is furthest behind its share of the rows so far.
+    """
     total, given = sum(counts), [0] * len(counts)
     rows = []
     for row in range(total):
@@ -82,6 +93,6 @@ def _interleave(counts: Sequence[int]) -> list[tuple[int, int]]:
 
 
 @lru_cache(maxsize=8)
-def _permutation(seed: int, epoch: int, source: int, again: int, size: int) -> NDArray[np.int64]:
-    bits = np.random.Philox(np.random.SeedSequence([seed, epoch, source, again, 0x0E70C4]))
+def _permutation(seed: int, epoch: int, source: int, repeat: int, size: int) -> NDArray[np.int64]:
+    bits = np.random.Philox(np.random.SeedSequence([seed, epoch, source, repeat, 0x0E70C4]))
     return np.random.Generator(bits).permutation(size)

@@ -1,7 +1,7 @@
-"""One image's way from its rows in the tables to its views. Runs inside the worker processes.
+"""One image's way from its rows in the tables to its views. Runs inside the loader processes.
 
-What an image becomes hangs on (seed, epoch, source, image id) alone, never on the process, rank or order.
-An image that cannot be used is replaced by another of its source, and the reason is kept.
+What an image becomes depends on the seed and on its slot (sampler.py) alone, never on the process, rank or order in
+which it is read. An image that cannot be used is replaced by another of its source, and the reason is kept.
 """
 
 from __future__ import annotations
@@ -20,11 +20,17 @@ from stages.data.tables import unpack_labels
 from stages.pretrain.data.sampler import Slot
 from stages.pretrain.views import render_cpu
 from stages.pretrain.views.draw import draw, draw_neighbor, generator, reduction
-from stages.pretrain.views.plan import Draw, ImageRow, ViewPlan
+from stages.pretrain.views.plan import Draw, ImageRow, Pixels, ViewPlan
 
-MAX_TRIES = 1000  # images tried for one place in a batch before the run stops
+MAX_TRIES = 1000  # images tried for one row of a batch before training stops
 UNREADABLE = "unreadable image"
-Pixels = NDArray[np.uint8]
+
+# An image may be read several times in an epoch, each time with a random stream of its own. A stream's number is the
+# slot's `repeat`, plus ATTEMPT for each image that was tried in this slot before, plus one of the other two where the
+# stream is not for the image's own views.
+ATTEMPT = 1 << 20
+NEIGHBOR = 1 << 61  # which neighbour, and its views
+REPLACEMENT = 1 << 62  # the order in which other images are tried
 
 
 class RowReader(Protocol):
@@ -32,19 +38,20 @@ class RowReader(Protocol):
 
     ids: NDArray[np.int64]
 
-    def row(self, image_id: int) -> dict[str, Any]: ...
+    def row(self, image_id: int) -> dict[str, Any]:
+        """An image's row, by column."""
 
     def __contains__(self, image_id: int) -> bool: ...
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """One image set of a mixture, with the tables that were made from it. Picklable, as the tables are."""
+    """One image set of a mixture, with the tables that were made from it. It pickles, as tables do."""
 
     images: RowReader  # columns key, image, width, height
     ids: Sequence[int] | NDArray[np.int64] | None = None  # train on these only; default: all
-    weight: float = 1.0
-    role: Literal["objects", "scenes"] = "objects"
+    weight: float = 1.0  # share of every batch, relative to the other sources
+    role: Literal["objects", "scenes"] = "objects"  # "objects": one main object a picture
     boxes: RowReader | None = None
     superpixels: RowReader | None = None
     neighbors: RowReader | None = None
@@ -52,9 +59,11 @@ class ImageSource:
 
     @cached_property
     def chosen(self) -> NDArray[np.int64]:
+        """Ids of the images to train on, sorted."""
         return np.sort(np.asarray(self.images.ids if self.ids is None else self.ids, np.int64))
 
     def trains_on(self, image_id: int) -> bool:
+        """Whether an image is among the chosen ones."""
         at = int(np.searchsorted(self.chosen, image_id))
         return at < len(self.chosen) and int(self.chosen[at]) == image_id
 
@@ -64,13 +73,13 @@ class Skip:
     """An image that another one replaced."""
 
     key: str
-    reason: str  # a few words; what is counted
+    reason: str  # a few words, the same for all images with this fault: images are counted by it
     detail: str = ""
 
 
 @dataclass
 class Sample:
-    """One row of a batch, still uint8. Either `views` are rendered, or `pixels` and `draws` wait for the GPU."""
+    """One row of a batch, still uint8: either rendered (`views`), or with what a GPU needs (`pixels`, `draws`)."""
 
     image_id: int
     source: int
@@ -81,8 +90,8 @@ class Sample:
     sizes: dict[str, int] = field(default_factory=dict)  # name -> S
     views: dict[str, Pixels] = field(default_factory=dict)  # name -> (V, S, S, 3)
     pixels: list[Pixels] = field(default_factory=list)  # the image and, where one is drawn, its neighbour
-    reduced: list[int] = field(default_factory=list)  # the scale each was decoded at
-    draws: list[tuple[Draw, int]] = field(default_factory=list)  # and which of `pixels` it cuts
+    reduced: list[int] = field(default_factory=list)  # of each: it was decoded at 1/reduced of its size
+    draws: list[tuple[Draw, int]] = field(default_factory=list)  # and which of `pixels` each cuts
     skipped: list[Skip] = field(default_factory=list)
 
 
@@ -92,18 +101,29 @@ class _Unusable(Exception):
 
 
 class Reader:
-    """Reads slots. Holds open tables and no state: the same slot always gives the same sample."""
+    """Turns slots into samples. It keeps tables open and nothing else: the same slot always gives the same sample.
+
+    Args:
+        sources: by their number in a slot.
+        plan: the method's views and tables.
+        seed: of every random choice, together with the slot.
+        render: whether samples get rendered views; else decoded pixels and draws.
+    """
 
     def __init__(self, sources: Sequence[ImageSource], plan: ViewPlan, seed: int, *, render: bool = True) -> None:
         self.sources, self.plan, self.seed, self.render = tuple(sources), plan, seed, render
         self._wants_neighbor = any(spec.of == "neighbor" for spec in plan.views)
 
     def read(self, slot: Slot) -> Sample:
-        """The slot's sample, or that of another image of its source. Raises SourceError when none can be used."""
+        """The slot's sample, or that of another image of its source where the slot's own cannot be used.
+
+        Raises:
+            SourceError: when none of the images tried can be used.
+        """
         source, skipped = self.sources[slot.source], list[Skip]()
         for attempt, image_id in enumerate(self._candidates(slot)):
             try:
-                sample = self._read(slot, source, image_id, slot.again + (attempt << 20))
+                sample = self._read(slot, source, image_id, slot.repeat + attempt * ATTEMPT)
             except _Unusable as unusable:
                 skipped.append(unusable.skip)
                 continue
@@ -117,24 +137,25 @@ class Reader:
         )
 
     def _candidates(self, slot: Slot) -> Iterator[int]:
+        """The slot's image, then others of its source in random order."""
         ids = self.sources[slot.source].chosen
         yield int(ids[slot.index])
-        rng = generator(self.seed, slot.epoch, slot.source, int(ids[slot.index]), slot.again + (1 << 62))
+        rng = generator(self.seed, slot.epoch, slot.source, int(ids[slot.index]), slot.repeat + REPLACEMENT)
         if len(ids) <= MAX_TRIES:
             yield from (int(ids[i]) for i in rng.permutation(len(ids)) if i != slot.index)
         else:
             yield from (int(ids[i]) for i in rng.integers(0, len(ids), MAX_TRIES - 1))
 
-    def _read(self, slot: Slot, source: ImageSource, image_id: int, again: int) -> Sample:
-        rng = generator(self.seed, slot.epoch, slot.source, image_id, again)
+    def _read(self, slot: Slot, source: ImageSource, image_id: int, stream: int) -> Sample:
+        rng = generator(self.seed, slot.epoch, slot.source, image_id, stream)
         stored = source.images.row(image_id)
         whole = cache(lambda: _pixels(stored, 1)[0])
         row = self._image_row(stored, source, image_id, whole)
         drawn = draw(self.plan, rng, row)
         if drawn.skipped:
             raise _Unusable(Skip(str(stored["key"]), drawn.skipped))
-        looked_at = whole.cache_info().currsize > 0  # by the drawer: then it is not decoded again
-        pixels, reduced = (whole(), 1) if looked_at else _pixels(stored, reduction(drawn.draws))
+        is_decoded = whole.cache_info().currsize > 0  # because the drawer looked at the pixels
+        pixels, reduced = (whole(), 1) if is_decoded else _pixels(stored, reduction(drawn.draws))
         sample = Sample(image_id, slot.source, -1, {}, {}, drawn.extras, pixels=[pixels], reduced=[reduced])
         sample.draws = [(item, 0) for item in drawn.draws]
         if "embeddings" in self.plan.tables and source.embeddings is not None:
@@ -142,7 +163,7 @@ class Reader:
                 raise _Unusable(Skip(str(stored["key"]), "no embedding"))
             sample.extras["embedding"] = np.asarray(source.embeddings.row(image_id)["embedding"], np.float32)
         if self._wants_neighbor:
-            self._add_neighbor(sample, slot, source, again)
+            self._add_neighbor(sample, slot, source, stream)
         self._finish(sample, row)
         return sample
 
@@ -160,12 +181,12 @@ class Reader:
         width, height = int(stored["width"]), int(stored["height"])
         return ImageRow(image_id, width, height, pixels, boxes, superpixels)
 
-    def _add_neighbor(self, sample: Sample, slot: Slot, source: ImageSource, again: int) -> None:
-        """A uniformly drawn readable neighbour; none at all leaves `neighbor_id` at -1 and black views."""
+    def _add_neighbor(self, sample: Sample, slot: Slot, source: ImageSource, stream: int) -> None:
+        """Adds one of the image's readable neighbours, drawn uniformly; without any, `neighbor_id` stays at -1."""
         table = source.neighbors
         if table is None or sample.image_id not in table:
             return
-        rng = generator(self.seed, slot.epoch, slot.source, sample.image_id, again + (1 << 61))
+        rng = generator(self.seed, slot.epoch, slot.source, sample.image_id, stream + NEIGHBOR)
         row = [int(i) for i in table.row(sample.image_id)["neighbors"] if source.trains_on(int(i))]
         for i in rng.permutation(len(row)):
             stored = source.images.row(row[i])
@@ -181,10 +202,13 @@ class Reader:
             return
 
     def _finish(self, sample: Sample, row: ImageRow) -> None:
-        """Renders the views (or leaves that to the GPU) and stacks what belongs to them, by name."""
+        """Renders the views (or leaves that to the GPU) and stacks them and their geometry by name.
+
+        The views of a missing neighbour are black, their affine the identity.
+        """
         named: dict[str, list[tuple[Draw, int]]] = {}
-        for item, of in sample.draws:
-            named.setdefault(item.view, []).append((item, of))
+        for item, image in sample.draws:
+            named.setdefault(item.view, []).append((item, image))
         for name, items in named.items():
             sample.sizes[name] = items[0][0].size
             sample.affines[name] = np.stack([item.affine for item, _ in items]).astype(np.float32)
@@ -194,7 +218,7 @@ class Reader:
                 sample.labels[name] = np.stack([render_cpu.cut_labels(row.superpixels, item) for item, _ in items])
             if self.render:
                 sample.views[name] = np.stack(
-                    [render_cpu.render(sample.pixels[of], item, sample.reduced[of]) for item, of in items]
+                    [render_cpu.render(sample.pixels[image], item, sample.reduced[image]) for item, image in items]
                 )
         for spec in self.plan.views:
             if spec.of == "neighbor" and spec.name not in named:
@@ -207,6 +231,7 @@ class Reader:
 
 
 def _pixels(stored: dict[str, Any], reduced: int) -> tuple[Pixels, int]:
+    """An image decoded at 1/`reduced` of its size where its format allows it, and the reduction that it got."""
     key, data = str(stored["key"]), stored["image"]
     try:
         pixels, reduced = decode_reduced(data, reduced) if reduced > 1 else (decode(data), 1)

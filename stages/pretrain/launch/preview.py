@@ -18,7 +18,7 @@ from stages.models.inference import Inference, squeeze
 from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.data.loader import TrainData
 from stages.pretrain.views.plan import ViewPlan
-from stages.pretrain.views.preview import view_sheet
+from stages.pretrain.views.sheet import view_sheet
 
 SHOWN = 6  # images, the same ones for every encoder trained on the same set
 

@@ -1,7 +1,7 @@
 """Draws of the standard multi-crop: where every view lies and how it is coloured, as plain numbers.
 
-No pixel is touched here. The generator comes from (seed, epoch, source, image id), so that an image gets the same
-views in whatever process, rank or order it is read.
+No pixel is needed for it. The generator comes from (seed, epoch, source, image id), so that an image gets the same
+views whichever process or rank reads it, and in whatever order.
 
 `Draw.colour` may hold: "brightness", "contrast", "saturation" (factors), "hue" (turn, in [-0.5, 0.5]), "order" (the
 jitter's operations in order, as names), "gray" (True), "blur" (sigma in view pixels), "solarize" (threshold in [0, 1]).
@@ -20,35 +20,55 @@ from numpy.typing import NDArray
 from stages.pretrain.views.plan import Draw, Drawn, ImageRow, Photometric, ViewPlan, ViewSpec
 
 OVERLAP_TRIES = 100  # crops drawn for `min_overlap` before the one that overlaps most is taken
-MAX_REDUCTION = 8  # the coarsest scale at which a JPEG can be decoded
+MAX_REDUCTION = 8  # a JPEG can be decoded at 1/2, 1/4 and 1/8 of its size
 
 Rect = tuple[float, float, float, float]  # x0, y0, x1, y1
 
 
-def generator(seed: int, epoch: int, source: int, image_id: int, again: int = 0) -> np.random.Generator:
-    """The generator of one image in one epoch. `again` tells apart the passes of a small set within an epoch."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, source, image_id, again])))
+def generator(seed: int, epoch: int, source: int, image_id: int, stream: int = 0) -> np.random.Generator:
+    """The random generator of one image in one epoch.
+
+    Args:
+        seed: of the training.
+        epoch: 0-based.
+        source: number of the image's source.
+        image_id: within that source.
+        stream: tells apart what is drawn for the same image in the same epoch more than once, or for another purpose.
+    """
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, source, image_id, stream])))
 
 
 def draw(plan: ViewPlan, rng: np.random.Generator, row: ImageRow) -> Drawn:
-    """All draws of one image's own views: by the plan's drawer where it has one, the standard way otherwise."""
+    """All draws of one image's own views, by the plan's drawer where it has one."""
     if plan.drawer:
         return plan.drawer(rng, row)
     return Drawn(draw_views([spec for spec in plan.views if spec.of == "image"], rng, row.width, row.height))
 
 
 def draw_neighbor(plan: ViewPlan, rng: np.random.Generator, width: int, height: int) -> list[Draw]:
-    """The views `of="neighbor"`, of a neighbour of width x height pixels."""
+    """The draws of the plan's views with `of="neighbor"`.
+
+    Args:
+        plan: the method's.
+        rng: where the randomness comes from.
+        width: of the neighbour, in pixels.
+        height: likewise.
+    """
     return draw_views([spec for spec in plan.views if spec.of == "neighbor"], rng, width, height)
 
 
 def draw_views(specs: Sequence[ViewSpec], rng: np.random.Generator, width: int, height: int) -> list[Draw]:
-    """Random resized crops in the order of `specs`, in whole pixels of the image.
+    """Random resized crops, in whole pixels of the image.
 
-    A spec with a parent must come after it; its i-th crop lies in the parent's i-th (modulo their count), and its
-    scale and ratio are those of a crop of the parent's square view, as in a crop of a crop
-    (docs/methods.md#flsl-views).
-    Where `min_overlap` asks for more than OVERLAP_TRIES crops can give, the crop that overlaps most is taken.
+    A spec with a parent comes after it. Its i-th crop lies in the parent's i-th (counting round and round), and its
+    scale and ratio are those of a crop of the parent's square view (docs/methods.md#flsl-views). Where none of
+    OVERLAP_TRIES crops overlaps as much as `min_overlap` asks, the one that overlaps most is taken.
+
+    Args:
+        specs: the views; a view's crops follow each other in the result.
+        rng: where the randomness comes from.
+        width: of the image, in pixels.
+        height: likewise.
     """
     rects: dict[str, list[Rect]] = {}
     draws = []
@@ -81,10 +101,19 @@ def reduction(draws: Sequence[Draw]) -> int:
 def random_crop(
     rng: np.random.Generator, width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], size: int
 ) -> Rect:
-    """A random resized crop in whole pixels (torchvision's rule: ten tries, then the largest crop of an allowed ratio).
+    """A random resized crop in whole pixels, by torchvision's rule.
 
-    A crop at least twice as fine as its view starts and ends at multiples of that power of two, less than a view
-    pixel away: so it falls on whole pixels of an image decoded at a reduced scale too.
+    Ten tries, then the largest crop of an allowed ratio. Where a view pixel is 2, 4 or 8 image pixels wide or more,
+    the crop's edges are moved by less than a view pixel to multiples of that number: so they lie on whole pixels also
+    of the image decoded at a reduced scale.
+
+    Args:
+        rng: where the randomness comes from.
+        width: of the image, in pixels.
+        height: likewise.
+        scale: least and largest area of the crop, as fractions of the image's.
+        ratio: least and largest width / height of the crop.
+        size: side of the view that will show the crop, in pixels.
     """
     w, h = _sides(rng, width, height, scale, ratio)
     w, h = max(1, min(width, round(w))), max(1, min(height, round(h)))
@@ -96,7 +125,16 @@ def random_crop(
 def nested_crop(
     rng: np.random.Generator, parent: Rect, scale: tuple[float, float], ratio: tuple[float, float], size: int, own: int
 ) -> Rect:
-    """A crop of the view (`size` x `size`) that shows `parent`, in whole image pixels and never outside `parent`."""
+    """A random resized crop of another view, as a rectangle of the image, in whole pixels where there is room for them.
+
+    Args:
+        rng: where the randomness comes from.
+        parent: the rectangle of the image that the other view shows; the crop lies inside it.
+        scale: least and largest area of the crop, as fractions of the other view's.
+        ratio: least and largest width / height of the crop, in pixels of the other view.
+        size: side of the other view in pixels.
+        own: side of the view that will show the crop, in pixels.
+    """
     w, h = _sides(rng, size, size, scale, ratio)
     x, y = _between(rng, 0, size - w), _between(rng, 0, size - h)
     fx, fy = (parent[2] - parent[0]) / size, (parent[3] - parent[1]) / size
@@ -107,7 +145,7 @@ def nested_crop(
 
 
 def _inward(low: float, high: float, step: int) -> tuple[float, float]:
-    """The multiples of `step` inside [low, high]; where there is no room for one, the numbers as they are."""
+    """The first and last multiple of `step` inside [low, high]; the interval as it is where there are no two."""
     a, b = math.ceil(low / step - 1e-9) * step, math.floor(high / step + 1e-9) * step
     return (a, b) if b > a else (low, high)
 
@@ -115,6 +153,7 @@ def _inward(low: float, high: float, step: int) -> tuple[float, float]:
 def _sides(
     rng: np.random.Generator, width: float, height: float, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[float, float]:
+    """Width and height of a random resized crop."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
         area = width * height * _between(rng, *scale)
@@ -157,32 +196,32 @@ def _common(a: Rect, b: Rect) -> float:
 
 
 def _power_of_two(scale: float) -> int:
-    """The largest of 1, 2, 4, 8 that is not above `scale`, 1 for smaller ones."""
+    """The largest of 1, 2, 4, 8 that is not above `scale`; 1 where `scale` is below 1."""
     return max(1, min(MAX_REDUCTION, 1 << (max(1, int(scale + 1e-9)).bit_length() - 1)))
 
 
 def _affine(rect: Rect, size: int, flip: bool) -> NDArray[np.float64]:
-    """`geometry.crop_affine` of one crop, on plain numbers: this runs for every view of every image."""
+    """The same as `geometry.crop_affine`, on plain numbers: it is called for every view, and numpy would be slower."""
     x0, y0, x1, y1 = rect
     row_x = [(x0 - x1) / size, 0.0, x1] if flip else [(x1 - x0) / size, 0.0, x0]
     return np.array([row_x, [0.0, (y1 - y0) / size, y0]], np.float64)
 
 
 def shown(item: Draw) -> Rect:
-    """The rectangle of the image that a draw shows (`geometry.rectangle` on plain numbers)."""
+    """The rectangle of the image that a draw shows: `geometry.rectangle` on plain numbers, which is faster."""
     (sx, _, tx), (_, sy, ty) = item.affine.tolist()
     ex, ey = tx + sx * item.size, ty + sy * item.size
     return min(tx, ex), min(ty, ey), max(tx, ex), max(ty, ey)
 
 
 def _between(rng: np.random.Generator, low: float, high: float) -> float:
-    """`rng.uniform` at a third of its price."""
+    """The same as `rng.uniform`, in a third of the time."""
     return low + (high - low) * rng.random()
 
 
 # ---------------------------------------------------------------------------------------------------------- colour
 def draw_colour(photometric: Photometric, rng: np.random.Generator) -> dict[str, Any]:
-    """Draws the photometric parameters of one view; see the top of this file for the keys."""
+    """The photometric parameters of one view, under the keys that the top of this file lists."""
     p, colour = photometric, dict[str, Any]()
     if any(p.jitter) and rng.random() < p.jitter_p:
         names = ("brightness", "contrast", "saturation", "hue")

@@ -1,10 +1,10 @@
 """Where a view lies in its image, and where two views of one image show the same thing. Pure functions.
 
-Every function takes numpy arrays (drawing, one image) or torch tensors (losses, whole batches) with any leading
-axes, and gives back the same kind. Coordinates are continuous: pixel i covers [i, i+1).
+Most functions take numpy arrays (drawing, one image) or torch tensors (losses, whole batches) with any leading axes,
+and return the same type. Coordinates are continuous: pixel i covers [i, i+1).
 
-Legend: an affine (..., 2, 3) maps view pixels to stored-image pixels; views are axis-aligned and may be mirrored
-left to right, so it reads [[sx, 0, tx], [0, sy, ty]] with sx < 0 in a mirrored view. Boxes (..., 4) are x0, y0, x1, y1.
+Legend: an affine (..., 2, 3) maps view pixels to stored-image pixels. Views are axis-aligned and may be mirrored left
+to right: an affine is [[sx, 0, tx], [0, sy, ty]], with sx < 0 in a mirrored view. Boxes (..., 4) are x0, y0, x1, y1.
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ def crop_affine(box: Array, size: int, flip: bool = False) -> Array:
 
 
 def apply(affine: Array, points: Array) -> Array:
-    """Points (..., n, 2) as x, y through an affine (..., 2, 3)."""
+    """Points (..., n, 2), as x and y, mapped by an affine (..., 2, 3)."""
     lib = _lib(affine)
     return points @ lib.swapaxes(affine[..., :2], -1, -2) + affine[..., None, :, 2]
 
 
 def compose(outer: Array, inner: Array) -> Array:
-    """First `inner`, then `outer`: of a crop of a view and that view, the crop's affine into the image."""
+    """The affine that does `inner` first, then `outer`.
+
+    With `inner` from a crop's pixels to a view's and `outer` from that view's to the image's, it is the crop's affine.
+    """
     lib = _lib(outer)
     linear = outer[..., :2] @ inner[..., :2]
     shift = outer[..., :2] @ inner[..., 2:] + outer[..., 2:]
@@ -50,7 +53,7 @@ def compose(outer: Array, inner: Array) -> Array:
 
 
 def invert(affine: Array) -> Array:
-    """Image pixels -> view pixels."""
+    """The affine (..., 2, 3) from image pixels to view pixels."""
     lib = _lib(affine)
     linear = lib.linalg.inv(affine[..., :2])
     return lib.concatenate([linear, -linear @ affine[..., 2:]], -1)
@@ -71,14 +74,14 @@ def rectangle(affine: Array, size: int) -> Array:
 
 # ----------------------------------------------------------------------------------------------------------- boxes
 def intersect(a: Array, b: Array) -> tuple[Array, Array]:
-    """The common box of two, and whether it has an area (false for boxes that only touch)."""
+    """The common box (..., 4) of two, and whether it has an area (..., bool; false for boxes that only touch)."""
     lib = _lib(a)
     low, high = lib.maximum(a[..., :2], b[..., :2]), lib.minimum(a[..., 2:], b[..., 2:])
     return lib.concatenate([low, lib.maximum(low, high)], -1), (high > low).all(-1)
 
 
 def area(box: Array) -> Array:
-    """In square pixels; 0 for an empty box."""
+    """Areas (...) of boxes in square pixels; 0 for an empty box."""
     sides = (box[..., 2:] - box[..., :2]).clip(0, None)
     return sides[..., 0] * sides[..., 1]
 
@@ -103,10 +106,13 @@ def clip_to_view(box: Array, affine: Array, size: int, min_side: float = 1.0) ->
     """Boxes of the image, cut at the view's edge, in the view's pixels.
 
     Args:
-        box: (..., 4) in image pixels; affine (..., 2, 3) broadcasts: give it an axis (`affine[:, None]`) for K boxes.
-        min_side: a box that keeps less than this many view pixels on a side is not valid.
+        box: (..., 4) in image pixels.
+        affine: (..., 2, 3), broadcast over the boxes: with K boxes an image give it an axis (`affine[:, None]`).
+        size: side of the view in pixels.
+        min_side: a box of which fewer view pixels are left on a side is not valid.
 
-    Returns: boxes (..., 4) with 0 <= x0 <= x1 <= size, and valid (...,) bool.
+    Returns:
+        Boxes (..., 4) with 0 <= x0 <= x1 <= size, and whether each is valid (..., bool).
     """
     inside = to_view(box, affine).clip(0, size)
     return inside, ((inside[..., 2:] - inside[..., :2]) >= min_side).all(-1)
@@ -121,28 +127,33 @@ def overlap(affine_a: Array, affine_b: Array, size_a: int, size_b: int) -> tuple
     """The rectangle that two views share, in the pixels of each (docs/methods.md#views-and-overlap).
 
     Args:
-        affine_a, affine_b: (..., 2, 3), broadcast against each other: (G, 1, B, 2, 3) with (1, V, B, 2, 3) gives the
-            tables gc[g, v] (first result) and all[v, g] (second result, transposed) of Leopart.
+        affine_a: (..., 2, 3); the two broadcast against each other: (G, 1, B, 2, 3) with (1, V, B, 2, 3) gives all
+            pairs of G and V views, as Leopart's tables of boxes hold them.
+        affine_b: likewise.
+        size_a: side of view a in pixels.
+        size_b: side of view b in pixels.
 
-    Returns: boxes (..., 4) in a's pixels, boxes (..., 4) in b's pixels, and whether there is an overlap (...,). The
+    Returns:
+        Boxes (..., 4) in a's pixels, boxes (..., 4) in b's pixels, and whether there is an overlap (..., bool). The
         boxes of a pair without one are empty (x0 == x1 or y0 == y1) and inside both views.
 
-    RoIAlign reads both boxes left to right: where exactly one of two views is mirrored, so are its regions
-    (`unmirror` puts them back).
+    RoIAlign reads a box from left to right: in a mirrored view what it gives is mirrored (`unmirror` turns it back).
     """
     common, valid = intersect(rectangle(affine_a, size_a), rectangle(affine_b, size_b))
-    # Clipping removes float dust: a box of 224.00002 pixels is outside its view.
+    # Clipping removes rounding errors: a box that ends at 224.00002 pixels is not inside its view.
     return to_view(common, affine_a).clip(0, size_a), to_view(common, affine_b).clip(0, size_b), valid
 
 
 def feature_boxes(box: Array, stride: float) -> Array:
-    """Boxes in view pixels as boxes in feature-map units, what RoIAlign(aligned=True) takes
-    (docs/methods.md#roialign)."""
+    """Boxes in view pixels as boxes in cells of a feature map, which RoIAlign(aligned=True) takes.
+
+    See docs/methods.md#roialign; `stride` is view pixels a cell.
+    """
     return box / stride
 
 
 def roi_rows(boxes_BK4: Tensor) -> Tensor:
-    """Boxes (B, 4) or (B, K, 4) as RoIAlign's rows (B*K, 5), the image's index first."""
+    """Boxes (B, 4) or (B, K, 4) as RoIAlign's rows (B*K, 5): the image's index in the batch, then the box."""
     boxes_BK4 = boxes_BK4[:, None] if boxes_BK4.dim() == 2 else boxes_BK4
     images, count = boxes_BK4.shape[:2]
     index = torch.arange(images, device=boxes_BK4.device, dtype=boxes_BK4.dtype).repeat_interleave(count)
@@ -150,7 +161,7 @@ def roi_rows(boxes_BK4: Tensor) -> Tensor:
 
 
 def unmirror(maps_BDhw: Tensor, mirrored_B: Tensor) -> Tensor:
-    """Turns the maps of mirrored views back, so that left is left in the image; differentiable.
+    """Turns the maps of mirrored views back, so that left is left in the image. Differentiable.
 
     Args:
         maps_BDhw: (B, D, h, w) feature maps or RoIAlign's regions.
@@ -165,10 +176,15 @@ def correspondence(
     """For the centre of every cell of a grid over view a, the place in view b that shows the same image point.
 
     Args:
-        affine_a, affine_b: (..., 2, 3). steps: cells of the grid (rows, columns), e.g. the feature map's height, width.
+        affine_a: (..., 2, 3).
+        affine_b: likewise, with the same leading axes.
+        size_a: side of view a in pixels.
+        size_b: side of view b in pixels.
+        steps: rows and columns of the grid, e.g. the feature map's height and width.
 
-    Returns: grid (..., rows, columns, 2) in [-1, 1] for `grid_sample(align_corners=False)` on any map of view b, and
-        (..., rows, columns) bool: whether the point lies inside view b.
+    Returns:
+        A grid (..., rows, columns, 2) for `grid_sample(align_corners=False)` on any map of view b, with [-1, 1] inside
+        the view, and whether each point lies inside it (..., rows, columns, bool).
     """
     rows, columns = (steps, steps) if isinstance(steps, int) else steps
     y = (torch.arange(rows, device=affine_a.device, dtype=affine_a.dtype) + 0.5) * (size_a / rows)

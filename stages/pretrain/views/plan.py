@@ -1,6 +1,6 @@
-"""What a method asks of the data: which views, cut how, coloured how, from which tables.
+"""What a method asks of the data: which views, how each is cut and coloured, and which tables it needs.
 
-A plan is plain data; `draw.py` turns it into draws (numbers), the renderers turn draws into pixels.
+A plan is plain data; draw.py turns it into draws (numbers), and a renderer turns draws into pixels.
 Coordinates are continuous: pixel i covers [i, i+1).
 """
 
@@ -13,27 +13,30 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+Pixels = NDArray[np.uint8]  # (height, width, 3) RGB
+
 
 @dataclass(frozen=True)
 class Photometric:
-    """Colour operations of one view; every probability is of applying the operation at all.
+    """Colour operations of one view. A name that ends in _p is the probability that the operation is applied.
 
     Order: jitter (brightness, contrast, saturation, hue in random order), grey, blur, solarise, normalise.
     """
 
-    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # strengths; 0: not that one
     jitter_p: float = 0.0
     gray_p: float = 0.0
     blur_p: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the view
     solarize_p: float = 0.0
     solarize_threshold: float = 0.5  # of the [0, 1] range
-    blur_else_solarize_p: float | None = None  # FLSL: with this p [blur_p], else [p 0.1 blur, p solarize_p]
+    # If set: with this probability blur_p and no solarising, else a blur_p of 0.1 (docs/methods.md#flsl-views).
+    blur_else_solarize_p: float | None = None
 
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """`count` random resized crops of one kind."""
+    """`count` random resized crops of one kind, each shown as a square view."""
 
     name: str  # key in Batch.views: "global", "local", "teacher", "neighbor", ...
     size: int  # side of the square view in pixels
@@ -45,7 +48,9 @@ class ViewSpec:
     parent: str | None = None  # crop from that view's rectangle instead of the whole image (FLSL's nested crops)
     of: Literal["image", "neighbor"] = "image"  # "neighbor": of an image drawn from the k-NN row
     whole: bool = False  # the whole image squeezed to size x size (D3SSL's first view); scale and ratio unused
-    min_overlap: float = 0.0  # with every earlier view called `overlap_with`, as a fraction of the image's area
+    min_overlap: float = (
+        0.0  # with each earlier view called `overlap_with`: least common area, as a fraction of the image's
+    )
     overlap_with: str | None = None
     labels: bool = False  # also cut the superpixel map (nearest; -1 outside)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
@@ -58,14 +63,14 @@ class ImageRow:
     image_id: int
     width: int  # of the stored image, upright
     height: int
-    pixels: Callable[[], NDArray[np.uint8]]  # (height, width, 3) RGB
+    pixels: Callable[[], Pixels]  # decodes the image at full size
     boxes: NDArray[np.float32] | None = None  # (n, 4) x0 y0 x1 y1 in stored-image pixels, best first
     superpixels: NDArray[np.int32] | None = None  # (height, width) labels 0..n-1
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One view as plain numbers, before any pixel is touched."""
+    """One view as plain numbers: nothing of it is rendered yet."""
 
     view: str  # the ViewSpec's name
     affine: NDArray[np.float64]  # (2, 3): stored-image point = affine @ [x_view, y_view, 1]
@@ -78,11 +83,11 @@ class Draw:
 
 @dataclass
 class Drawn:
-    """All draws of one image, and what the drawer wants stacked into Batch.extras ((K, 4) boxes, masks, ...)."""
+    """What drawing gives for one image."""
 
     draws: list[Draw]
-    extras: dict[str, NDArray[Any]] = field(default_factory=dict)
-    skipped: str | None = None  # why this image cannot be used ("no mutual region"); counted, replaced by another
+    extras: dict[str, NDArray[Any]] = field(default_factory=dict)  # stacked into Batch.extras: boxes (K, 4), masks, ...
+    skipped: str | None = None  # why this image cannot be used ("no mutual region"): another then takes its place
 
 
 DrawFn = Callable[[np.random.Generator, ImageRow], Drawn]
@@ -90,8 +95,8 @@ DrawFn = Callable[[np.random.Generator, ImageRow], Drawn]
 
 @dataclass(frozen=True)
 class ViewPlan:
-    """What a method wants. `drawer` replaces the standard multi-crop drawing (ViCE, D3SSL); it must be picklable."""
+    """All that a method asks of the data."""
 
     views: tuple[ViewSpec, ...]
     tables: tuple[Literal["boxes", "superpixels", "neighbors", "embeddings"], ...] = ()
-    drawer: DrawFn | None = None
+    drawer: DrawFn | None = None  # draws in place of draw.py's multi-crop (ViCE, D3SSL); it must pickle

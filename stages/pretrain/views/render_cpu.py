@@ -1,9 +1,9 @@
 """Turns draws into pixels on a CPU: OpenCV on uint8, one image after the other.
 
-What is rendered: along each axis on its own, a crop that is finer than its view is averaged over each view pixel's
-exact area, a coarser one interpolated (bilinear or bicubic, edge repeated). What lies outside the image is black. Then
-the colour operations, in the draw's order. render_gpu.py computes the same (compared in
-tests/stages/pretrain/views/test_renderers.py).
+Along each axis, a crop with more pixels than its view is averaged over the exact area of each view pixel, and a crop
+with fewer is interpolated (bilinear or bicubic, edges repeated). What lies outside the image is black. Then come the
+colour operations, in the draw's order. render_gpu.py computes the same (tests/stages/pretrain/views/test_renderers.py
+compares them).
 """
 
 from __future__ import annotations
@@ -15,25 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.pretrain.views.draw import shown
-from stages.pretrain.views.plan import Draw
+from stages.pretrain.views.plan import Draw, Pixels
 
-Pixels = NDArray[np.uint8]
-GRAY = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL and torchvision weigh red, green and blue
+GRAY = (0.299, 0.587, 0.114)  # weights of red, green and blue in a grey value: ITU-R 601, as in PIL and torchvision
 _TAPS = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 _EYE = np.eye(3, 4, dtype=np.float32)
 
 
 def render(image: Pixels, item: Draw, reduced: int = 1) -> Pixels:
-    """One view (size, size, 3) uint8 RGB.
-
-    Args:
-        image: (h, w, 3) RGB; the stored image, or that image decoded at 1/`reduced` of its size (sides rounded up).
-    """
+    """One view (size, size, 3), cut and coloured; `image` is decoded at 1/`reduced` of its size (sides rounded up)."""
     return recolour(cut(image, item, reduced), item.colour)
 
 
 def cut(image: Pixels, item: Draw, reduced: int = 1) -> Pixels:
-    """The view's pixels before any colour operation: (size, size, 3) uint8."""
+    """One view (size, size, 3) before any colour operation; `image` as in `render`."""
     rect = [edge / reduced for edge in shown(item)]
     x0, y0, x1, y1 = whole = [round(edge) for edge in rect]
     height, width = image.shape[:2]
@@ -46,7 +41,10 @@ def cut(image: Pixels, item: Draw, reduced: int = 1) -> Pixels:
 
 
 def cut_labels(labels: NDArray[Any], item: Draw) -> NDArray[np.int32]:
-    """A label map (H, W) of the stored image cut as the view, nearest pixel: (size, size), -1 outside the image."""
+    """The labels (size, size) of a view's pixels, from a label map (H, W) of the stored image; -1 outside the image.
+
+    A view pixel has the label of the image pixel that its centre lies in.
+    """
     x = np.floor(item.affine[0, 0] * (np.arange(item.size) + 0.5) + item.affine[0, 2]).astype(np.int64)
     y = np.floor(item.affine[1, 1] * (np.arange(item.size) + 0.5) + item.affine[1, 2]).astype(np.int64)
     height, width = labels.shape
@@ -61,7 +59,7 @@ def _resize(crop: Pixels, size: int, interpolation: str) -> Pixels:
     height, width = crop.shape[:2]
     if height >= size and width >= size:
         return cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA)
-    if height > size:  # finer along one axis, coarser along the other: average first, then interpolate
+    if height > size:  # more pixels than the view along one axis, fewer along the other: average, then interpolate
         crop = cv2.resize(crop, (width, size), interpolation=cv2.INTER_AREA)
     elif width > size:
         crop = cv2.resize(crop, (size, height), interpolation=cv2.INTER_AREA)
@@ -69,13 +67,16 @@ def _resize(crop: Pixels, size: int, interpolation: str) -> Pixels:
 
 
 def _cut_anywhere(image: Pixels, rect: NDArray[np.float64], item: Draw) -> Pixels:
-    """For crops between pixels or past the edge: resampled to the nearest whole grid that is as fine, then averaged."""
+    """A crop that does not lie on whole pixels, or reaches past the image's edge.
+
+    It is resampled to a grid of whole cells, at least as fine as the image and as the view, and then averaged.
+    """
     size = item.size
     height, width = image.shape[:2]
     spans = rect[2:] - rect[:2]
     cells = np.maximum(np.ceil(spans - 1e-6), size).astype(int)  # columns, rows of that grid
     scale = spans / cells
-    shift = rect[:2] + 0.5 * scale - 0.5  # OpenCV counts from pixel centres, we from pixel edges
+    shift = rect[:2] + 0.5 * scale - 0.5  # in OpenCV a pixel's centre is at i, here at i + 0.5
     matrix = np.array([[scale[0], 0, shift[0]], [0, scale[1], shift[1]]])
     taps = cv2.INTER_LINEAR if (scale >= 1 - 1e-9).all() else _TAPS[item.interpolation]
     view = cv2.warpAffine(
@@ -90,7 +91,7 @@ def _cut_anywhere(image: Pixels, rect: NDArray[np.float64], item: Draw) -> Pixel
 
 # ---------------------------------------------------------------------------------------------------------- colour
 def recolour(view: Pixels, colour: Any) -> Pixels:
-    """Applies a draw's colour operations (keys: draw.py) to a view of its own, uint8 RGB."""
+    """A view after a draw's colour operations (draw.py lists the keys)."""
     for name in colour.get("order", ()):
         view = _JITTER[name](view, colour[name])
     if colour.get("gray"):
@@ -105,7 +106,7 @@ def recolour(view: Pixels, colour: Any) -> Pixels:
 
 
 def blur_taps(sigma: float) -> int:
-    """Width of the blur's kernel in pixels: three sigmas to each side."""
+    """Width of the blur's kernel in pixels, an odd number: three sigmas to each side."""
     return round(sigma * 6 + 1) | 1
 
 
@@ -127,7 +128,7 @@ def _saturation(view: Pixels, factor: float) -> Pixels:
 
 
 def _hue(view: Pixels, turn: float) -> Pixels:
-    hsv = cv2.cvtColor(view, cv2.COLOR_RGB2HSV_FULL)  # all of [0, 255] is one turn
+    hsv = cv2.cvtColor(view, cv2.COLOR_RGB2HSV_FULL)  # hue 0 to 255 is one turn
     hsv[..., 0] += np.uint8(round(turn * 256) % 256)
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 

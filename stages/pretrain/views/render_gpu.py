@@ -1,10 +1,10 @@
-"""Turns draws into pixels on a GPU: all views of a batch at once, in plain torch operations.
+"""Turns draws into pixels on a GPU: many views at once, in plain torch operations.
 
 Resampling is two batched matrix products, one along each axis: row i of a view's matrix holds the weights of the image
-rows (columns) that make up its pixel i. The weights are those of render_cpu.py: exact areas where the crop is finer
-than the view, bilinear or bicubic taps where it is coarser.
+rows (or columns) that make up its pixel i. The weights are those of render_cpu.py: exact areas where the crop has more
+pixels than the view, bilinear or bicubic interpolation where it has fewer.
 
-Legend: N views, S side of a view, H, W sides of the padded images, B images.
+Shape legend: N views, B images, S side of a view, H and W sides of the padded images, V views of one image.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stages.pretrain.views.render_cpu import GRAY, blur_taps
 
 
 def pad(images: Sequence[Tensor]) -> Tensor:
-    """Images (h, w, 3) uint8 of different sizes as one (B, H, W, 3) tensor; what is beyond an image is never read."""
+    """Images (h, w, 3) uint8 of different sizes as one (B, H, W, 3) tensor; `render` never reads the padding."""
     height, width = max(image.shape[0] for image in images), max(image.shape[1] for image in images)
     padded = images[0].new_zeros(len(images), height, width, 3)
     for row, image in zip(padded, images, strict=True):
@@ -35,18 +35,23 @@ def render(
     images_BHW3: Tensor,
     sizes: Sequence[tuple[int, int]],
     draws: Sequence[Draw],
-    of: Sequence[int],
+    image_of: Sequence[int],
     reduced: Sequence[int],
 ) -> Tensor:
-    """Views of one size, (N, 3, S, S) float32 in [0, 255], on the images' device.
+    """Views of one size, cut and coloured.
 
     Args:
         images_BHW3: uint8, padded (`pad`).
-        sizes: (height, width) of each image in it.
-        draws: N draws of one size; `of` names the image of each, `reduced` (one an image) the scale it was decoded at.
+        sizes: (height, width) of each image without its padding.
+        draws: N draws of one size.
+        image_of: N indices: the image that each draw cuts.
+        reduced: B numbers: each image was decoded at 1/reduced of its size.
+
+    Returns:
+        (N, 3, S, S) float32 in [0, 255], on the images' device.
     """
-    rects = np.array([shown(item) for item in draws]) / np.array([[reduced[b]] for b in of])
-    heights, widths = np.array([sizes[b][0] for b in of]), np.array([sizes[b][1] for b in of])
+    rects = np.array([shown(item) for item in draws]) / np.array([[reduced[b]] for b in image_of])
+    heights, widths = np.array([sizes[b][0] for b in image_of]), np.array([sizes[b][1] for b in image_of])
     cubic = np.array([item.interpolation == "bicubic" for item in draws])
     mirrored = np.array([item.affine[0, 0] < 0 for item in draws])
     device, size = images_BHW3.device, draws[0].size
@@ -55,12 +60,12 @@ def render(
     columns_NSW = torch.where(_send(mirrored, device)[:, None, None], columns_NSW.flip(1), columns_NSW)
 
     views = torch.empty(len(draws), 3, size, size, device=device)
-    where: dict[int, list[int]] = {}
-    for n, b in enumerate(of):
-        where.setdefault(b, []).append(n)
-    for b, mine in where.items():  # one image at a time: its rows are read once for all its views
+    views_of: dict[int, list[int]] = {}
+    for n, b in enumerate(image_of):
+        views_of.setdefault(b, []).append(n)
+    for b, numbers in views_of.items():  # one image at a time: its pixels are read once for all its views
         pixels_HW3 = images_BHW3[b].float()
-        index = torch.tensor(mine, device=device)
+        index = torch.tensor(numbers, device=device)
         half_VSW3 = torch.einsum("vsh,hwc->vswc", rows_NSH[index], pixels_HW3)
         views[index] = torch.einsum("vxw,vywc->vcyx", columns_NSW[index], half_VSW3)
     return recolour(views.round_().clamp_(0, 255), draws)
@@ -78,13 +83,22 @@ def _weights(
     side: int,
     device: torch.device,
 ) -> Tensor:
-    """(N, S, side): the weights of `side` source pixels for each of S view pixels, along one axis.
+    """The weights of an image's pixels in each view pixel, along one axis.
 
     Args:
-        spans: (N, 2) first and last edge of each crop. limits: (N,) pixels that the image really has.
+        spans: (N, 2) first and last edge of each crop, in image pixels.
+        limits: (N,) pixels of the image without its padding.
+        cubic: (N,) whether to interpolate bicubically; else bilinearly.
+        size: S.
+        side: pixels of the image with its padding, H or W.
+        device: where the weights are computed.
+
+    Returns:
+        (N, S, side) float32.
     """
     whole = (np.abs(spans - np.rint(spans)) < 1e-6).all(1) & (spans[:, 0] > -1e-6) & (spans[:, 1] < limits + 1e-6)
-    # A crop on whole pixels repeats its own edge, as a cut-out array does; any other one the image's edge.
+    # Interpolation near an edge: a crop on whole pixels repeats its own outermost pixels (render_cpu.py resizes such a
+    # crop as an array of its own); any other crop repeats the image's.
     low = _send(np.where(whole, np.rint(spans[:, 0]), 0), device)[:, None]
     high = _send(np.where(whole, np.rint(spans[:, 1]), limits) - 1, device)[:, None]
     start, stop = _send(spans[:, 0], device)[:, None], _send(spans[:, 1], device)[:, None]
@@ -109,7 +123,7 @@ def _weights(
 
 
 def _keys(x: Tensor, a: float = -0.75) -> Tensor:
-    """Keys' bicubic kernel at distance x in [0, 2], with OpenCV's (and torch's) a."""
+    """R. Keys' bicubic kernel at distance x in [0, 2], with the `a` of OpenCV and torch."""
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
     return torch.where(x <= 1, near, far)
@@ -117,11 +131,11 @@ def _keys(x: Tensor, a: float = -0.75) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------- colour
 def recolour(views_N3SS: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """The draws' colour operations on float views in [0, 255]."""
+    """Views after their draws' colour operations; float in [0, 255]."""
     device = views_N3SS.device
     views = views_N3SS
-    for turn in range(4):  # the k-th operation of every view's own order
-        names = [item.colour["order"][turn] if turn < len(item.colour.get("order", ())) else None for item in draws]
+    for k in range(4):  # the k-th operation of every view's own order
+        names = [item.colour["order"][k] if k < len(item.colour.get("order", ())) else None for item in draws]
         if not any(names):
             continue
         views = _linear(views, names, draws)
@@ -143,7 +157,7 @@ def _luma(views_N3SS: Tensor) -> Tensor:
 
 
 def _linear(views: Tensor, names: Sequence[str | None], draws: Sequence[Draw]) -> Tensor:
-    """Brightness, contrast and saturation are affine in (r, g, b); views with another operation stay."""
+    """Brightness, contrast or saturation, which are affine in (r, g, b); a view named otherwise stays as it is."""
     factors = {
         wanted: torch.tensor(
             [item.colour[wanted] if name == wanted else 1.0 for name, item in zip(names, draws, strict=True)],
@@ -159,7 +173,7 @@ def _linear(views: Tensor, names: Sequence[str | None], draws: Sequence[Draw]) -
 
 
 def _turn_hue(views: Tensor, turns: Tensor) -> Tensor:
-    """Through HSV with a continuous hue in [0, 6)."""
+    """Turns hues by fractions of a circle, through HSV with a continuous hue in [0, 6)."""
     red, green, blue = views.unbind(1)
     value, low = views.amax(1), views.amin(1)
     chroma = value - low
@@ -170,14 +184,14 @@ def _turn_hue(views: Tensor, turns: Tensor) -> Tensor:
         torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4),
     )
     hue = (hue + turns[:, None, None] * 6) % 6
-    # A channel falls from full to none between one and two sextants away from its own hue.
+    # A channel is full up to 60 degrees away from its own hue, and falls to none at 120 degrees.
     offsets = torch.tensor([5.0, 3.0, 1.0], device=views.device)[:, None, None]
     k = (offsets + hue[:, None]) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def _blur(views: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """A Gaussian of each view's own width; kernels are padded with zeros to the widest."""
+    """Blurs each view by its own sigma: all kernels are as wide as the widest, with zeros outside their own width."""
     radius = max(blur_taps(sigma) for sigma in sigmas) // 2
     x = torch.arange(-radius, radius + 1, device=views.device)
     sigma = torch.tensor(sigmas, device=views.device)[:, None]

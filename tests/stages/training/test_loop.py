@@ -1,4 +1,4 @@
-"""The loop with a toy method: resume equals never stopped, accumulation equals one batch, bad terms stop the run."""
+"""The loop with a toy method: resume equals never stopped, accumulation equals one batch, bad terms stop it."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class ToyData:
             )
 
 
-def make_run(steps: int = 12, method: Method | None = None, **settings: object) -> Training:
+def make_training(steps: int = 12, method: Method | None = None, **settings: object) -> Training:
     config = LoopSettings.model_validate({"steps": steps, "batch_size": 8, "log_every": 1, **settings})
     data = ToyData(config.batch_size // config.accumulate)
     return Training(method or Toy(), data, config, {"shrink": 0.1}, steps, 4, torch.device("cpu"))
@@ -106,8 +106,8 @@ def curve(state: TrainingState) -> list[tuple[float, float, float]]:
 
 
 def test_training_lowers_the_loss_and_repeats_bit_for_bit(tmp_path: Path) -> None:
-    first = train(make_run(40), CheckpointFolder(tmp_path / "a", "run"))
-    second = train(make_run(40), CheckpointFolder(tmp_path / "b", "run"))
+    first = train(make_training(40), CheckpointFolder(tmp_path / "a", "f"))
+    second = train(make_training(40), CheckpointFolder(tmp_path / "b", "f"))
     assert curve(first) == curve(second)
     assert first.curves[-1]["total"] < 0.8 * first.curves[0]["total"]
     assert first.skipped == {"blurred": 40}
@@ -115,38 +115,38 @@ def test_training_lowers_the_loss_and_repeats_bit_for_bit(tmp_path: Path) -> Non
 
 
 def test_stopped_and_resumed_equals_never_stopped(tmp_path: Path) -> None:
-    whole_run = make_run(checkpoint_every=5)
-    whole = train(whole_run, CheckpointFolder(tmp_path / "whole", "run"))
+    whole_training = make_training(checkpoint_every=5)
+    whole = train(whole_training, CheckpointFolder(tmp_path / "whole", "f"))
     with pytest.raises(KeyboardInterrupt):
-        train(make_run(checkpoint_every=5), StopAt(tmp_path / "cut", "run"))
-    resumed_run = make_run(checkpoint_every=5)
-    resumed = train(resumed_run, CheckpointFolder(tmp_path / "cut", "run"))
+        train(make_training(checkpoint_every=5), StopAt(tmp_path / "cut", "f"))
+    resumed_training = make_training(checkpoint_every=5)
+    resumed = train(resumed_training, CheckpointFolder(tmp_path / "cut", "f"))
     assert curve(resumed) == curve(whole)
     assert (resumed.skipped, resumed.problems) == (whole.skipped, whole.problems)
-    for name, value in whole_run.method.state_dict().items():
-        assert torch.equal(value, resumed_run.method.state_dict()[name]), name
+    for name, value in whole_training.method.state_dict().items():
+        assert torch.equal(value, resumed_training.method.state_dict()[name]), name
 
 
 def test_a_broken_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    whole = train(make_run(checkpoint_every=3), CheckpointFolder(tmp_path / "whole", "run"))
+    whole = train(make_training(checkpoint_every=3), CheckpointFolder(tmp_path / "whole", "f"))
     StopAt.stop = 6
     with pytest.raises(KeyboardInterrupt):
-        train(make_run(checkpoint_every=3), StopAt(tmp_path / "cut", "run"))
+        train(make_training(checkpoint_every=3), StopAt(tmp_path / "cut", "f"))
     newest = tmp_path / "cut" / "step-00000006"
     data = bytearray((newest / "state.pt").read_bytes())
     data[len(data) // 2] ^= 1
     (newest / "state.pt").write_bytes(data)
     said: list[str] = []
     assert not is_complete(newest)
-    resumed = train(make_run(checkpoint_every=3), CheckpointFolder(tmp_path / "cut", "run", say=said.append))
+    resumed = train(make_training(checkpoint_every=3), CheckpointFolder(tmp_path / "cut", "f", say=said.append))
     assert curve(resumed) == curve(whole)
     assert "step-00000006" in said[0]
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
-    train(make_run(3), CheckpointFolder(tmp_path, "run"))
-    with pytest.raises(ValueError, match="belongs to run, not to other"):
-        train(make_run(3), CheckpointFolder(tmp_path, "other"))
+def test_a_checkpoint_of_another_artifact_is_refused(tmp_path: Path) -> None:
+    train(make_training(3), CheckpointFolder(tmp_path, "f"))
+    with pytest.raises(ValueError, match="belongs to f, not to other"):
+        train(make_training(3), CheckpointFolder(tmp_path, "other"))
 
 
 def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
@@ -155,14 +155,14 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
             super().__init__()
             self.student[3] = nn.Identity()  # dropout draws once a forward pass, so it would tell the two apart
 
-    one = train(make_run(method=Still()), CheckpointFolder(tmp_path / "one", "run"))
-    four = train(make_run(method=Still(), accumulate=4), CheckpointFolder(tmp_path / "four", "run"))
+    one = train(make_training(method=Still()), CheckpointFolder(tmp_path / "one", "f"))
+    four = train(make_training(method=Still(), accumulate=4), CheckpointFolder(tmp_path / "four", "f"))
     torch.testing.assert_close(torch.tensor(curve(one)), torch.tensor(curve(four)), atol=1e-6, rtol=1e-5)
 
 
 def test_a_term_that_is_not_finite_is_named_with_its_step(tmp_path: Path) -> None:
     with pytest.raises(StageFailed, match=r"term predict is nan at step 4"):
-        train(make_run(method=Toy(poison_at=4), log_every=10), CheckpointFolder(tmp_path, "run"))
+        train(make_training(method=Toy(poison_at=4), log_every=10), CheckpointFolder(tmp_path, "f"))
 
 
 def test_unnamed_terms_weigh_one() -> None:

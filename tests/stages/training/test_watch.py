@@ -1,4 +1,4 @@
-"""Watching a run: ranks and cosines of made-up features, gradient norms against autograd's own, when a run stops."""
+"""Watching a training: ranks and cosines of made-up features, gradient norms against autograd's own, when it stops."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stages.training.checkpoint import CheckpointFolder
 from stages.training.loop import BadStep, train
 from stages.training.settings import WatchSettings
 from stages.training.watch import Watch, effective_rank, mean_pairwise_cosine
-from tests.stages.training.test_loop import IMAGES, Toy, make_run
+from tests.stages.training.test_loop import IMAGES, Toy, make_training
 
 
 def test_effective_rank_counts_directions() -> None:
@@ -46,10 +46,10 @@ def test_mean_pairwise_cosine_leaves_out_a_row_and_itself() -> None:
 
 
 def test_a_row_has_each_terms_weight_and_gradient_norm_when_due(tmp_path: Path) -> None:
-    progress = train(make_run(6, watch={"gradients_every": 3}), CheckpointFolder(tmp_path, "run"))
-    measured = [row["step"] for row in progress.curves if "grad_norm/predict" in row]
+    state = train(make_training(6, watch={"gradients_every": 3}), CheckpointFolder(tmp_path, "f"))
+    measured = [row["step"] for row in state.curves if "grad_norm/predict" in row]
     assert measured == [1, 4]  # steps are counted from 0, rows from 1
-    row = progress.curves[0]
+    row = state.curves[0]
     assert (row["weight/predict"], row["weight/shrink"]) == (1.0, 0.1)
 
     method = Toy()
@@ -62,8 +62,8 @@ def test_a_row_has_each_terms_weight_and_gradient_norm_when_due(tmp_path: Path) 
 
 
 def test_measuring_gradients_changes_nothing(tmp_path: Path) -> None:
-    watched = train(make_run(watch={"gradients_every": 1}), CheckpointFolder(tmp_path / "a", "run"))
-    alone = train(make_run(watch={"gradients_every": 0}), CheckpointFolder(tmp_path / "b", "run"))
+    watched = train(make_training(watch={"gradients_every": 1}), CheckpointFolder(tmp_path / "a", "f"))
+    alone = train(make_training(watch={"gradients_every": 0}), CheckpointFolder(tmp_path / "b", "f"))
     assert [row["total"] for row in watched.curves] == [row["total"] for row in alone.curves]
     assert "grad_norm/predict" not in alone.curves[0]
 
@@ -79,25 +79,27 @@ class Collapsing(Toy):
                 self.student[4].weight.zero_()
 
 
-def test_a_collapse_stops_the_run_once_it_has_lasted(tmp_path: Path) -> None:
+def test_a_collapse_stops_the_training_once_it_has_lasted(tmp_path: Path) -> None:
     left: list[BadStep] = []
 
     def leave(bad: BadStep) -> str:
         left.append(bad)
         return "To run it again: ..."
 
-    run = make_run(20, Collapsing(), watch={"patience": 2, "grace": 0}, optimizer={"lr": 1e-9, "lr_end": 0.0})
-    message = r"collapsed: rank_image is 1(\.\d+)? at step 7, below watch.min_rank \(1.2\) for 2 rows.*To run it again"
+    training = make_training(20, Collapsing(), watch={"patience": 2, "grace": 0}, optimizer={"lr": 1e-9, "lr_end": 0.0})
+    message = (
+        r"collapsed: rank_image is 1(\.\d+)? at step 7, below watch.min_rank \(1.2\) for 2 consecutive rows.*again"
+    )
     with pytest.raises(StageFailed, match=message):
-        train(run, CheckpointFolder(tmp_path, "run"), leave_replay=leave)
+        train(training, CheckpointFolder(tmp_path, "f"), leave_replay=leave)
     assert [bad.step for bad in left] == [7]
     assert [len(ids) for ids in left[0].image_ids] == [8]
 
 
 def test_no_collapse_is_looked_for_in_the_grace_or_with_a_limit_of_zero(tmp_path: Path) -> None:
     still = {"optimizer": {"lr": 1e-9, "lr_end": 0.0}}
-    train(make_run(12, Collapsing(), watch={"grace": 12}, **still), CheckpointFolder(tmp_path / "a", "run"))
-    train(make_run(12, Collapsing(), watch={"min_rank": 0}, **still), CheckpointFolder(tmp_path / "b", "run"))
+    train(make_training(12, Collapsing(), watch={"grace": 12}, **still), CheckpointFolder(tmp_path / "a", "f"))
+    train(make_training(12, Collapsing(), watch={"min_rank": 0}, **still), CheckpointFolder(tmp_path / "b", "f"))
 
 
 def wrong(watch: Watch, step: int, values: Tensor, norm: float, **seen: float) -> str | None:

@@ -55,9 +55,9 @@ def test_a_batch_bigger_than_the_set_wraps_into_further_permutations() -> None:
     sampler = Sampler([5], [1.0], 12, seed=0)
     assert sampler.steps_per_epoch == 1
     slots = sampler.slots(4)
-    assert [slot.again for slot in slots] == [0] * 5 + [1] * 5 + [2] * 2
+    assert [slot.repeat for slot in slots] == [0] * 5 + [1] * 5 + [2] * 2
     assert {slot.index for slot in slots[:5]} == {slot.index for slot in slots[5:10]} == set(range(5))
-    assert len({(slot.index, slot.again) for slot in slots}) == 12
+    assert len({(slot.index, slot.repeat) for slot in slots}) == 12
 
 
 def test_slices_are_the_batch() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from stages.models.sync_batch_norm import convert
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.method import Method, Step
+from stages.training.loop import compute_total, update
 
 Results = dict[str, Any]
 Worker = Callable[[int, int], Results]  # of a rank and the number of ranks; a function of a module, so that it pickles
@@ -54,17 +55,15 @@ def steps_of(
     if world_size > 1:
         convert(method)
         wrapped = torch.nn.parallel.DistributedDataParallel(method, find_unused_parameters=find_unused_parameters)
-    optimizer = torch.optim.SGD(method.parameter_groups(), lr=lr)
+    optimizer = torch.optim.SGD(method.trained_parameters(), lr=lr)
     for index, batch in enumerate(batches):
         step = Step(index, 10, 1)
         method.start_step(step)
-        terms = wrapped(batch)
-        torch.stack(list(terms.values())).sum().backward()
+        terms, total = compute_total(wrapped, batch, {}, precision="fp32")
+        torch.autograd.backward(total)
         method.before_update(step)
         gradients = [p.grad.clone() for p in method.parameters() if p.grad is not None]
-        optimizer.step()
-        optimizer.zero_grad()
-        method.after_step(step)
+        update(method, optimizer, step)
         values = torch.stack([term.detach() for term in terms.values()])
         if world_size > 1:
             dist.all_reduce(values)

@@ -96,7 +96,7 @@ class _Bare:
 
 
 def train_step(method: D3SSL, batch: Batch, step: Step = STEP, lr: float = 0.1) -> dict[str, float]:
-    optimizer = torch.optim.SGD(method.parameter_groups(), lr=lr)
+    optimizer = torch.optim.SGD(method.trained_parameters(), lr=lr)
     method.start_step(step)
     terms = method(batch)
     torch.stack(list(terms.values())).sum().backward()
@@ -188,7 +188,7 @@ def test_training_lowers_the_loss_and_the_teacher_follows() -> None:
     batches = [drawn_batch(method.settings, first=8 * i) for i in range(2)]
     train_step(method, batches[1], lr=0.0)
     before = {name: value.clone() for name, value in method.state_dict().items()}
-    optimizer = torch.optim.AdamW(method.parameter_groups(), lr=2e-3)
+    optimizer = torch.optim.AdamW(method.trained_parameters(), lr=2e-3)
     totals = []
     for index in range(1, 21):
         method.start_step(Step(index, 1000, 1))

@@ -144,7 +144,7 @@ def test_terms_and_gradients_equal_a_loop_over_queries(name: str) -> None:
     method = build(VARIANTS[name]).double()
     batch.views = {key: view.double() for key, view in batch.views.items()}
     method.start_step(STEP)
-    parameters = list(method.parameter_groups())
+    parameters = list(method.trained_parameters())
     # The teacher differs from the student, as after some steps.
     with torch.no_grad():
         for parameter in method.teacher.parameters():
@@ -184,7 +184,7 @@ def test_temperatures_scale_with_the_width_and_follow_their_schedules() -> None:
 
 def test_training_lowers_the_loss_and_the_teacher_follows() -> None:
     method, batch = build(TINY), noise(TINY)
-    optimizer = torch.optim.AdamW(method.parameter_groups(), lr=2e-3)
+    optimizer = torch.optim.AdamW(method.trained_parameters(), lr=2e-3)
     prototypes = method.student.head(HEAD).prototypes.detach().clone()
     teacher = {key: value.clone() for key, value in method.teacher.state_dict().items()}
     train_step(method, batch, optimizer, Step(0, 1000, 1))
@@ -201,10 +201,10 @@ def test_training_lowers_the_loss_and_the_teacher_follows() -> None:
 def test_a_resumed_run_continues_as_it_was(name: str) -> None:
     config = VARIANTS[name]
     method, resumed, batch = build(config), build(config), noise(config)
-    train_step(method, batch, torch.optim.SGD(method.parameter_groups(), lr=0.1), STEP)
+    train_step(method, batch, torch.optim.SGD(method.trained_parameters(), lr=0.1), STEP)
     assert bool(method.center.any()) == (name == "centre")
     resumed.load_state_dict(method.state_dict())
-    again = [train_step(m, batch, torch.optim.SGD(m.parameter_groups(), lr=0.1), STEP) for m in (method, resumed)]
+    again = [train_step(m, batch, torch.optim.SGD(m.trained_parameters(), lr=0.1), STEP) for m in (method, resumed)]
     assert again[0] == again[1]
     for mine, theirs in zip(method.state_dict().values(), resumed.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs)
@@ -288,7 +288,7 @@ def test_an_earlier_teacher_holds_the_attention(tmp_path: Path) -> None:
     torch.testing.assert_close(method(batch)["inter"], plain["inter"])
     # It is frozen, and a checkpoint brings it back.
     assert not any(p.requires_grad for p in method.previous.parameters())
-    train_step(method, batch, torch.optim.SGD(method.parameter_groups(), lr=0.1), STEP)
+    train_step(method, batch, torch.optim.SGD(method.trained_parameters(), lr=0.1), STEP)
     resumed = build(config)
     flsl_encoder(seed=4).save(tmp_path)
     resumed.use_inputs({"previous.encoder": tmp_path})  # type: ignore[dict-item]

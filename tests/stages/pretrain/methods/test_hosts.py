@@ -126,7 +126,7 @@ def test_a_resnet_works_too(name: str) -> None:
 @pytest.mark.parametrize("name", HOSTS)
 def test_training_lowers_the_loss(name: str) -> None:
     method, batch = build(settings(name)), a_batch()
-    optimizer = torch.optim.AdamW(method.parameter_groups(), lr=3e-3)
+    optimizer = torch.optim.AdamW(method.trained_parameters(), lr=3e-3)
     # ReSSL's and MoCo's queues fill with this very batch: there the task itself changes.
     totals = [sum(train_step(method, batch, optimizer, Step(i, 1000, 500)).values()) for i in range(12)]
     if name in {"moco_v2", "ressl", "swav"}:
@@ -138,7 +138,7 @@ def test_training_lowers_the_loss(name: str) -> None:
 @pytest.mark.parametrize("name", HOSTS)
 def test_state_round_trips_with_queues_and_averages(name: str) -> None:
     method, batch = build(settings(name)), a_batch()
-    optimizer = torch.optim.SGD(method.parameter_groups(), lr=0.05)
+    optimizer = torch.optim.SGD(method.trained_parameters(), lr=0.05)
     for index in range(3):
         train_step(method, batch, optimizer, Step(index, 10, 2))
     torch.manual_seed(99)
@@ -182,7 +182,7 @@ def test_a_queue_holds_the_newest_whatever_the_batch(rows: int) -> None:
 def test_swav_uses_its_queue_once_it_is_full_and_freezes_prototypes() -> None:
     config = method_settings({**HOSTS["swav"], "queue_from_epoch": 1, "freeze_prototypes": 2})
     method, batch = build(config), a_batch()
-    optimizer = torch.optim.SGD(method.parameter_groups(), lr=0.5)
+    optimizer = torch.optim.SGD(method.trained_parameters(), lr=0.5)
     used = []
     for index in range(6):
         before = method.prototypes.weight.detach().clone()
@@ -364,7 +364,7 @@ def test_every_choice_gives_other_finite_terms(knobs: dict[str, Any]) -> None:
 
 def test_dsa_resumes_exactly() -> None:
     method, batch = build(settings("moco_v2", dsa=True)), a_batch()
-    train_step(method, batch, torch.optim.SGD(method.parameter_groups(), lr=0.05), Step(0, 10, 2))
+    train_step(method, batch, torch.optim.SGD(method.trained_parameters(), lr=0.05), Step(0, 10, 2))
     resumed = build(settings("moco_v2", dsa=True))
     resumed.load_state_dict(method.state_dict())
     first, second = method(batch), resumed(batch)

@@ -85,7 +85,7 @@ def test_a_resnet_works_too(name: str) -> None:
 @pytest.mark.parametrize("name", ["dino_dense", "cotap"])
 def test_training_lowers_the_loss_and_the_teacher_follows(name: str) -> None:
     method, batch = build(name), fake_batch()
-    optimizer = torch.optim.AdamW(method.parameter_groups(), lr=2e-3)
+    optimizer = torch.optim.AdamW(method.trained_parameters(), lr=2e-3)
     before = {key: value.clone() for key, value in method.teacher.state_dict().items()}
     totals = [sum(train_step(method, batch, optimizer, Step(i, 1000, 1)).values()) for i in range(1, 16)]
     assert min(totals[-3:]) < totals[0]
@@ -112,7 +112,7 @@ def test_teacher_moves_by_the_scheduled_momentum() -> None:
 def test_first_epoch_leaves_the_prototypes_alone() -> None:
     method, batch = build("dino"), fake_batch()
     prototypes = method.student.head("image").prototypes
-    optimizer = torch.optim.SGD(method.parameter_groups(), lr=0.1)
+    optimizer = torch.optim.SGD(method.trained_parameters(), lr=0.1)
     before = prototypes.detach().clone()
     train_step(method, batch, optimizer, Step(1, 10, 2))
     torch.testing.assert_close(prototypes.detach(), before)
@@ -122,7 +122,7 @@ def test_first_epoch_leaves_the_prototypes_alone() -> None:
 
 def test_centre_moves_after_the_step_and_survives_a_resume() -> None:
     batch, method = fake_batch(), build("dino")
-    optimizer = torch.optim.SGD(method.parameter_groups(), lr=0.1)
+    optimizer = torch.optim.SGD(method.trained_parameters(), lr=0.1)
     train_step(method, batch, optimizer, STEP)
     assert method.center.abs().sum() > 0
     resumed = build("dino")
@@ -135,7 +135,7 @@ def test_centre_moves_after_the_step_and_survives_a_resume() -> None:
 @pytest.mark.parametrize("name", ["dino_dense", "cotap"])
 def test_state_round_trips(name: str) -> None:
     method, batch = build(name), fake_batch()
-    train_step(method, batch, torch.optim.SGD(method.parameter_groups(), lr=0.1), STEP)
+    train_step(method, batch, torch.optim.SGD(method.trained_parameters(), lr=0.1), STEP)
     resumed = build(name)
     assert set(resumed.state_dict()) == set(method.state_dict())
     resumed.load_state_dict(method.state_dict())

@@ -85,7 +85,7 @@ def drawn_batch(config: ViCESettings, *, count: int = 8, first: int = 0) -> Batc
 
 
 def train_step(method: ViCE, batch: Batch, step: Step = STEP, lr: float = 0.1) -> dict[str, float]:
-    optimizer = torch.optim.SGD(method.parameter_groups(), lr=lr)
+    optimizer = torch.optim.SGD(method.trained_parameters(), lr=lr)
     method.start_step(step)
     terms = method(batch)
     torch.stack(list(terms.values())).sum().backward()
@@ -180,7 +180,7 @@ def test_masked_pixels_are_noise_that_no_rank_changes() -> None:
 def test_training_lowers_the_loss() -> None:
     method = build(frozen_steps=0, mask={"ratio": 0.0})
     batch = drawn_batch(method.settings)
-    optimizer = torch.optim.AdamW(method.parameter_groups(), lr=3e-3)
+    optimizer = torch.optim.AdamW(method.trained_parameters(), lr=3e-3)
     losses = []
     for index in range(15):
         step = Step(index, 15, 1)

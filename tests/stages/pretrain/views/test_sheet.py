@@ -1,4 +1,4 @@
-"""The contact sheet opens, and marks what two views share."""
+"""The contact sheet of a batch opens, and marks what two views share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stages.data.images import decode
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.views.geometry import crop_affine
 from stages.pretrain.views.plan import ViewPlan, ViewSpec
-from stages.pretrain.views.preview import view_sheet
+from stages.pretrain.views.sheet import view_sheet
 
 
 def test_a_sheet_shows_every_view_and_the_overlaps() -> None:

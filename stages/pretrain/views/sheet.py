@@ -1,7 +1,7 @@
-"""A contact sheet of one batch: every image's views side by side, with the rectangles that they share drawn in.
+"""A contact sheet of one batch: every image's views side by side, with the rectangles that they share.
 
-Each image is one row. Its first view carries a numbered rectangle for every other view, and that view carries the
-same rectangle under the same number: equal numbers must show the same thing (mirrored where the caption says so).
+Each image is one row. Its first view has a numbered rectangle for every other view, and that view has the same
+rectangle under the same number: equal numbers must show the same thing (mirrored where the caption says so).
 """
 
 from __future__ import annotations
@@ -28,7 +28,20 @@ def view_sheet(
     side: int = 200,
     title: str | None = None,
 ) -> bytes:
-    """PNG of the views of the batch's first `images` images; `mean` and `std` are those they were normalised with."""
+    """The sheet of the batch's first images.
+
+    Args:
+        batch: views with their affines.
+        plan: the views' plan, which says which of them show a neighbour.
+        mean: of red, green, blue, with which the views were normalised.
+        std: likewise.
+        images: number of images at most.
+        side: of a cell, in pixels.
+        title: above the sheet.
+
+    Returns:
+        A PNG file.
+    """
     neighbors = {spec.name for spec in plan.views if spec.of == "neighbor"}
     names = [(name, v) for name, views in batch.views.items() for v in range(len(views))]
     first = next((name, v) for name, v in names if name not in neighbors)
