@@ -22,7 +22,7 @@ from pipeline.store.writer import ArtifactWriter
 from stages.data.tables import SCHEMAS
 from stages.ingest.layout import Item, Layout, Vocabulary
 from stages.ingest.rows import Checked, check_all
-from stages.ingest.stage import IngestConfig, stopped
+from stages.ingest.settings import IngestConfig
 
 RAY_FROM = 2000  # images: below, starting tasks costs more than they save
 _SCHEMA = SCHEMAS["images"]
@@ -97,7 +97,7 @@ def write_shards(context: Context, layout: Layout, vocabulary: Vocabulary, shard
         if summary is None:
             summary, table = next(checked)
             if summary["problems"] and layout.config.on_error == "fail":
-                raise stopped(layout.config, summary["problems"][0])
+                raise layout.error_for(summary["problems"][0])
             if summary["images"]:
                 checker.write(output, index, table, done.images)
             output.record(_note(index), summary)
