@@ -68,7 +68,7 @@ class Raw:
 
 
 @dataclass(frozen=True)
-class Found:
+class SourceObject:
     """One object of an image, as far as its source describes it."""
 
     box: tuple[float, float, float, float]  # x0, y0, x1, y1
@@ -102,7 +102,7 @@ class Layout(ABC):
         """(H, W) class indices, or None where the image has no mask. Raises ImageError."""
         return None if raw.mask is None else decode_mask(raw.mask, max_pixels=self.config.max_pixels)
 
-    def objects(self, item: Item, raw: Raw, size: tuple[int, int]) -> tuple[Sequence[Found], Sequence[str]]:
+    def objects(self, item: Item, raw: Raw, size: tuple[int, int]) -> tuple[Sequence[SourceObject], Sequence[str]]:
         """The objects of an image of this (width, height), and a reason for each that had to be left out."""
         return (), ()
 

@@ -82,12 +82,12 @@ def cut(items: Sequence[Item], config: IngestConfig) -> list[list[Item]]:
 def write_shards(context: Context, layout: Layout, vocabulary: Vocabulary, shards: Sequence[Sequence[Item]]) -> Shards:
     """Checks and writes what is missing. Raises SourceError at the first problem with `on_error: fail`."""
     output, total = context.output, sum(len(shard) for shard in shards)
-    notes = output.records()
+    records = output.records()
     known: dict[int, dict[str, Any]] = {}
     for index in range(len(shards)):
-        note = notes.get(_note(index))
-        if note is not None and (note["images"] == 0 or output.shard_done(index) is not None):
-            known[index] = note
+        record = records.get(_record_key(index))
+        if record is not None and (record["images"] == 0 or output.shard_done(index) is not None):
+            known[index] = record
     missing = [index for index in range(len(shards)) if index not in known]
     checker = _checker(context, layout, vocabulary, sum(len(shards[index]) for index in missing))
     checked = checker.tables([shards[index] for index in missing])
@@ -100,14 +100,14 @@ def write_shards(context: Context, layout: Layout, vocabulary: Vocabulary, shard
                 raise layout.error_for(summary["problems"][0])
             if summary["images"]:
                 checker.write(output, index, table, done.images)
-            output.record(_note(index), summary)
+            output.record(_record_key(index), summary)
         done.add(summary)
         seen += len(shard)
         context.progress(seen, total, "images")
     return done
 
 
-def _note(index: int) -> str:
+def _record_key(index: int) -> str:
     return f"shard-{index:05d}"
 
 
