@@ -20,6 +20,7 @@ from typing_extensions import TypeAliasType
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
+    from pipeline.store.objects import Objects
     from pipeline.store.writer import ArtifactWriter
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Stage",
     "StageConfig",
     "edges",
+    "open_source",
     "sources",
     "unfingerprinted",
 ]
@@ -201,6 +203,17 @@ def edges(config: BaseModel) -> list[Edge]:
 def sources(config: BaseModel) -> dict[str, str]:
     """All `Source` fields that are set: dotted path -> path or address."""
     return {path: value for path, _, value in _marked(config, SourceMark) if isinstance(value, str)}
+
+
+def open_source(address: str) -> Objects:
+    """What lies at the path or address of a `Source` field, for a stage to read; nothing is read yet.
+
+    Picklable. Credentials for a bucket come from the environment of each process, as they do for the store.
+    Raises: StoreError for an address of no known kind.
+    """
+    from pipeline.store.objects import Objects
+
+    return Objects(address)
 
 
 def unfingerprinted(config: BaseModel) -> list[str]:

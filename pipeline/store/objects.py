@@ -160,6 +160,13 @@ class Objects:
                 self._require_bucket(error)
                 return None
 
+    def get_range(self, path: str, start: int, end: int) -> bytes:
+        """The bytes [start, end) of the content. Raises FileNotFoundError."""
+        import obstore
+
+        with self._explained("read", path):
+            return bytes(obstore.get_range(self._client(), path, start=start, end=end))
+
     def stream(self, path: str) -> Iterator[bytes]:
         """The content in blocks of a few MiB. Raises FileNotFoundError."""
         import obstore

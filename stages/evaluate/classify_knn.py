@@ -1,43 +1,24 @@
-"""The `classify_knn` stage: weighted k-NN on frozen image vectors (DINO's protocol, methods.md 6.3)."""
+"""The `classify_knn` stage: weighted k-NN on frozen image vectors (DINO's protocol, methods.md 6.3).
+
+Reading order: this file wires, `classify_knn_vectors.py` encodes a split, `weighted_knn.py` is the vote.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Literal
-
-from pydantic import Field, model_validator
+from typing import TYPE_CHECKING
 
 from pipeline.errors import SourceError
-from pipeline.stage import Context, Input, Outcome, Stage, StageConfig
+from pipeline.stage import Context, Outcome, Stage
+from stages.evaluate.classify_knn_settings import ClassifyKnnConfig
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
-    from stages.evaluate.vectors import Judged, Vectors
+    from stages.evaluate.classify_knn_vectors import SplitVectors, Votes
 
 _SHOWN_IMAGES, _SHOWN_NEIGHBORS = 6, 5
-
-
-class ClassifyKnnConfig(StageConfig):
-    images: Input["images"] = Field(description="with labels and splits")
-    encoder: Input["encoder"]
-    train_split: str = Field("train", description="the images that vote")
-    test_split: str = Field("val", description="the images that are classified")
-    k: int = Field(20, ge=1, description="neighbours that vote")
-    temperature: float = Field(0.07, gt=0, description="a neighbour's vote weighs exp(cosine / temperature)")
-    pooling: Literal["cls", "mean"] = Field("cls", description="[CLS] (token mean where there is none), or map mean")
-    resize: int = Field(256, gt=0, description="short side in pixels before the crop")
-    crop: int = Field(224, gt=0, description="side in pixels of the central square that is encoded")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the forward pass")
-    random_baseline: bool = Field(True, description="also for a randomly initialised encoder of the same shape")
-    seed: int = Field(0, description="of the random encoder")
-
-    @model_validator(mode="after")
-    def _crop_fits(self) -> ClassifyKnnConfig:
-        if self.crop > self.resize:
-            raise ValueError(f"crop {self.crop} is larger than resize {self.resize}; lower crop or raise resize")
-        return self
 
 
 class ClassifyKnn(Stage[ClassifyKnnConfig]):
@@ -49,13 +30,18 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
     Config = ClassifyKnnConfig
 
     def run(self, context: Context) -> Outcome:
-        from stages.evaluate.vectors import encode_split, judge
+        """Encodes both splits and lets the train images vote.
+
+        Raises: SourceError for a split without usable labelled images, UsageError for a crop that does not split into
+            patches.
+        """
+        from stages.evaluate.classify_knn_vectors import encode_split, judge
         from stages.models.encoder import Encoder
         from stages.models.inference import require_size
 
         config, images = self.config, context.inputs["images"]
         classes: list[str] = list(images.manifest.notes.get("classes", ()))
-        splits = self._labelled(context.name, images)
+        train_labels, test_labels = self._labelled(context.name, images)
         encoder = Encoder.load(context.inputs["encoder"])
         require_size(encoder, config.crop, f"stages.{context.name}.crop")
         encoders = {"": encoder}
@@ -63,29 +49,27 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
             encoders["_random"] = encoder.untrained_twin(config.seed)
 
         problems: list[dict[str, str]] = []
-        encoded: list[Vectors] = []
-        total = sum(len(labels) for labels in splits.values())
-        for labels in splits.values():
-            encoded.append(
-                encode_split(
-                    images,
-                    labels,
-                    encoders,
-                    config,
-                    batch_size=context.resources.batch_size or 64,
-                    problems=problems,
-                    progress=partial(_report, context, sum(len(part.ids) for part in encoded), total),
-                )
+        total = len(train_labels) + len(test_labels)
+
+        def encode(labels: Mapping[int, int], before: int) -> SplitVectors:
+            return encode_split(
+                images,
+                labels,
+                encoders,
+                config,
+                batch_size=context.resources.batch_size or 64,
+                problems=problems,
+                report=partial(_report, context, before, total),
             )
-        train, test = encoded
+
+        train = encode(train_labels, 0)
+        test = encode(test_labels, len(train.ids))
         self._require_voters(context.name, train, test)
-        count = max(len(classes), 1 + max(int(part.labels.max()) for part in (train, test)))
+        count = max(len(classes), 1 + max(int(split.labels.max()) for split in (train, test)))
         judged = {
             suffix: judge(train, test, suffix, count, k=config.k, temperature=config.temperature) for suffix in encoders
         }
-        metrics = {
-            name + suffix: value for suffix, result in judged.items() for name, value in result.metrics().items()
-        }
+        metrics = {name + suffix: value for suffix, votes in judged.items() for name, value in votes.metrics().items()}
         self._write(context, metrics, _names(classes, count), test, judged)
         self._preview(context, _names(classes, count), train, test, judged[""])
         return Outcome(
@@ -100,29 +84,29 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
             preview="preview.png",
         )
 
-    def _labelled(self, stage: str, images: Artifact) -> dict[str, dict[int, int]]:
-        """{"train": {image_id: label_id}, "test": ...}. Raises SourceError for a split without labels."""
+    def _labelled(self, stage: str, images: Artifact) -> tuple[dict[int, int], dict[int, int]]:
+        """{image_id: label_id} of the train and of the test split. Raises SourceError for a split without labels."""
         from stages.evaluate.features import rows, split_error
 
-        wanted = {"train": self.config.train_split, "test": self.config.test_split}
-        found: dict[str, dict[int, int]] = {part: {} for part in wanted}
+        splits = {"train": self.config.train_split, "test": self.config.test_split}
+        labels: dict[str, dict[int, int]] = {role: {} for role in splits}
         for row in rows(images, ["split", "label_id"]):
-            for part, split in wanted.items():
+            for role, split in splits.items():
                 if row["split"] == split and row["label_id"] is not None:
-                    found[part][row["image_id"]] = row["label_id"]
-        for part, split in wanted.items():
-            if not found[part]:
+                    labels[role][row["image_id"]] = row["label_id"]
+        for role, split in splits.items():
+            if not labels[role]:
                 raise split_error(
                     stage,
                     images,
                     split,
                     "a label",
-                    f"set stages.{stage}.{part}_split to a split that has, ingest class folders, or ingest with "
+                    f"set stages.{stage}.{role}_split to a split that has, ingest class folders, or ingest with "
                     "label: largest_object where there are boxes",
                 )
-        return found
+        return labels["train"], labels["test"]
 
-    def _require_voters(self, stage: str, train: Vectors, test: Vectors) -> None:
+    def _require_voters(self, stage: str, train: SplitVectors, test: SplitVectors) -> None:
         if not len(test.labels):
             raise SourceError(
                 f"{stage}: no image of split {self.config.test_split!r} can be decoded; see the images' stage"
@@ -138,17 +122,17 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
         context: Context,
         metrics: Mapping[str, float],
         classes: list[str],
-        test: Vectors,
-        judged: Mapping[str, Judged],
+        test: SplitVectors,
+        judged: Mapping[str, Votes],
     ) -> None:
         import pyarrow as pa
 
-        result = judged[""]
+        votes = judged[""]
         table = {
             "image_id": pa.array(test.ids, pa.int64()),
             "label": [classes[label] for label in test.labels.tolist()],
-            "prediction": [classes[label] for label in result.predictions.tolist()],
-            "rank": pa.array(result.ranks.tolist(), pa.int32()),  # of the true class; 0 is a hit
+            "prediction": [classes[label] for label in votes.predictions.tolist()],
+            "rank": pa.array(votes.ranks.tolist(), pa.int32()),  # of the true class; 0 is a hit
         }
         if "_random" in judged:
             table["rank_random"] = pa.array(judged["_random"].ranks.tolist(), pa.int32())
@@ -156,8 +140,10 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
         text = json.dumps({**metrics, "protocol": self.config.model_dump(mode="json", exclude={"resources"})}, indent=2)
         context.output.put_file("metrics.json", text.encode())
 
-    def _preview(self, context: Context, classes: list[str], train: Vectors, test: Vectors, result: Judged) -> None:
-        """Test images beside the train images that voted for them."""
+    def _preview(
+        self, context: Context, classes: list[str], train: SplitVectors, test: SplitVectors, votes: Votes
+    ) -> None:
+        """Test images, each beside the train images that voted for it."""
         import numpy as np
 
         from stages.data.images import decode
@@ -165,7 +151,7 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
         from stages.evaluate.features import rows
 
         shown = np.unique(np.linspace(0, len(test.ids) - 1, _SHOWN_IMAGES).astype(int)).tolist()
-        voters = result.neighbors[shown, :_SHOWN_NEIGHBORS].tolist()
+        voters = votes.neighbors[shown, :_SHOWN_NEIGHBORS].tolist()
         wanted = {test.ids[i] for i in shown} | {train.ids[row] for near in voters for row in near}
         pixels = {row["image_id"]: decode(row["image"]) for row in rows(context.inputs["images"], ["image"], wanted)}
         sheet = neighbor_strip(
@@ -174,7 +160,7 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
             [[classes[int(train.labels[row])] for row in near] for near in voters],
             query_captions=[
                 f"{truth} (right)" if truth == given else f"{truth} -> {given}"
-                for truth, given in ((classes[int(test.labels[i])], classes[int(result.predictions[i])]) for i in shown)
+                for truth, given in ((classes[int(test.labels[i])], classes[int(votes.predictions[i])]) for i in shown)
             ],
             title="Test images (truth -> prediction), each beside the train images that voted most",
         )
@@ -182,8 +168,10 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
 
 
 def _report(context: Context, before: int, total: int, done: int) -> None:
+    """Progress over both splits: `done` images of this one, `before` of the one before it."""
     context.progress(before + done, total, "images")
 
 
 def _names(classes: list[str], count: int) -> list[str]:
+    """Names of `count` classes; those that nothing names are called by their number."""
     return [*classes, *(str(i) for i in range(len(classes), count))]

@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from stages.evaluate.confusion import Matrix
 
 Counts = NDArray[np.int64]  # (C, K)
-Mapping = NDArray[np.int64]  # (K,) the class of each cluster
+ClusterClasses = NDArray[np.int64]  # (K,) the class of each cluster
 ONE_TO_ONE_REST = 0  # the class of clusters that a one-to-one match leaves over (Leopart)
 
 
@@ -28,7 +28,7 @@ def count_overlaps(truth: NDArray[Any], clusters: NDArray[Any], classes: int, co
     return np.bincount(index, minlength=classes * count).reshape(classes, count)
 
 
-def match_one_to_one(counts_CK: Counts, by: Literal["pixels", "iou"] = "pixels") -> Mapping:
+def match_one_to_one(counts_CK: Counts, by: Literal["pixels", "iou"] = "pixels") -> ClusterClasses:
     """The Hungarian match: at most one cluster a class. The two criteria can differ.
 
     Args:
@@ -42,7 +42,7 @@ def match_one_to_one(counts_CK: Counts, by: Literal["pixels", "iou"] = "pixels")
     return mapping
 
 
-def match_greedily(counts_CK: Counts, by: Literal["precision", "iou"] = "precision") -> Mapping:
+def match_greedily(counts_CK: Counts, by: Literal["precision", "iou"] = "precision") -> ClusterClasses:
     """Every cluster's best class; several clusters may share one. The protocol of over-clustering, K > C.
 
     Args:
@@ -51,7 +51,7 @@ def match_greedily(counts_CK: Counts, by: Literal["precision", "iou"] = "precisi
     return (counts_CK if by == "precision" else overlap_ious(counts_CK)).argmax(axis=0).astype(np.int64)
 
 
-def merge_clusters(counts_CK: Counts, mapping: Mapping) -> Matrix:
+def merge_clusters(counts_CK: Counts, mapping: ClusterClasses) -> Matrix:
     """The confusion matrix (C, C) of the mapped prediction, what `confusion.scores` takes."""
     classes = len(counts_CK)
     merged = np.zeros((classes, classes), np.int64)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
 
 T = TypeVar("T")
-Row = Mapping[str, Any]
 
 
 def rows(images: Artifact, columns: Sequence[str], wanted: set[int] | None = None) -> Iterator[dict[str, Any]]:
@@ -45,7 +44,7 @@ def rows(images: Artifact, columns: Sequence[str], wanted: set[int] | None = Non
 def prepared(
     images: Artifact,
     columns: Sequence[str],
-    prepare: Callable[[Row], T],
+    prepare: Callable[[Mapping[str, Any]], T],
     wanted: set[int],
     *,
     problems: list[dict[str, str]],
@@ -56,7 +55,7 @@ def prepared(
     A row for which it raises ImageError is left out and named in `problems`; the evaluation goes on without it.
     """
     threads = threads or min(8, os.cpu_count() or 1)
-    waiting: deque[tuple[Row, Future[T]]] = deque()
+    waiting: deque[tuple[Mapping[str, Any], Future[T]]] = deque()
 
     def finish() -> Iterator[T]:
         row, future = waiting.popleft()

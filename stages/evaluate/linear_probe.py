@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Probe:
+class LinearProbe:
     """K linear classifiers."""
 
     weight: Tensor  # (K, D)
@@ -44,15 +44,17 @@ def fit(
     batch_size: int,
     seed: int,
     device: torch.device,
-    progress: Callable[[int], None] = lambda samples: None,
-) -> Probe:
+    report: Callable[[int], None] = lambda samples: None,
+) -> LinearProbe:
     """Adam on the cross-entropy of bilinearly enlarged logits, over `samples` images drawn from `rows` epoch by epoch.
 
     Labels below 0 do not count. The same seed gives the same classifier on the same kind of device.
     """
     weight_KD = torch.empty(classes, maps_nDhw.shape[1])
     torch.nn.init.normal_(weight_KD, std=0.01, generator=torch.Generator().manual_seed(seed))
-    probe = Probe(weight_KD.to(device).requires_grad_(True), torch.zeros(classes, device=device, requires_grad=True))
+    probe = LinearProbe(
+        weight_KD.to(device).requires_grad_(True), torch.zeros(classes, device=device, requires_grad=True)
+    )
     optimizer = torch.optim.Adam([probe.weight, probe.bias], lr=lr)
     enlarge_h, enlarge_w = (_enlarging(side, labels_nSS.shape[1]).to(device) for side in maps_nDhw.shape[2:])
     done = 0
@@ -66,8 +68,8 @@ def fit(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         done += len(chosen)
-        progress(done)
-    return Probe(probe.weight.detach(), probe.bias.detach())
+        report(done)
+    return LinearProbe(probe.weight.detach(), probe.bias.detach())
 
 
 def _enlarging(small: int, large: int) -> Tensor:

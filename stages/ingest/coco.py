@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pipeline.errors import SourceError
 from stages.data.images import ImageError
 from stages.ingest.files import read_file
-from stages.ingest.layout import SPLITS, Found, Item, Layout, Listing, Raw, Vocabulary
+from stages.ingest.layout import SPLITS, Item, Layout, Listing, Raw, SourceObject, Vocabulary
 
 BACKGROUND = "background"
 _INSTANCES = re.compile(r"(?:annotations/)?instances_(\w+)\.json")  # instances_train2017.json
@@ -73,7 +73,7 @@ class Coco(Layout):
         notes = {"category_ids": ordered, "supercategories": [categories[number][1] for number in ordered]}
         return Listing(sorted(items.values(), key=lambda item: item.key), vocabulary, problems, notes)
 
-    def objects(self, item: Item, raw: Raw, size: tuple[int, int]) -> tuple[Sequence[Found], Sequence[str]]:
+    def objects(self, item: Item, raw: Raw, size: tuple[int, int]) -> tuple[Sequence[SourceObject], Sequence[str]]:
         width, height = size
         said, annotations = item.annotation
         if said != (None, None) and said != size:
@@ -93,7 +93,7 @@ class Coco(Layout):
                 except ValueError as error:
                     left_out.append(f"{entry.name}: {error}")
                 else:
-                    found.append(Found(box, entry.category, entry.crowd, entry.segmentation, entry.area))
+                    found.append(SourceObject(box, entry.category, entry.crowd, entry.segmentation, entry.area))
         return found, left_out
 
     def mask(self, item: Item, raw: Raw, vocabulary: Vocabulary, size: tuple[int, int]) -> NDArray[Any] | None:

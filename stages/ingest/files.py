@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from pipeline.errors import SourceError, StoreError
-from pipeline.store.objects import Objects
+from pipeline.stage import open_source
 from stages.data.images import ImageError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 UNREAD_SUFFIXES = (".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".raw", ".dng")
@@ -28,7 +25,8 @@ class Files:
     """
 
     def __init__(self, address: str) -> None:
-        self._objects = _objects(address)
+        with _as_source_error():
+            self._objects = open_source(address)
         self.address = self._objects.address
 
     def __reduce__(self) -> tuple[type[Files], tuple[str]]:
@@ -83,7 +81,7 @@ class Files:
             found = self._objects.head(path)
         if found is None:
             raise SourceError(f"source {self._objects.join(path)} is gone")
-        return io.BufferedReader(_BucketFile(self.address, path, found.size), 1 << 20)
+        return io.BufferedReader(_BucketFile(partial(self._objects.get_range, path), found.size), 1 << 20)
 
 
 def read_file(address: str) -> bytes:
@@ -99,27 +97,20 @@ def read_file(address: str) -> bytes:
 
 def split_address(address: str) -> tuple[str, str]:
     """("folder or prefix", "name") of a source that may be one file; the name is empty for a folder."""
-    objects = _objects(address)
-    if objects.folder is not None:
-        return (str(objects.folder.parent), objects.folder.name) if objects.folder.is_file() else (address, "")
-    parent, _, name = objects.address.rpartition("/")
     with _as_source_error():
-        single = objects.address.count("/") > 2 and _objects(parent).head(name) is not None
+        objects = open_source(address)
+        if objects.folder is not None:
+            return (str(objects.folder.parent), objects.folder.name) if objects.folder.is_file() else (address, "")
+        parent, _, name = objects.address.rpartition("/")
+        single = objects.address.count("/") > 2 and open_source(parent).head(name) is not None
     return (parent, name) if single else (address, "")
-
-
-def _objects(address: str) -> Objects:
-    with _as_source_error():
-        return Objects(address)
 
 
 class _BucketFile(io.RawIOBase):
     """An object in a bucket, read by ranges."""
 
-    def __init__(self, address: str, path: str, size: int) -> None:
-        from obstore.store import from_url
-
-        self._store, self._path, self._size, self._at = from_url(address), path, size, 0
+    def __init__(self, read_range: Callable[[int, int], bytes], size: int) -> None:
+        self._read_range, self._size, self._at = read_range, size, 0
 
     def readable(self) -> bool:
         return True
@@ -135,13 +126,11 @@ class _BucketFile(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        import obstore
-
         end = min(self._at + len(buffer), self._size)
         if end <= self._at:
             return 0
-        data = obstore.get_range(self._store, self._path, start=self._at, end=end)
-        buffer[: len(data)] = memoryview(data)
+        data = self._read_range(self._at, end)
+        buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
 

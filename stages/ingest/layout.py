@@ -11,7 +11,7 @@ import posixpath
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,7 @@ from numpy.typing import NDArray
 from pipeline.errors import SourceError
 from stages.data.images import ImageError, decode_mask
 from stages.ingest.files import Files
-
-if TYPE_CHECKING:
-    from stages.ingest.stage import IngestConfig
+from stages.ingest.settings import IngestConfig
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
@@ -70,7 +68,7 @@ class Raw:
 
 
 @dataclass(frozen=True)
-class Found:
+class SourceObject:
     """One object of an image, as far as its source describes it."""
 
     box: tuple[float, float, float, float]  # x0, y0, x1, y1
@@ -104,7 +102,7 @@ class Layout(ABC):
         """(H, W) class indices, or None where the image has no mask. Raises ImageError."""
         return None if raw.mask is None else decode_mask(raw.mask, max_pixels=self.config.max_pixels)
 
-    def objects(self, item: Item, raw: Raw, size: tuple[int, int]) -> tuple[Sequence[Found], Sequence[str]]:
+    def objects(self, item: Item, raw: Raw, size: tuple[int, int]) -> tuple[Sequence[SourceObject], Sequence[str]]:
         """The objects of an image of this (width, height), and a reason for each that had to be left out."""
         return (), ()
 
@@ -113,6 +111,13 @@ class Layout(ABC):
             return self.files.read(path)
         except ImageError as error:
             raise ImageError(f"its mask {path} {error}") from None
+
+    def error_for(self, problem: Mapping[str, str]) -> SourceError:
+        """What `on_error: fail` raises at the first problem."""
+        return SourceError(
+            f"source {self.config.source}: {problem['key']}: {problem['reason']} "
+            "(on_error: fail stops here; on_error: skip leaves it out and names it)"
+        )
 
     # --------------------------------------------------------------------------------------------- shared by formats
     def split_folders(self, folders: Sequence[str]) -> dict[str, str]:

@@ -9,15 +9,13 @@ import json
 import posixpath
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.errors import SourceError
 from stages.data.images import ImageError
 from stages.ingest.files import Files, split_address
 from stages.ingest.layout import SPLITS, Item, Layout, Listing, Raw, Vocabulary
-
-if TYPE_CHECKING:
-    from stages.ingest.stage import IngestConfig
+from stages.ingest.settings import IngestConfig
 
 
 class Parquet(Layout):

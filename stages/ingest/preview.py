@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from stages.data.images import decode, decode_mask
 from stages.data.pictures import class_colours, colour_mask, draw_boxes, grid
 from stages.ingest.layout import Item, Layout, Vocabulary
-from stages.ingest.rows import Row, check
+from stages.ingest.rows import check
 from stages.ingest.write import spread
 
 CELLS = 12
@@ -21,7 +22,7 @@ _LEGEND = 24  # names that a legend can hold and still be read
 def contact_sheet(layout: Layout, vocabulary: Vocabulary, items: Sequence[Item]) -> bytes:
     """PNG of up to 12 usable images, evenly spread over the keys."""
     candidates = spread(items, 2 * CELLS)  # more than cells: some of them may not be usable
-    rows: list[Row] = []
+    rows: list[dict[str, Any]] = []
     for item in candidates[::2] + candidates[1::2]:
         if len(rows) < CELLS and (row := check(layout, vocabulary, item, layout.reader([item])).row):
             rows.append(row)
@@ -34,7 +35,7 @@ def contact_sheet(layout: Layout, vocabulary: Vocabulary, items: Sequence[Item])
     return grid(pictures, 4, captions, legend=legend)
 
 
-def _picture(row: Row, classes: Sequence[str], ignore_index: int, max_pixels: int) -> NDArray[np.uint8]:
+def _picture(row: dict[str, Any], classes: Sequence[str], ignore_index: int, max_pixels: int) -> NDArray[np.uint8]:
     picture = decode(row["image"], max_pixels=max_pixels)
     if row["mask"] is not None:
         mask = decode_mask(row["mask"], max_pixels=max_pixels)

@@ -12,16 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.data.images import ImageError, decode, decode_mask, encode_mask, probe
-from stages.ingest.layout import Found, Item, Layout, Raw, Vocabulary
-
-Row = dict[str, Any]
+from stages.ingest.layout import Item, Layout, Raw, SourceObject, Vocabulary
 
 
 @dataclass
 class Checked:
     """What is known of one candidate after it was read."""
 
-    row: Row | None = None  # None: it cannot be used
+    row: dict[str, Any] | None = None  # of the `images` table, without its id; None: the candidate cannot be used
     problems: list[dict[str, str]] = field(default_factory=list)
     top_value: int = -1  # largest class index in its mask
 
@@ -92,11 +90,14 @@ def _mask_bytes(found: bytes | None, mask: NDArray[Any], max_pixels: int) -> byt
     return encode_mask(mask)
 
 
-def _label(layout: Layout, vocabulary: Vocabulary, item: Item, found: Sequence[Found]) -> tuple[str | None, int | None]:
+def _label(
+    layout: Layout, vocabulary: Vocabulary, item: Item, objects: Sequence[SourceObject]
+) -> tuple[str | None, int | None]:
+    """Name and class index of an image's label. Raises ImageError for a label that is not among the classes."""
     how = layout.config.label
     label = item.label if how == "source" else None
     if how == "largest_object":
-        largest = max((entry for entry in found if not entry.crowd), key=lambda entry: entry.area, default=None)
+        largest = max((entry for entry in objects if not entry.crowd), key=lambda entry: entry.area, default=None)
         label = largest.category if largest else None
     if label is None:
         return None, None
@@ -105,7 +106,7 @@ def _label(layout: Layout, vocabulary: Vocabulary, item: Item, found: Sequence[F
     return label, vocabulary.classes.index(label)
 
 
-def _object(entry: Found, vocabulary: Vocabulary) -> dict[str, Any]:
+def _object(entry: SourceObject, vocabulary: Vocabulary) -> dict[str, Any]:
     return {
         "box": list(entry.box),
         "category": entry.category,

@@ -1,116 +1,32 @@
 """The `ingest` stage: a source of images, in one of six layouts, becomes an artifact of kind `images`.
 
 Reading order: `layout.py` (what a format answers), `folder.py` (the shortest format), `rows.py` (one image checked),
-`write.py` (shards, threads or Ray). Planning imports this file only, so nothing heavy is imported at its top.
+`write.py` (shards, threads or Ray). Planning imports only this file and `settings.py`, so nothing heavy is imported at
+the top of either.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, ClassVar, Literal
-
-from pydantic import Field, model_validator
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.errors import SourceError
-from pipeline.stage import Context, Outcome, Settings, Source, Stage, StageConfig
+from pipeline.stage import Context, Outcome, Stage, StageConfig
+from stages.ingest.settings import IngestConfig
 
 if TYPE_CHECKING:
     from stages.ingest.layout import Layout
 
-LayoutName = Literal["folder", "masks", "coco", "voc", "davis", "parquet"]
 _SHOWN = 10  # problems printed one by one; all of them are in the manifest
 
-_FORMATS = {  # layout -> its module beside this one, and its class
-    "folder": ("folder", "Folder"),
-    "masks": ("masks", "Masks"),
-    "coco": ("coco", "Coco"),
-    "voc": ("voc", "Voc"),
-    "davis": ("davis", "Davis"),
-    "parquet": ("parquet", "Parquet"),
+_FORMATS = {  # layout -> its class; imported only when a pipeline uses it
+    "folder": "stages.ingest.folder:Folder",
+    "masks": "stages.ingest.masks:Masks",
+    "coco": "stages.ingest.coco:Coco",
+    "voc": "stages.ingest.voc:Voc",
+    "davis": "stages.ingest.davis:Davis",
+    "parquet": "stages.ingest.parquet:Parquet",
 }
-
-# Fields that mean something to some layouts only; set anywhere else they are a mistake.
-_BELONGS = {
-    "annotations": ("coco",),
-    "masks_from": ("coco",),
-    "mask_level": ("coco",),
-    "crowd": ("coco",),
-    "image_folder": ("masks",),
-    "mask_folder": ("masks",),
-    "image_suffix": ("masks",),
-    "mask_suffix": ("masks",),
-    "image_set": ("voc", "davis"),
-    "resolution": ("davis",),
-    "columns": ("parquet",),
-    "ignore_index": ("masks", "coco", "voc", "davis", "parquet"),
-}
-
-
-class Columns(Settings):
-    """What the columns of a `parquet` source are called."""
-
-    image: str = Field("image", description="encoded bytes, or a struct of bytes and path (Hugging Face datasets)")
-    label: str = Field("label", description="class as a number or a name; no labels if the table has no such column")
-    mask: str | None = Field(None, description="PNG of class indices, like the image bytes or a struct")
-    split: str | None = Field(None, description="name of the split; default: from the file's or its folder's name")
-
-
-class IngestConfig(StageConfig):
-    """Where the images are and how to read them."""
-
-    source: Source = Field(description="folder, Parquet file, or s3://, gs://, az:// address")
-    layout: LayoutName = Field("folder", description="how the source is laid out")
-    splits: list[str] | dict[str, str] | None = Field(
-        None, description="splits to take, or split -> the folder or list it is called in the source; default: all"
-    )
-    split: str = Field("train", description="split of images whose place does not say one")
-    classes: list[str] | None = Field(None, description="class names in order; default: what the source says")
-    ignore_index: int | None = Field(
-        None, ge=0, le=65535, description="mask value that counts for nothing; default: classes.json's, else 255"
-    )
-    label: Literal["source", "none", "largest_object"] = Field(
-        "source", description="an image's label: as the source has it, none, or the category of its largest object"
-    )
-    annotations: Source | dict[str, Source] | None = Field(
-        None, description="coco: the json file, or split -> json file; default: instances_<split>.json in the source"
-    )
-    masks_from: Literal["none", "polygons"] = Field(
-        "none", description="coco: polygons draws a mask of class indices, 0 for background"
-    )
-    mask_level: Literal["category", "supercategory"] = Field("category", description="coco: classes of the drawn mask")
-    crowd: Literal["ignore", "class"] = Field(
-        "ignore", description="coco: crowd regions of the drawn mask get ignore_index, or their class"
-    )
-    image_folder: str = Field("images", description="masks: folder of the images")
-    mask_folder: str = Field("masks", description="masks: folder of the masks")
-    image_suffix: str = Field("", description="masks: end of an image's name that its mask's does not have")
-    mask_suffix: str = Field("", description="masks: end of a mask's name that its image's does not have")
-    image_set: str | None = Field(None, description="voc, davis: folder under ImageSets; default: Main, 2017")
-    resolution: str | None = Field(None, description="davis: folder under JPEGImages; default: 480p")
-    columns: Columns = Field(Columns(), description="parquet: what its columns are called")
-    on_error: Literal["skip", "fail"] = Field(
-        "skip", description="an unreadable image is left out and named, or stops the stage"
-    )
-    max_pixels: int = Field(
-        64_000_000, ge=1, le=89_478_485, description="larger images are refused before they are decoded"
-    )
-    limit: int | None = Field(None, ge=1, description="at most so many images, spread evenly over the sorted keys")
-    shard_rows: int | None = Field(None, ge=1, description="images a shard at most; default: n/32, between 16 and 1024")
-    shard_mb: int = Field(256, ge=1, description="megabytes of images a shard at most")
-
-    @property
-    def split_folders(self) -> dict[str, str] | None:
-        """split -> its folder or list in the source; None when the config leaves it to the source."""
-        return {name: name for name in self.splits} if isinstance(self.splits, list) else self.splits
-
-    @model_validator(mode="after")
-    def _fits_layout(self) -> IngestConfig:
-        for name in sorted(self.model_fields_set):
-            if name in _BELONGS and self.layout not in _BELONGS[name]:
-                raise ValueError(f"{name} is for layout {' or '.join(_BELONGS[name])}, this is {self.layout}")
-        if self.label == "largest_object" and self.layout not in ("coco", "voc"):
-            raise ValueError(f"label: largest_object needs a layout with objects (coco, voc), this is {self.layout}")
-        return self
 
 
 class Ingest(Stage[IngestConfig]):
@@ -128,7 +44,7 @@ class Ingest(Stage[IngestConfig]):
         layout = make_layout(self.config)
         listing = layout.candidates()
         if listing.problems and self.config.on_error == "fail":
-            raise stopped(self.config, listing.problems[0])
+            raise layout.error_for(listing.problems[0])
         items = spread(listing.items, self.config.limit)
         done = write_shards(context, layout, listing.vocabulary, cut(items, self.config))
         problems = listing.problems + done.problems
@@ -158,14 +74,5 @@ class Ingest(Stage[IngestConfig]):
 
 def make_layout(config: IngestConfig) -> Layout:
     """The format that the config names."""
-    module, name = _FORMATS[config.layout]
-    made: Layout = getattr(import_module(f"stages.ingest.{module}"), name)(config)
+    made: Layout = resolve_name(_FORMATS[config.layout])(config)
     return made
-
-
-def stopped(config: IngestConfig, problem: dict[str, str]) -> SourceError:
-    """What `on_error: fail` raises."""
-    return SourceError(
-        f"source {config.source}: {problem['key']}: {problem['reason']} "
-        "(on_error: fail stops here; on_error: skip leaves it out and names it)"
-    )

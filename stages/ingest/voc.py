@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from pipeline.errors import SourceError
 from stages.data.images import ImageError
-from stages.ingest.layout import Found, Item, Layout, Listing, Raw, stem
+from stages.ingest.layout import Item, Layout, Listing, Raw, SourceObject, stem
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -56,7 +56,7 @@ class Voc(Layout):
         raw = super().read(item)
         return raw if item.annotation is None else replace(raw, objects=self.files.read(item.annotation))
 
-    def objects(self, item: Item, raw: Raw, size: tuple[int, int]) -> tuple[Sequence[Found], Sequence[str]]:
+    def objects(self, item: Item, raw: Raw, size: tuple[int, int]) -> tuple[Sequence[SourceObject], Sequence[str]]:
         if raw.objects is None:
             return (), ()
         width, height = size
@@ -80,7 +80,7 @@ class Voc(Layout):
                 left_out.append(f"object {number}: {category!r} is not among the classes (set classes)")
             else:
                 area = (box[2] - box[0]) * (box[3] - box[1])
-                found.append(Found(box, category, entry.findtext("difficult") == "1", None, area))
+                found.append(SourceObject(box, category, entry.findtext("difficult") == "1", None, area))
         return found, left_out
 
     def _splits(self) -> tuple[str, dict[str, str] | None]:

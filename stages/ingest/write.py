@@ -22,7 +22,7 @@ from pipeline.store.writer import ArtifactWriter
 from stages.data.tables import SCHEMAS
 from stages.ingest.layout import Item, Layout, Vocabulary
 from stages.ingest.rows import Checked, check_all
-from stages.ingest.stage import IngestConfig, stopped
+from stages.ingest.settings import IngestConfig
 
 RAY_FROM = 2000  # images: below, starting tasks costs more than they save
 _SCHEMA = SCHEMAS["images"]
@@ -82,12 +82,12 @@ def cut(items: Sequence[Item], config: IngestConfig) -> list[list[Item]]:
 def write_shards(context: Context, layout: Layout, vocabulary: Vocabulary, shards: Sequence[Sequence[Item]]) -> Shards:
     """Checks and writes what is missing. Raises SourceError at the first problem with `on_error: fail`."""
     output, total = context.output, sum(len(shard) for shard in shards)
-    notes = output.records()
+    records = output.records()
     known: dict[int, dict[str, Any]] = {}
     for index in range(len(shards)):
-        note = notes.get(_note(index))
-        if note is not None and (note["images"] == 0 or output.shard_done(index) is not None):
-            known[index] = note
+        record = records.get(_record_key(index))
+        if record is not None and (record["images"] == 0 or output.shard_done(index) is not None):
+            known[index] = record
     missing = [index for index in range(len(shards)) if index not in known]
     checker = _checker(context, layout, vocabulary, sum(len(shards[index]) for index in missing))
     checked = checker.tables([shards[index] for index in missing])
@@ -97,17 +97,17 @@ def write_shards(context: Context, layout: Layout, vocabulary: Vocabulary, shard
         if summary is None:
             summary, table = next(checked)
             if summary["problems"] and layout.config.on_error == "fail":
-                raise stopped(layout.config, summary["problems"][0])
+                raise layout.error_for(summary["problems"][0])
             if summary["images"]:
                 checker.write(output, index, table, done.images)
-            output.record(_note(index), summary)
+            output.record(_record_key(index), summary)
         done.add(summary)
         seen += len(shard)
         context.progress(seen, total, "images")
     return done
 
 
-def _note(index: int) -> str:
+def _record_key(index: int) -> str:
     return f"shard-{index:05d}"
 
 

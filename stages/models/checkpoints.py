@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import SourceError
+from pipeline.stage import open_source
 
 # Where training scripts put the network inside their checkpoint, best first: the teacher is what is evaluated.
 _WRAPPERS = ("teacher", "state_dict", "model", "student", "encoder")
@@ -81,10 +82,8 @@ def read_weights(address: str) -> dict[str, Tensor]:
 def _read(address: str) -> bytes:
     """The bytes of a local path, or of a file in a bucket (`s3://bucket/file.pth`). Raises: SourceError, StoreError."""
     if "://" in address:
-        from pipeline.store.store import ArtifactStore
-
         folder, _, name = address.rpartition("/")
-        data = ArtifactStore(folder).objects.get(name)
+        data = open_source(folder).get(name)
     else:
         data = Path(address).read_bytes() if Path(address).is_file() else None
     if data is None:

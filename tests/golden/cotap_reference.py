@@ -1,4 +1,4 @@
-"""CoTAP's ranking quantities as slow, obvious double loops: Eq. 9, Eq. 10, Proposition 1, Eq. 11, Eq. 12."""
+"""CoTAP's training loss (Eq. 11 and 12) as slow, obvious double loops: what the fast one is compared with."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 
 def g(x: Tensor) -> Tensor:
+    """How a pair's weighted count of wrong pairs becomes a loss below 1."""
     return x / (1 + x)
 
 
@@ -15,34 +16,9 @@ def surrogate(d: Tensor, tau2: float) -> Tensor:
     return torch.where(d < 0, 1 - 2 * d / tau2, (1 - d / tau2).clamp(min=0) ** 2)
 
 
-def ap_loss(p: Tensor, q: Tensor, threshold: float) -> Tensor:
-    """Eq. 9: one minus the average precision of {q >= threshold}, ties counting against."""
-    positive = q >= threshold
-    not_below = p[:, None] <= p[None, :]  # [i, j]: p_i <= p_j
-    right = (not_below & positive[None]).sum(1)[positive].double()
-    wrong = (not_below & ~positive[None]).sum(1)[positive].double()
-    return (wrong / (right + wrong)).mean()
-
-
-def exact_loss(p: Tensor, q: Tensor, gamma: Tensor) -> Tensor:
-    """Eq. 10: the AP loss of every threshold q_k, weighted by gamma(q_k)."""
-    return torch.stack([gamma[k] * ap_loss(p, q, q[k].item()) for k in range(len(q))]).mean()
-
-
-def cumulated_gain(q: Tensor, gamma: Tensor) -> Tensor:
-    """gamma tilde_i: the sum of gamma(q_k) / r_k over q_k <= q_i, with r_k = #{q_j >= q_k}."""
-    rank = (q[None] >= q[:, None]).sum(1)
-    return ((q[None] <= q[:, None]) * (gamma / rank)[None]).sum(1)
-
-
 def psi(p: Tensor, q: Tensor) -> Tensor:
+    """One over the number of pairs that are rightly not below pair i, itself included."""
     return 1 / ((q[None] >= q[:, None]) & (p[:, None] <= p[None])).sum(1).double()
-
-
-def upper_bound(p: Tensor, q: Tensor, gain: Tensor) -> Tensor:
-    """Proposition 1 with the indicator."""
-    wrong = ((q[None] < q[:, None]) & (p[:, None] <= p[None])).sum(1)
-    return (gain * g(psi(p, q) * wrong)).mean()
 
 
 def negative_sums(p: Tensor, q: Tensor, tau2: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from stages.pretrain.methods.cotap.losses.cotap_ranking import cotap_ranking_loss, dominated_sums
 from tests.golden import cotap_reference as reference
@@ -23,11 +24,9 @@ def test_training_loss_and_gradient(name: str) -> None:
     assert_close(p.grad, golden["eq12_grad_p"], 1e-10)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [name for name in FILES if name != "cotap_n64_ties"])  # ties: p is rounded
 def test_gradient_reaches_the_features(name: str) -> None:
     golden = tensors(name)
-    if golden["eq12_grad_fo_u"].ndim == 0 or golden["eq12_grad_fo_u"].numel() == 0:
-        pytest.skip("the file holds no feature gradients")
     fo_u, fo_v = golden["fo_u"].requires_grad_(), golden["fo_v"].requires_grad_()
     p = (0.5 * fo_u @ fo_v.T + 0.5).flatten()
     q = (0.5 * golden["ft_u"] @ golden["ft_v"].T + 0.5).flatten()
@@ -38,33 +37,74 @@ def test_gradient_reaches_the_features(name: str) -> None:
     assert_close(fo_v.grad, golden["eq12_grad_fo_v"], 1e-10)
 
 
+def pairs_below(p: Tensor, level: Tensor) -> Tensor:
+    """For every i, #{j: level_j < level_i, p_j < p_i}, by the sums that the loss is made of."""
+    sorted_p, order = p.sort()
+    below = torch.searchsorted(sorted_p, sorted_p)
+    sums = dominated_sums(level[order][None], torch.ones_like(p)[None, None], below[None, None])[0, 0, 0]
+    return torch.empty_like(sums).scatter_(0, order, sums)
+
+
 @pytest.mark.parametrize("name", FILES)
-def test_equations_9_10_and_proposition_1(name: str) -> None:
+def test_dominated_sums_give_equations_9_10_and_proposition_1(name: str) -> None:
     golden = tensors(name)
-    p, q, tau1, tau2 = golden["p"], golden["q"], golden["tau1"].item(), golden["tau2"].item()
-    ap = torch.stack([reference.ap_loss(p, q, t.item()) for t in q])
-    assert_close(ap, golden["eq9_ap_per_threshold"], 1e-10)
-    assert_close((q[None] >= q[:, None]).sum(1), golden["rank_q"], 1e-10)
-    unit = torch.ones_like(q)
-    assert_close(reference.exact_loss(p, q, unit), golden["eq10_gamma_unit"], 1e-10)
-    assert_close(reference.cumulated_gain(q, unit), golden["gamma_tilde_unit"], 1e-10)
-    assert_close(reference.upper_bound(p, q, golden["gamma_tilde_unit"]), golden["prop1_gamma_unit"], 1e-10)
-    gain = reference.cumulated_gain(q, golden["gamma_for_tau1"])
-    assert_close(gain, golden["gamma_tilde_tau1"], 1e-10)
-    assert_close(gain, (q - tau1).clamp(min=0), 1e-10)
-    assert_close(reference.exact_loss(p, q, golden["gamma_for_tau1"]), golden["eq10_gamma_tau1"], 1e-10)
-    assert_close(reference.upper_bound(p, q, gain), golden["prop1_gamma_tau1"], 1e-10)
-    assert_close(reference.psi(p, q), golden["psi"], 1e-10)
-    assert_close(reference.negative_sums(p, q, tau2), golden["eq12_inner_sum"], 1e-10)
-    # The training loss bounds Proposition 1, which bounds Eq. 10.
-    loss = cotap_ranking_loss(p[None], q[None], tau1=tau1, tau2=tau2)[0]
+    p, q = golden["p"], golden["q"]
+    not_below = (p[:, None] <= p).sum(1)  # #{j: p_i <= p_j}
+    ap = []
+    for threshold in q:
+        positive = q >= threshold
+        wrong = (~positive).sum() - pairs_below(p, positive.long())[positive]
+        ap.append((wrong / not_below[positive]).mean())
+    ap_losses = torch.stack(ap)
+    assert_close(ap_losses, golden["eq9_ap_per_threshold"], 1e-10)
+    assert_close(ap_losses.mean(), golden["eq10_gamma_unit"], 1e-10)
+    assert_close((golden["gamma_for_tau1"] * ap_losses).mean(), golden["eq10_gamma_tau1"], 1e-10)
+
+    smaller = len(q) - golden["rank_q"].long()  # #{j: q_j < q_i}
+    wrong = smaller - pairs_below(p, smaller)  # of those, the ones with p_i <= p_j
+    assert_close(wrong, golden["count_neg"], 1e-10)
+    psi = 1 / (not_below - wrong)
+    assert_close(psi, golden["psi"], 1e-10)
+    for gamma in ("unit", "tau1"):
+        bound = (golden[f"gamma_tilde_{gamma}"] * reference.g(psi * wrong)).mean()
+        assert_close(bound, golden[f"prop1_gamma_{gamma}"], 1e-10)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_pairs_share_of_the_loss(name: str) -> None:
+    """With tau1 at each q_k in turn, the losses together fix what every pair adds to them."""
+    golden = tensors(name)
+    p, q, tau2 = golden["p"], golden["q"], golden["tau2"].item()
+    share = reference.g(golden["psi"] * golden["eq12_inner_sum"])
+    expected = ((q - q[:, None]).clamp(min=0) * share).mean(1)
+    losses = [cotap_ranking_loss(p[None], q[None], tau1=tau1.item(), tau2=tau2)[0] for tau1 in q]
+    assert_close(torch.stack(losses), expected, 1e-10)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_loss_bounds_proposition_1_which_bounds_equation_10(name: str) -> None:
+    golden = tensors(name)
+    loss = cotap_ranking_loss(
+        golden["p"][None], golden["q"][None], tau1=golden["tau1"].item(), tau2=golden["tau2"].item()
+    )[0]
     assert golden["eq10_gamma_tau1"] <= golden["prop1_gamma_tau1"] <= loss
+    # A margin without end counts every smaller pair as wrong; the gain is that of the file.
+    endless = cotap_ranking_loss(golden["p"][None], golden["q"][None], tau1=golden["tau1"].item(), tau2=1e12)[0]
+    smaller = len(golden["q"]) - golden["rank_q"]
+    expected = (golden["gamma_tilde_tau1"] * reference.g(golden["psi"] * smaller)).mean()
+    assert_close(endless, expected, 1e-10)
 
 
 def test_surrogate() -> None:
+    """Of two pairs with q = 1 and 0 and tau1 = 0, the loss is half of g(h(p_0 - p_1))."""
     golden = tensors("cotap_huber")
-    y = torch.stack([reference.surrogate(golden["x"], tau2.item()) for tau2 in golden["tau2"]])
-    assert_close(y, golden["y"], 1e-12)
+    x = golden["x"]
+    p = torch.stack([x, torch.zeros_like(x)], dim=1)
+    q = torch.tensor([1.0, 0.0], dtype=x.dtype).expand_as(p)
+    for tau2, y in zip(golden["tau2"], golden["y"], strict=True):
+        loss = cotap_ranking_loss(p, q, tau1=0.0, tau2=tau2.item())
+        assert_close(loss, reference.g(y) / 2, 1e-12)
+        assert_close(reference.surrogate(x, tau2.item()), y, 1e-12)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 255, 700])
@@ -100,13 +140,17 @@ def test_float32_is_exact_to_five_digits() -> None:
     assert (p.grad - wide.grad).norm() <= 1e-5 * wide.grad.norm()
 
 
-def test_the_benchmarks_row_chunked_loop_is_the_same_loss() -> None:
+def test_equals_the_row_chunked_loop_of_the_benchmark() -> None:
     golden = tensors("cotap_n400")
-    p = golden["p"].requires_grad_()
-    loss = reference.RowChunked.apply(p, golden["q"], golden["tau1"].item(), golden["tau2"].item(), 7)
+    tau1, tau2 = golden["tau1"].item(), golden["tau2"].item()
+    fast, slow = golden["p"].clone().requires_grad_(), golden["p"].clone().requires_grad_()
+    loss = cotap_ranking_loss(fast[None], golden["q"][None], tau1=tau1, tau2=tau2)[0]
+    chunked = reference.RowChunked.apply(slow, golden["q"], tau1, tau2, 7)
     loss.backward()
+    chunked.backward()
     assert_close(loss, golden["eq12_loss"], 1e-10)
-    assert_close(p.grad, golden["eq12_grad_p"], 1e-10)
+    assert_close(loss, chunked, 1e-10)
+    assert_close(fast.grad, slow.grad, 1e-10)
 
 
 def test_dominated_sums_count_what_they_say() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,37 +75,65 @@ def test_coupling_rate_and_position_bias() -> None:
     assert_close(mean_cosine_similarity(golden["grid"]), golden["MCS"], 1e-12)
 
 
-def successor_cutout(boxes: NDArray[np.float64], ratio: float, size: int, draws: list[float]) -> NDArray[np.bool_]:
-    """The later project's cut-out, whose restore rule is the evidence for PRC's default threshold (methods.md 4.4).
+# A function that says which rectangle to cut from box number k, given the fraction of its area still to be cut.
+Place = Callable[[int, float], tuple[int, int, int, int] | None]
 
-    Order and rule are PRC's: large boxes first, one ratio for all and as the threshold. Pixels differ: corners are
-    inclusive, and a rectangle is placed between pixels first and rounded afterwards.
-    """
-    kept_map, numbers = np.ones((size, size), bool), iter(draws)
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    for x0, y0, x1, y1 in boxes[np.argsort(-areas, kind="stable")].tolist():
-        left, top = round(x0 * size), round(y0 * size)
-        right, bottom = min(round(x1 * size), size - 1), min(round(y1 * size), size - 1)
-        mine = kept_map[top : bottom + 1, left : right + 1]
-        covered = 1 - mine.sum() / mine.size
+
+def plain_cutout(
+    boxes: NDArray[np.int64], order: NDArray[np.int64], ratio: float, size: int, place: Place
+) -> NDArray[np.bool_]:
+    """The rule of PRC alone: boxes in turn; one that others have cut too much of is whole again before its own cut."""
+    kept_map = np.ones((size, size), bool)
+    for k in order.tolist():
+        x0, y0, x1, y1 = boxes[k]
+        inside = kept_map[y0:y1, x0:x1]
+        covered = 1 - inside.mean()
         if covered > ratio:
-            mine[:], covered = True, 0.0
-        height, width = mine.shape
-        share = ratio - covered
-        w, h = math.sqrt(share * mine.size * width / height), math.sqrt(share * mine.size * height / width)
-        if w == 0 or h == 0:
-            continue
-        x = next(numbers) * (right - left - w) + left
-        y = next(numbers) * (bottom - top - h) + top
-        end_x, end_y = min(round(x + w - 1), right), min(round(y + h - 1), bottom)
-        kept_map[round(y) : end_y + 1, round(x) : end_x + 1] = False
-    assert next(numbers, None) is None
+            inside[:], covered = True, 0.0
+        if (rectangle := place(k, ratio - covered)) is not None:
+            left, top, right, bottom = rectangle
+            kept_map[top:bottom, left:right] = False
     return kept_map
 
 
+def largest_first(boxes: NDArray[Any]) -> NDArray[np.int64]:
+    return np.argsort(-(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), kind="stable")
+
+
 @pytest.mark.parametrize("s", range(4))
-def test_the_successors_rule(s: int) -> None:
+def test_the_restore_rule_is_the_successors(s: int) -> None:
+    """The later project's cut-out is the evidence for PRC's default threshold, a box's own fraction (methods.md 4.4).
+
+    It rounds otherwise (corners are inclusive; a rectangle is placed between pixels first): one plain rule gives its
+    masks with its rounding, and ours with ours.
+    """
     golden = load("rcc_successor")
-    ratio, size, boxes = float(golden["ratio"]), int(golden["view"]), golden[f"boxes{s}"]
-    kept_map = successor_cutout(boxes, ratio, size, golden[f"draws{s}"].tolist())
+    ratio, size, unit_boxes = float(golden["ratio"]), int(golden["view"]), golden[f"boxes{s}"]
+    numbers = iter(golden[f"draws{s}"].tolist())
+    last = np.minimum(np.rint(unit_boxes[:, 2:] * size), size - 1)
+    boxes = np.concatenate([np.rint(unit_boxes[:, :2] * size), last + 1], axis=1).astype(np.int64)
+
+    def theirs(k: int, share: float) -> tuple[int, int, int, int] | None:
+        x0, y0, x1, y1 = boxes[k].tolist()
+        w, h = math.sqrt(share) * (x1 - x0), math.sqrt(share) * (y1 - y0)
+        if share == 0:
+            return None
+        x, y = next(numbers) * (x1 - 1 - x0 - w) + x0, next(numbers) * (y1 - 1 - y0 - h) + y0
+        return round(x), round(y), min(round(x + w - 1), x1 - 1) + 1, min(round(y + h - 1), y1 - 1) + 1
+
+    kept_map = plain_cutout(boxes, largest_first(unit_boxes), ratio, size, theirs)
     np.testing.assert_array_equal(kept_map, golden[f"keep{s}"])
+    assert next(numbers, None) is None
+
+    draws = np.random.default_rng(s).random((len(boxes), 3))
+    draws[:, 0] = ratio
+
+    def ours(k: int, share: float) -> tuple[int, int, int, int] | None:
+        (x0, y0, x1, y1), (_, u, v) = boxes[k].tolist(), draws[k].tolist()
+        w, h = round((x1 - x0) * math.sqrt(share)), round((y1 - y0) * math.sqrt(share))
+        x, y = x0 + int(u * (x1 - x0 - w + 1)), y0 + int(v * (y1 - y0 - h + 1))
+        return (x, y, x + w, y + h) if w and h else None
+
+    kept_map = plain_cutout(boxes, largest_first(boxes), ratio, size, ours)
+    operations = proposal_cutout(boxes, draws, size)
+    np.testing.assert_array_equal(kept(torch.from_numpy(operations)[None], size)[0].numpy(), kept_map)

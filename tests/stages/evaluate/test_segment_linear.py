@@ -17,7 +17,7 @@ from stages.data.images import encode_mask
 from stages.data.tables import SCHEMAS, open_shard
 from stages.evaluate.linear_probe import _draws, _enlarging, fit
 from stages.evaluate.segment_linear import SegmentLinear
-from stages.evaluate.segments import _draw_crop
+from stages.evaluate.segment_linear_steps import _draw_crop
 
 from .conftest import VOID, RunStage
 

@@ -13,7 +13,8 @@ from pipeline.stage import Context, Outcome, Resources
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from stages.data.tables import SCHEMAS, open_shard
-from stages.ingest.stage import Ingest, IngestConfig
+from stages.ingest.settings import IngestConfig
+from stages.ingest.stage import Ingest
 
 FINGERPRINT = "0123456789abcdef01234567"
 

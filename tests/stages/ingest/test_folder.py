@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from pipeline.errors import SourceError
 from stages.data.images import decode
-from stages.ingest.stage import IngestConfig
+from stages.ingest.settings import IngestConfig
 from tests.stages.ingest.conftest import Ingested
 
 Run = Callable[..., Ingested]

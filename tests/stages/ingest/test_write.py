@@ -19,7 +19,8 @@ from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from stages.ingest import write
 from stages.ingest.layout import Item, Raw
-from stages.ingest.stage import Ingest, IngestConfig, make_layout
+from stages.ingest.settings import IngestConfig
+from stages.ingest.stage import Ingest, make_layout
 from tests.conftest import ROOT
 from tests.stages.ingest.conftest import FINGERPRINT
 

@@ -1,0 +1,233 @@
+"""The three steps of `segment_linear`: encode and cache the train crops, train a linear layer, score the test images.
+
+Features are extracted once and cached in the stage's scratch folder as float16, so that training reads memory instead
+of running the encoder again. Every image is decoded once, however many encoders are compared.
+
+Shape legend: n cached crops, D width, h w grid of the features, S side of the training labels, H W sides of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.errors import SourceError
+from pipeline.stage import Context
+from stages.data.images import decode
+from stages.evaluate.confusion import Matrix, confusion, scores
+from stages.evaluate.features import in_batches, prepared
+from stages.evaluate.linear_probe import LinearProbe, fit, held_out
+from stages.evaluate.mask_classes import MaskClasses, MaskLabels
+from stages.evaluate.segment_linear_settings import SegmentLinearConfig
+from stages.models.inference import RGB, Inference, squeeze
+
+_COLUMNS = ("key", "image", "mask")
+
+
+@dataclass(frozen=True)
+class TrainCache:
+    """Features of every train crop by encoder, and the labels they share."""
+
+    maps: dict[str, NDArray[np.float16]]  # (n, D, h, w)
+    labels: MaskLabels  # (n, S, S)
+    device: torch.device  # where the encoders are, and the linear layer trains
+
+
+class TrainedProbe(NamedTuple):
+    """A linear layer and the learning rate it was trained with."""
+
+    probe: LinearProbe
+    lr: float
+
+
+class ShownImage(NamedTuple):
+    """A test image for the preview."""
+
+    pixels: RGB  # (H, W, 3)
+    truth: MaskLabels  # (H, W)
+    prediction: NDArray[np.int64]  # (H, W)
+
+
+@dataclass(frozen=True)
+class LinearSegmentation:
+    """One evaluation: what its steps share."""
+
+    context: Context
+    config: SegmentLinearConfig
+    classes: MaskClasses
+    inferences: Mapping[str, Inference]  # by the suffix of the encoder's metrics: "" and "_random"
+    problems: list[dict[str, str]]  # images that cannot be used; every step adds its own
+
+    def cache_train(self, image_ids: Sequence[int]) -> TrainCache:
+        """The features of the train images' crops. Raises SourceError where no image can be used."""
+        config, context = self.config, self.context
+        views = max(1, config.crops)
+        generator = np.random.default_rng(config.seed)
+        most = max(1, config.samples // views)  # images that will never be drawn need no features
+        chosen = image_ids
+        if len(image_ids) > most:
+            chosen = sorted(generator.choice(image_ids, most, replace=False).tolist())
+        folder = context.output.scratch
+        maps: dict[str, Any] = {}
+        labels = np.lib.format.open_memmap(
+            folder / "labels.npy", "w+", np.int16, (len(chosen) * views, config.label_size, config.label_size)
+        )
+        done = 0
+        prepare = partial(_train_crops, classes=self.classes, config=config)
+        source = prepared(context.inputs["images"], _COLUMNS, prepare, set(chosen), problems=self.problems)
+        for batch in in_batches(source, max(1, (context.resources.batch_size or 32) // views)):
+            crops = [crop for crops_of_image in batch for crop in crops_of_image]
+            for name, inference in self.inferences.items():
+                features = inference([pixels for pixels, _ in crops]).map.cpu().numpy()
+                if name not in maps:
+                    shape = (len(labels), *features.shape[1:])
+                    maps[name] = np.lib.format.open_memmap(folder / f"maps{name}.npy", "w+", np.float16, shape)
+                maps[name][done : done + len(crops)] = features
+            labels[done : done + len(crops)] = [mask for _, mask in crops]
+            done += len(crops)
+            context.progress(done // views, len(chosen), "train images")
+        if not done:
+            first = self.problems[0]
+            raise SourceError(
+                f"{context.name}: none of the {len(chosen)} train images can be used; "
+                f"the first is {first['key']}: {first['reason']}"
+            )
+        device = next(iter(self.inferences.values())).device
+        return TrainCache({name: stored[:done] for name, stored in maps.items()}, labels[:done], device)
+
+    def train(self, cache: TrainCache, name: str) -> TrainedProbe:
+        """The linear layer on one encoder's features; of several learning rates, the best on a held-out fifth.
+
+        Args:
+            cache: what `cache_train` gave.
+            name: the encoder, a key of `inferences`.
+        """
+        config, rates = self.config, self.config.learning_rates
+        maps, labels, classes = cache.maps[name], cache.labels, len(self.classes.names)
+        total = config.samples * (len(rates) + 1 if len(rates) > 1 else 1)
+
+        def train_on(rows: NDArray[np.int64], lr: float, before: int) -> LinearProbe:
+            return fit(
+                maps,
+                labels,
+                rows,
+                classes,
+                lr=lr,
+                samples=config.samples,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                device=cache.device,
+                report=lambda done: self.context.progress(before + done, total, f"samples{name}"),
+            )
+
+        everything = np.arange(len(labels))
+        if len(rates) == 1 or len(labels) < 2:
+            return TrainedProbe(train_on(everything, rates[0], 0), rates[0])
+        rest, held = held_out(len(labels), config.seed)
+        reached: list[float] = []
+        for i, lr in enumerate(rates):
+            matrix = _score_cached(train_on(rest, lr, i * config.samples), cache, name, held, classes)
+            reached.append(scores(matrix, config.absent).miou if matrix.sum() else 0.0)
+        best = rates[int(np.argmax(reached))]
+        return TrainedProbe(train_on(everything, best, len(rates) * config.samples), best)
+
+    def test(
+        self, image_ids: Sequence[int], probes: Mapping[str, TrainedProbe], *, show: int
+    ) -> tuple[dict[str, Matrix], list[ShownImage]]:
+        """Confusion matrices by encoder, over all pixels of the test images at the masks' own sizes.
+
+        Args:
+            image_ids: the test images.
+            probes: the trained layers by encoder.
+            show: how many images to return for the preview, spread evenly.
+
+        Raises: SourceError where no pixel has a class.
+        """
+        context, config = self.context, self.config
+        classes = len(self.classes.names)
+        matrices = {name: np.zeros((classes, classes), np.int64) for name in self.inferences}
+        shown: list[ShownImage] = []
+        picked = {image_ids[int(i)] for i in np.linspace(0, len(image_ids) - 1, show)}
+        prepare = partial(_test_image, classes=self.classes, config=config)
+        source = prepared(context.inputs["images"], _COLUMNS, prepare, set(image_ids), problems=self.problems)
+        done = 0
+        for batch in in_batches(source, context.resources.batch_size or 16):
+            for name, inference in self.inferences.items():
+                maps_BDhw = inference([image.resized for image in batch]).map
+                for image, map_Dhw in zip(batch, maps_BDhw, strict=True):
+                    prediction = probes[name].probe.predict(map_Dhw, *image.truth.shape)
+                    matrices[name] += confusion(image.truth, prediction, classes)
+                    if name == "" and image.image_id in picked:
+                        shown.append(ShownImage(image.pixels, image.truth, prediction))
+            done += len(batch)
+            context.progress(done, len(image_ids), "test images")
+        if not any(matrix.sum() for matrix in matrices.values()):
+            raise SourceError(
+                f"{context.name}: no pixel of the {len(image_ids)} test images has a class, all is void or unreadable "
+                f"({len(self.problems)} unreadable): check ignore_index ({self.classes.ignore_index}) and the masks"
+            )
+        return matrices, shown
+
+
+def _score_cached(probe: LinearProbe, cache: TrainCache, name: str, rows: NDArray[np.int64], classes: int) -> Matrix:
+    """The confusion matrix over some rows of the cache, at the size of the training labels."""
+    matrix = np.zeros((classes, classes), np.int64)
+    for row in rows:
+        map_Dhw = torch.from_numpy(np.array(cache.maps[name][row])).to(cache.device).float()
+        matrix += confusion(cache.labels[row], probe.predict(map_Dhw, *cache.labels.shape[1:]), classes)
+    return matrix
+
+
+# ---------------------------------------------------------------------------------------- per image, in the threads
+class _TestImage(NamedTuple):
+    image_id: int
+    resized: RGB  # (test_size, test_size, 3)
+    pixels: RGB  # (H, W, 3)
+    truth: MaskLabels  # (H, W)
+
+
+def _train_crops(
+    row: Mapping[str, Any], *, classes: MaskClasses, config: SegmentLinearConfig
+) -> list[tuple[RGB, MaskLabels]]:
+    pixels = decode(row["image"])
+    labels = classes.labels(row["mask"], pixels.shape[:2])
+    if not config.crops:
+        return [_fit_crop(pixels, labels, config)]
+    generator = np.random.default_rng((config.seed, row["image_id"]))
+    crops = []
+    for _ in range(config.crops):
+        top, left, height, width = _draw_crop(generator, labels.shape[0], labels.shape[1], config.crop_scale)
+        window = np.s_[top : top + height, left : left + width]
+        crops.append(_fit_crop(pixels[window], labels[window], config))
+    return crops
+
+
+def _fit_crop(pixels: RGB, labels: MaskLabels, config: SegmentLinearConfig) -> tuple[RGB, MaskLabels]:
+    """Pixels at the encoder's size, labels at the size where logits meet them."""
+    side = config.label_size
+    small = cv2.resize(np.ascontiguousarray(labels), (side, side), interpolation=cv2.INTER_NEAREST_EXACT)
+    return squeeze(np.ascontiguousarray(pixels), config.train_size, config.train_size), small
+
+
+def _draw_crop(
+    generator: np.random.Generator, height: int, width: int, scale: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """A rectangle (top, left, height, width) of that share of the area, aspect within 3/4 to 4/3 of the image's."""
+    area = generator.uniform(*scale)
+    aspect = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3)))
+    h = min(height, max(1, round(height * np.sqrt(area / aspect))))
+    w = min(width, max(1, round(width * np.sqrt(area * aspect))))
+    return int(generator.integers(height - h + 1)), int(generator.integers(width - w + 1)), h, w
+
+
+def _test_image(row: Mapping[str, Any], *, classes: MaskClasses, config: SegmentLinearConfig) -> _TestImage:
+    pixels = decode(row["image"])
+    truth = classes.labels(row["mask"], pixels.shape[:2])
+    return _TestImage(row["image_id"], squeeze(pixels, config.test_size, config.test_size), pixels, truth)

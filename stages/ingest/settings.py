@@ -1,0 +1,97 @@
+"""What a pipeline file says about an `ingest` stage.
+
+All other files of this room import this one; it imports none of them, and nothing heavy, because planning reads it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.stage import Settings, Source, StageConfig
+
+LayoutName = Literal["folder", "masks", "coco", "voc", "davis", "parquet"]
+
+# Fields that mean something to some layouts only; set anywhere else they are a mistake.
+_BELONGS = {
+    "annotations": ("coco",),
+    "masks_from": ("coco",),
+    "mask_level": ("coco",),
+    "crowd": ("coco",),
+    "image_folder": ("masks",),
+    "mask_folder": ("masks",),
+    "image_suffix": ("masks",),
+    "mask_suffix": ("masks",),
+    "image_set": ("voc", "davis"),
+    "resolution": ("davis",),
+    "columns": ("parquet",),
+    "ignore_index": ("masks", "coco", "voc", "davis", "parquet"),
+}
+
+
+class Columns(Settings):
+    """What the columns of a `parquet` source are called."""
+
+    image: str = Field("image", description="encoded bytes, or a struct of bytes and path (Hugging Face datasets)")
+    label: str = Field("label", description="class as a number or a name; no labels if the table has no such column")
+    mask: str | None = Field(None, description="PNG of class indices, like the image bytes or a struct")
+    split: str | None = Field(None, description="name of the split; default: from the file's or its folder's name")
+
+
+class IngestConfig(StageConfig):
+    """Where the images are and how to read them."""
+
+    source: Source = Field(description="folder, Parquet file, or s3://, gs://, az:// address")
+    layout: LayoutName = Field("folder", description="how the source is laid out")
+    splits: list[str] | dict[str, str] | None = Field(
+        None, description="splits to take, or split -> the folder or list it is called in the source; default: all"
+    )
+    split: str = Field("train", description="split of images whose place does not say one")
+    classes: list[str] | None = Field(None, description="class names in order; default: what the source says")
+    ignore_index: int | None = Field(
+        None, ge=0, le=65535, description="mask value that counts for nothing; default: classes.json's, else 255"
+    )
+    label: Literal["source", "none", "largest_object"] = Field(
+        "source", description="an image's label: as the source has it, none, or the category of its largest object"
+    )
+    annotations: Source | dict[str, Source] | None = Field(
+        None, description="coco: the json file, or split -> json file; default: instances_<split>.json in the source"
+    )
+    masks_from: Literal["none", "polygons"] = Field(
+        "none", description="coco: polygons draws a mask of class indices, 0 for background"
+    )
+    mask_level: Literal["category", "supercategory"] = Field("category", description="coco: classes of the drawn mask")
+    crowd: Literal["ignore", "class"] = Field(
+        "ignore", description="coco: crowd regions of the drawn mask get ignore_index, or their class"
+    )
+    image_folder: str = Field("images", description="masks: folder of the images")
+    mask_folder: str = Field("masks", description="masks: folder of the masks")
+    image_suffix: str = Field("", description="masks: end of an image's name that its mask's does not have")
+    mask_suffix: str = Field("", description="masks: end of a mask's name that its image's does not have")
+    image_set: str | None = Field(None, description="voc, davis: folder under ImageSets; default: Main, 2017")
+    resolution: str | None = Field(None, description="davis: folder under JPEGImages; default: 480p")
+    columns: Columns = Field(Columns(), description="parquet: what its columns are called")
+    on_error: Literal["skip", "fail"] = Field(
+        "skip", description="an unreadable image is left out and named, or stops the stage"
+    )
+    max_pixels: int = Field(
+        64_000_000, ge=1, le=89_478_485, description="larger images are refused before they are decoded"
+    )
+    limit: int | None = Field(None, ge=1, description="at most so many images, spread evenly over the sorted keys")
+    shard_rows: int | None = Field(None, ge=1, description="images a shard at most; default: n/32, between 16 and 1024")
+    shard_mb: int = Field(256, ge=1, description="megabytes of images a shard at most")
+
+    @property
+    def split_folders(self) -> dict[str, str] | None:
+        """split -> its folder or list in the source; None when the config leaves it to the source."""
+        return {name: name for name in self.splits} if isinstance(self.splits, list) else self.splits
+
+    @model_validator(mode="after")
+    def _fits_layout(self) -> IngestConfig:
+        for name in sorted(self.model_fields_set):
+            if name in _BELONGS and self.layout not in _BELONGS[name]:
+                raise ValueError(f"{name} is for layout {' or '.join(_BELONGS[name])}, this is {self.layout}")
+        if self.label == "largest_object" and self.layout not in ("coco", "voc"):
+            raise ValueError(f"label: largest_object needs a layout with objects (coco, voc), this is {self.layout}")
+        return self
