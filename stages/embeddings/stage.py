@@ -56,14 +56,14 @@ class Embeddings(Stage[EmbeddingsConfig]):
         from stages.data.pictures import grid
         from stages.data.tables import SCHEMAS
         from stages.embeddings.embedder import Embedder, prepare
-        from stages.map_images.driver import map_shards
+        from stages.map_images.ray_data import map_images
 
         config, images = self.config, context.inputs["images"]
         source = context.inputs["encoder"] if config.backbone is None else config.backbone.anywhere()
         arguments: tuple[Any, ...] = (source, config.pooling, config.precision, config.seed, config.crop, context.name)
         fit = functools.partial(prepare, resize=config.resize, crop=config.crop)
         gpu = ray.cluster_resources().get("GPU", 0) >= 1
-        summary = map_shards(
+        summary = map_images(
             context,
             images,
             Embedder,

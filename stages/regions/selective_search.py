@@ -43,11 +43,11 @@ class SelectiveSearch(Stage["SelectiveSearch.Config"]):
 
     def run(self, context: Context) -> Outcome:
         from stages.data.tables import SCHEMAS
-        from stages.map_images.driver import map_shards
+        from stages.map_images.ray_data import map_images
         from stages.regions.proposals import propose_row, show_boxes
 
         images, settings = context.inputs["images"], self.config.model_copy(update={"resources": Resources()})
-        done = map_shards(context, images, propose_row, arguments=(settings,), schema=SCHEMAS["boxes"])
+        done = map_images(context, images, propose_row, arguments=(settings,), schema=SCHEMAS["boxes"])
         context.output.put_file("preview.png", show_boxes(images, settings))
         boxes, whole = done.counts["total_boxes"], done.counts["whole_image"]
         return Outcome(

@@ -36,11 +36,11 @@ class Superpixels(Stage["Superpixels.Config"]):
 
     def run(self, context: Context) -> Outcome:
         from stages.data.tables import SCHEMAS
-        from stages.map_images.driver import map_shards
+        from stages.map_images.ray_data import map_images
         from stages.regions.segments import segment_row, show_superpixels
 
         images, settings = context.inputs["images"], self.config.model_copy(update={"resources": Resources()})
-        done = map_shards(context, images, segment_row, arguments=(settings,), schema=SCHEMAS["superpixels"])
+        done = map_images(context, images, segment_row, arguments=(settings,), schema=SCHEMAS["superpixels"])
         context.output.put_file("preview.png", show_superpixels(images, settings))
         return Outcome(
             metrics={"superpixels_per_image": done.counts["superpixels"] / done.images},
