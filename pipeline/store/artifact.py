@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ArtifactDamaged, ArtifactMissing
-from pipeline.store.local_cache import WRONG_CONTENT, local_copy, wrong_size
+from pipeline.store.local_cache import WRONG_CONTENT, cache_folder, local_copy, wrong_size
 from pipeline.store.manifest import MANIFEST, FileEntry, Manifest, ManifestBroken
 from pipeline.store.objects import Objects
 
@@ -97,6 +97,11 @@ class Artifact:
         Raises: ArtifactDamaged.
         """
         return local_copy(self.objects, self.name, self.file(name))
+
+    @property
+    def cache(self) -> Path:
+        """This machine's folder for what is derived from stored files; anything in it may be deleted at any time."""
+        return cache_folder()
 
 
 def is_part(name: str) -> bool:

@@ -1,7 +1,8 @@
 """Pictures for previews and reports: numpy in, PNG bytes out.
 
-`draw_*`, `colour_mask` and `pca_colours` give RGB arrays (H, W, 3) uint8; `grid`, `neighbor_strip` and `curves` lay
-them out and give the bytes of a PNG. Imports of drawing packages happen inside, so that importing this is cheap.
+`draw_*`, `colour_mask` and `pca_colours` give RGB arrays (H, W, 3) uint8; `grid`, `neighbor_strip`, `curves` and
+`histograms` lay out what they are given and return the bytes of a PNG. Drawing packages are imported inside, so that
+importing this is cheap.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from PIL.ImageDraw import ImageDraw
 
 RGB: TypeAlias = NDArray[np.uint8]  # (H, W, 3)
@@ -110,13 +112,11 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, title: str | 
     """One small panel a name (terms have scales of their own), each a line of (step, value)."""
     if not series:
         raise ValueError("there is no curve to draw")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = max(1, min(columns, len(series)))
     rows = -(-len(series) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.7 * rows + (0.4 if title else 0)), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     for i, (name, points) in enumerate(series.items()):
         axes = figure.add_subplot(rows, columns, i + 1)
         steps, values = np.array(points, float).reshape(-1, 2).T
@@ -128,6 +128,39 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, title: str | 
         axes.spines[["top", "right"]].set_visible(False)
     if title:
         figure.suptitle(title, fontsize=12, x=0.01, ha="left")
+    return _figure_png(figure)
+
+
+def histograms(samples: Mapping[str, NDArray[np.floating[Any]]], *, title: str, label: str, bins: int = 60) -> bytes:
+    """How often each value occurs, one line a name over common bins, as a share of that name's values.
+
+    Args:
+        samples: values (n,) by name; names may have different numbers of them.
+        title: above the panel.
+        label: of the horizontal axis.
+        bins: over the range of all values together.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.2), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    edges = np.histogram_bin_edges(np.concatenate(list(samples.values())), bins)
+    for name, values in samples.items():
+        axes.stairs(np.histogram(values, edges)[0] / len(values), edges, label=name, linewidth=1.5)
+    axes.set_title(title, fontsize=12, loc="left")
+    axes.set_xlabel(label, fontsize=9)
+    axes.set_ylabel("share", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="#e9ecef", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=9, frameon=False)
+    return _figure_png(figure)
+
+
+def _figure_png(figure: Figure) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()

@@ -1,28 +1,28 @@
 """The tables that stages exchange: their schemas, and random access to their rows.
 
 Parquet in the store is the truth. `Table` reads it through a node-local, memory-mapped Arrow copy that is made once
-per node from verified parts and shared by every process of that node; the copy is a cache and may be deleted.
+per node from verified shards and shared by every process of that node; the copy is a cache and may be deleted.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from pipeline.errors import StoreError
-from pipeline.store.local_cache import cache_folder
+from stages.data.rows import iter_batches
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
@@ -71,57 +71,6 @@ SCHEMAS: dict[str, pa.Schema] = {
 
 _COPY_ROWS = 64  # rows a record batch of the mapped copy: bounds the memory that making it needs
 _LABELS_MAGIC = b"TSP1"
-
-
-# ---------------------------------------------------------------------------------------------- streaming, one part
-def open_shard(artifact: Artifact, entry: FileEntry, columns: Sequence[str] | None = None) -> pa.Table:
-    """One whole Parquet part, verified against the manifest. Raises ArtifactDamaged."""
-    return pq.read_table(artifact.local(entry.name), columns=None if columns is None else list(columns))
-
-
-def iter_batches(
-    artifact: Artifact,
-    entry: FileEntry,
-    columns: Sequence[str] | None = None,
-    batch_rows: int = 64,
-    rows: tuple[int, int] | None = None,
-) -> Iterator[pa.RecordBatch]:
-    """Streams one verified Parquet part; `rows=(start, stop)` keeps only that range of its rows.
-
-    Memory stays at a few batches whatever the size of the part. Raises ArtifactDamaged.
-    """
-    start, stop = rows or (0, 2**62)
-    with pq.ParquetFile(artifact.local(entry.name), pre_buffer=False) as file:
-        groups, first, at = [], 0, 0
-        for group in range(file.num_row_groups):
-            size = file.metadata.row_group(group).num_rows
-            if at + size <= start:
-                first = at + size
-            elif at < stop:
-                groups.append(group)
-            at += size
-        at = first
-        for batch in file.iter_batches(batch_rows, row_groups=groups, columns=columns and list(columns)):
-            low, high = max(start - at, 0), min(stop - at, batch.num_rows)
-            if low < high:
-                yield batch.slice(low, high - low)
-            at += batch.num_rows
-            if at >= stop:
-                return
-
-
-def sample(artifact: Artifact, count: int, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Up to `count` rows spread evenly over an artifact, always the same ones, without a mapped copy: for previews."""
-    ends = np.cumsum([0, *(entry.rows or 0 for entry in artifact.shards())])
-    wanted = sorted({int(at) for at in np.linspace(0, ends[-1] - 1, min(count, ends[-1]))})
-    rows: list[dict[str, Any]] = []
-    for index, entry in enumerate(artifact.shards()):
-        for at in wanted:
-            if ends[index] <= at < ends[index + 1]:
-                row = at - int(ends[index])
-                for batch in iter_batches(artifact, entry, columns, 16, (row, row + 1)):
-                    rows += batch.to_pylist()
-    return rows
 
 
 # ---------------------------------------------------------------------------------------------------- random access
@@ -184,8 +133,7 @@ class Table:
         if pa.types.is_primitive(kind) and chunks.null_count == 0:
             return chunks.to_numpy()
         if _is_list(kind) and pa.types.is_primitive(kind.value_type) and len(chunks):
-            parts = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks.chunks]
-            flat = np.concatenate(parts)
+            flat = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks.chunks])
             lengths = {n for chunk in chunks.chunks for n in chunk.value_lengths().unique().to_pylist()}
             if len(lengths) == 1 and None not in lengths:
                 return flat.reshape(len(chunks), lengths.pop())
@@ -236,34 +184,34 @@ def _getter(kind: pa.DataType) -> Callable[[pa.Array, int], Any]:
 def _mapped_copy(artifact: Artifact, columns: tuple[str, ...] | None) -> Path:
     """The folder of the node's copy, made if it is missing or not whole.
 
-    Its name covers the content of the parts and the columns: a recomputed artifact never meets an old copy.
+    Its name covers the content of the shards and the columns: a recomputed artifact never meets an old copy.
     """
-    entries = list(artifact.shards())
-    content = json.dumps([[(entry.name, entry.sha256) for entry in entries], columns]).encode()
+    shards = list(artifact.shards())
+    content = json.dumps([[(shard.name, shard.sha256) for shard in shards], columns]).encode()
     digest = hashlib.sha256(content).hexdigest()[:16]
-    folder = cache_folder() / "tables" / f"{artifact.kind}-{artifact.fingerprint[:24]}-{digest}"
+    folder = artifact.cache / "tables" / f"{artifact.kind}-{artifact.fingerprint[:24]}-{digest}"
     if _whole(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_suffix(".lock")):
+    with FileLock(folder.with_suffix(".lock")):  # the kernel lets go when the holder dies
         if _whole(folder):
             return folder
         _sweep(folder)
         building = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
         building.mkdir()
         try:
-            _build(building, artifact, entries, columns)
+            _build(building, artifact, shards, columns)
             os.replace(building, folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return folder
 
 
-def _build(folder: Path, artifact: Artifact, entries: list[FileEntry], columns: tuple[str, ...] | None) -> None:
+def _build(folder: Path, artifact: Artifact, shards: list[FileEntry], columns: tuple[str, ...] | None) -> None:
     names = None if columns is None else ["image_id", *columns]
     schema: pa.Schema | None = SCHEMAS.get(artifact.kind)
-    if entries:
-        schema = pq.read_schema(artifact.local(entries[0].name))
+    if shards:
+        schema = pq.read_schema(artifact.local(shards[0].name))
     if schema is None:
         raise StoreError(f"{artifact.kind}/{artifact.fingerprint} has no table: nothing to open (a metrics artifact?)")
     schema = schema.remove_metadata()
@@ -276,8 +224,8 @@ def _build(folder: Path, artifact: Artifact, entries: list[FileEntry], columns: 
         schema = pa.schema([schema.field(name) for name in names])
     ids, starts, rows = [], [], 0
     with pa.OSFile(str(folder / "table.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for entry in entries:
-            for batch in iter_batches(artifact, entry, schema.names, _COPY_ROWS):
+        for shard in shards:
+            for batch in iter_batches(artifact, shard, schema.names, batch_rows=_COPY_ROWS):
                 writer.write_batch(batch.select(schema.names).cast(schema))
                 ids.append(batch.column("image_id").to_numpy())
                 starts.append(rows)
@@ -304,16 +252,6 @@ def _sweep(folder: Path) -> None:
     """Removes a broken copy and what killed builders left of it; the caller holds the lock."""
     for left in [folder, *folder.parent.glob(f"{folder.name}.*.tmp")]:
         shutil.rmtree(left, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process of this node at a time; the kernel lets go when the holder dies."""
-    import fcntl
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 # --------------------------------------------------------------------------------------------------- superpixel maps

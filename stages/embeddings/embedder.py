@@ -42,5 +42,6 @@ class Embedder:
         self.pooling = pooling
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A batch of them, in order."""
         vectors = self.inference.pooled([row["pixels"] for row in rows], self.pooling).cpu().numpy()
         return [{"embedding": vector} for vector in vectors]

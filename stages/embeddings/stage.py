@@ -5,8 +5,9 @@ Ray Data actors hold the model; `neighbors` reads what they write.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +16,12 @@ from pydantic import Field, model_validator
 from pipeline.stage import Context, Input, Outcome, Stage, StageConfig
 from stages.models.settings import Backbone
 
-if TYPE_CHECKING:
-    from pipeline.store.artifact import Artifact
-
 _SHOWN = 32  # photographs in the preview
 
 
 class EmbeddingsConfig(StageConfig):
+    """Whose features, of which part of an image."""
+
     images: Input["images"]
     encoder: Input["encoder"] | None = Field(None, description="an earlier pretrain stage; or give a backbone")
     backbone: Backbone | None = Field(None, description="a timm model or a checkpoint file; or name an encoder")
@@ -48,22 +48,23 @@ class Embeddings(Stage[EmbeddingsConfig]):
     Config = EmbeddingsConfig
 
     def run(self, context: Context) -> Outcome:
+        """Writes the vectors of all images, and a contact sheet of some, alike ones side by side."""
         import functools
 
         import ray
 
-        from stages.data.images import decode
         from stages.data.pictures import grid
+        from stages.data.rows import sample_rows
         from stages.data.tables import SCHEMAS
         from stages.embeddings.embedder import Embedder, prepare
-        from stages.map_images.driver import map_shards
+        from stages.map_images.ray_data import map_images
 
         config, images = self.config, context.inputs["images"]
         source = context.inputs["encoder"] if config.backbone is None else config.backbone.anywhere()
         arguments: tuple[Any, ...] = (source, config.pooling, config.precision, config.seed, config.crop, context.name)
         fit = functools.partial(prepare, resize=config.resize, crop=config.crop)
         gpu = ray.cluster_resources().get("GPU", 0) >= 1
-        summary = map_shards(
+        summary = map_images(
             context,
             images,
             Embedder,
@@ -74,10 +75,10 @@ class Embeddings(Stage[EmbeddingsConfig]):
             gpus=1.0 if gpu else 0.0,
             threads=8 if gpu else 2,
         )
-        shown = list(_spread(images, _SHOWN))
+        shown = list(_readable(sample_rows(images, _SHOWN, ["image"])))
         vectors = np.array([row["embedding"] for row in Embedder(*arguments)([fit(row) for row in shown])])
         sheet = grid(
-            [decode(shown[i]["image"]) for i in _along_first_component(vectors)],
+            [shown[i]["pixels"] for i in _along_first_component(vectors)],
             columns=8,
             title="Photographs along the first principal component of their embeddings",
             cell=160,
@@ -90,23 +91,13 @@ class Embeddings(Stage[EmbeddingsConfig]):
         )
 
 
-def _spread(images: Artifact, count: int) -> Iterator[dict[str, Any]]:
-    """About `count` readable rows, taken evenly from all parts."""
+def _readable(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows whose image can be decoded; the others are among the stage's problems already."""
     from stages.data.images import ImageError, decode
-    from stages.data.tables import iter_batches
 
-    entries = [entry for entry in images.shards() if entry.rows]
-    entries = entries[:: max(1, len(entries) // count)][:count]
-    for i, entry in enumerate(entries):
-        share = count // len(entries) + (i < count % len(entries))
-        for at in np.unique(np.linspace(0, (entry.rows or 1) - 1, share).astype(int)):
-            for batch in iter_batches(images, entry, ["image_id", "image"], rows=(int(at), int(at) + 1)):
-                for row in batch.to_pylist():
-                    try:
-                        decode(row["image"])
-                    except ImageError:
-                        continue  # named by the summary already
-                    yield row
+    for row in rows:
+        with contextlib.suppress(ImageError):
+            yield {**row, "pixels": decode(row["image"])}
 
 
 def _along_first_component(vectors_ND: NDArray[np.floating[Any]]) -> list[int]:

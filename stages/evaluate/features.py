@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import SourceError
 from stages.data.images import ImageError
-from stages.data.tables import iter_batches, open_shard
+from stages.data.rows import iter_batches, read_shard
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
@@ -28,14 +28,14 @@ def rows(images: Artifact, columns: Sequence[str], wanted: set[int] | None = Non
     """
     names = ["image_id", *(name for name in columns if name != "image_id")]
     for entry in images.shards():
-        span = None
+        span: tuple[int, int | None] = (0, None)
         if wanted is not None:
-            ids = open_shard(images, entry, ["image_id"])["image_id"].to_pylist()
+            ids = read_shard(images, entry, ["image_id"])["image_id"].to_pylist()
             held = [row for row, image_id in enumerate(ids) if image_id in wanted]
             if not held:
                 continue
             span = held[0], held[-1] + 1
-        for batch in iter_batches(images, entry, names, rows=span):
+        for batch in iter_batches(images, entry, names, start=span[0], stop=span[1]):
             for i, image_id in enumerate(batch.column("image_id").to_pylist()):
                 if wanted is None or image_id in wanted:
                     yield {name: batch.column(name)[i].as_py() for name in names}

@@ -1,36 +1,51 @@
-"""What a Ray worker does with a piece of the images: read, compute image by image, write; `shards.py` hands it out."""
+"""What Ray's workers do with a slice of images: read its rows, compute them, and write the shard once it is whole.
+
+What passes between the steps is a plain Arrow row for each slice: `SLICES` in, `results_schema` after the computation,
+`DONE` after the shard is written.
+"""
 
 from __future__ import annotations
 
-import pickle
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import cv2
 import pyarrow as pa
 
 from pipeline.errors import StageFailed
+from stages.data.ahead import in_batches, prepare_ahead
 from stages.data.images import ImageError
-from stages.data.tables import iter_batches
+from stages.data.rows import slice_rows
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
-    from pipeline.store.manifest import FileEntry
     from pipeline.store.writer import ArtifactWriter
 
 Row: TypeAlias = dict[str, Any]
-Batched: TypeAlias = Callable[[list[Row]], list[Any]]
-REPORT_SECONDS = 1.0  # between two reports of one worker
+_PACK_ROWS = 256  # rows that wait as Python objects, ten times the size of the same in Arrow
+
+SLICES = pa.schema([("shard", pa.int64()), ("start", pa.int64()), ("stop", pa.int64())])
+DONE = SLICES  # a slice whose shard is written, or whose shard still waits for its other slices
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs; travels to it once."""
+    """All that a worker needs to know; travels to it once.
+
+    Attributes:
+        images: the artifact that is read.
+        output: where shards are written.
+        schema: of the output table.
+        columns: of an images row that `process` asks for.
+        process: a function of one row, or a class whose instances take a list of rows.
+        arguments: further ones of the function, or those of the class.
+        prepare: runs in threads ahead of an instance.
+        batch_rows: rows that an instance takes at once.
+        threads: that prepare.
+    """
 
     images: Artifact
     output: ArtifactWriter
@@ -43,158 +58,150 @@ class Job:
     threads: int
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Rows [start, stop) of one part of the images; `whole` when that is all of it."""
-
-    shard: int
-    entry: FileEntry
-    start: int
-    stop: int
-    whole: bool
-
-
-@dataclass
-class Report:
-    """From a worker: how many images of a piece are behind it, and at the piece's end what came of them."""
-
-    piece: Piece
-    done: int
-    record: dict[str, Any] | None = None
-    table: pa.Table | None = None  # of a piece that is not a whole part: the driver puts the part together
+def results_schema(job: Job) -> pa.Schema:
+    """One row per computed slice: which one, what was counted and what failed in it, and its rows of the output."""
+    problem = pa.struct([("key", pa.string()), ("reason", pa.string())])
+    return pa.schema(
+        [
+            *SLICES,
+            ("counts", pa.map_(pa.string(), pa.int64())),
+            ("problems", pa.list_(problem)),
+            ("rows", pa.list_(pa.struct(list(job.schema)))),
+        ]
+    )
 
 
-def run_piece(batch: pa.Table, job: Job) -> Iterator[pa.Table]:
-    """One piece in a task; yields reports."""
-    yield from _reports(batch, job, None)
+def run_slice(one: pa.Table, job: Job) -> pa.Table:
+    """Computes a slice, `process` being a function. A row of `SLICES` -> one of `results_schema`."""
+    cv2.setNumThreads(1)  # the workers are the parallelism; OpenCV's own threads would fight them
+    return _results(one, job, ((row, _attempt(job, row)) for row in _read(one, job)))
 
 
-class PieceActor:
-    """Keeps one instance of `process` (a model, say) for all pieces that come to it."""
+def run_shard(one: pa.Table, job: Job) -> pa.Table:
+    """The same where the slice is a whole shard, which is then written."""
+    return write_shard(run_slice(one, job), job)
+
+
+class SliceActor:
+    """Keeps one instance of the class `process` (a model, say) for all slices that come to it."""
 
     def __init__(self, job: Job) -> None:
-        _one_thread()
-        self.job, self.process = job, job.process(*job.arguments)
+        cv2.setNumThreads(1)
+        self.job = job
+        self.failure: Exception | None = None
+        try:
+            self.instance = job.process(*job.arguments)
+        except (
+            Exception
+        ) as error:  # raised by the first slice: of what an actor's start raises, Ray keeps the text only
+            self.failure = error
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        yield from _reports(batch, self.job, self.process)
-
-
-def _one_thread() -> None:
-    cv2.setNumThreads(1)  # the workers are the parallelism; OpenCV's own threads would fight them
-
-
-def _reports(batch: pa.Table, job: Job, instance: Batched | None) -> Iterator[pa.Table]:
-    _one_thread()
-    for pickled in batch["piece"].to_pylist():
-        for report in _work(pickle.loads(pickled), job, instance):
-            yield pa.table({"report": [pickle.dumps(report)]})
-
-
-def _work(piece: Piece, job: Job, instance: Batched | None) -> Iterator[Report]:
-    """Computes a piece and, if it is a whole part, writes it. Reports about once a second."""
-    made = _MadeRows(job.schema)
-    rows = _read(piece, job)
-    results = _one_by_one(rows, job) if instance is None else _by_batches(rows, job, instance)
-    reported = time.monotonic()
-    for row, result in results:
-        made.add(row, result)
-        if time.monotonic() - reported > REPORT_SECONDS:
-            yield Report(piece, made.done)
-            reported = time.monotonic()
-    table, record = made.table(), made.record()
-    if piece.whole:
-        write_part(job.output, piece.shard, table, record)
-    yield Report(piece, made.done, record, None if piece.whole else table)
+    def __call__(self, one: pa.Table) -> pa.Table:
+        """A row of `SLICES` -> one of `results_schema`."""
+        if self.failure is not None:
+            raise self.failure
+        return _results(one, self.job, _by_batches(_read(one, self.job), self.job, self.instance))
 
 
-def _read(piece: Piece, job: Job) -> Iterator[Row]:
-    for batch in iter_batches(job.images, piece.entry, job.columns, 16, (piece.start, piece.stop)):
-        yield from batch.to_pylist()
+class ShardActor(SliceActor):
+    """The same where every slice is a whole shard, which is then written."""
+
+    def __call__(self, one: pa.Table) -> pa.Table:
+        """A row of `SLICES` -> one of `DONE`."""
+        return write_shard(super().__call__(one), self.job)
 
 
-def _one_by_one(rows: Iterator[Row], job: Job) -> Iterator[tuple[Row, Any]]:
-    for row in rows:
-        yield row, _attempt(lambda row: job.process(row, *job.arguments), row)
+def write_shard(results: pa.Table, job: Job) -> pa.Table:
+    """Writes the shard that these slices make, in their order. Rows of `results_schema` -> as many of `DONE`.
+
+    Raises: StageFailed when they are not the slices of one shard.
+    """
+    done = results.select(DONE.names)
+    slices = done.to_pylist()
+    [shard, *others] = {one["shard"] for one in slices}
+    gaps = any(one["stop"] != following["start"] for one, following in pairwise([{"stop": 0}, *slices]))
+    if others or gaps:
+        raise StageFailed(f"Ray Data put slices together that are not one shard: {slices} (an error in Tessera)")
+    tables = [pa.Table.from_arrays(chunk.flatten().flatten(), schema=job.schema) for chunk in results["rows"].chunks]
+    table = pa.concat_tables(tables).combine_chunks()  # the same bytes, however the shard was cut
+    counts: Counter[str] = Counter()
+    for counted in results["counts"].to_pylist():
+        counts.update(dict(counted))
+    problems = [problem for failed in results["problems"].to_pylist() for problem in failed]
+    record = {"images": table.num_rows, "counts": dict(counts), "problems": problems}
+    # The record first: a shard without one was written by nobody who counted, and is computed again.
+    job.output.record(record_name(shard), record)
+    job.output.put_table(shard, table)
+    return done
 
 
-def _by_batches(rows: Iterator[Row], job: Job, instance: Batched) -> Iterator[tuple[Row, Any]]:
-    """Batches of prepared rows through the instance, the next ones being prepared meanwhile."""
-    with ThreadPoolExecutor(job.threads) as threads:
-        ahead: list[tuple[Row, Future[Any]]] = []
-        while True:
-            for row in islice(rows, 2 * job.batch_rows - len(ahead)):
-                ahead.append((row, threads.submit(_attempt, job.prepare or (lambda row: row), row)))
-            if not ahead:
-                return
-            batch, ahead = ahead[: job.batch_rows], ahead[job.batch_rows :]
-            ready = [(row, future.result()) for row, future in batch]
-            usable = [prepared for _, prepared in ready if not isinstance(prepared, Exception)]
-            results = instance(usable) if usable else []
-            if len(results) != len(usable):
-                raise StageFailed(f"{type(instance).__name__} gave {len(results)} rows for {len(usable)} images")
-            given = iter(results)
-            for row, prepared in ready:
-                yield row, prepared if isinstance(prepared, Exception) else next(given)
+def record_name(shard: int) -> str:
+    """The name of the record that says what was counted in a shard."""
+    return f"shard-{shard:05d}"
 
 
-def _attempt(function: Callable[[Row], Any], row: Row) -> Any:
+def _read(one: pa.Table, job: Job) -> Iterator[Row]:
+    [wanted] = one.to_pylist()
+    shard = next(islice(job.images.shards(), wanted["shard"], None))
+    return slice_rows(job.images, shard, job.columns, wanted["start"], wanted["stop"])
+
+
+def _attempt(job: Job, row: Row) -> Row | Exception:
     """The result, or the exception: one image's failure is a value here."""
     try:
-        return function(row)
+        result: Row = job.process(row, *job.arguments)
     except Exception as error:
         return error
+    return result
 
 
-class _MadeRows:
-    """Output rows of a piece, with what is counted beside them."""
+def _by_batches(
+    rows: Iterator[Row], job: Job, instance: Callable[[list[Row]], list[Row | Exception]]
+) -> Iterator[tuple[Row, Row | Exception]]:
+    """Batches of prepared rows through the instance, the next batch being prepared meanwhile."""
+    prepared = prepare_ahead(rows, job.prepare or (lambda row: row), threads=job.threads, ahead=job.batch_rows)
+    for batch in in_batches(prepared, job.batch_rows):
+        usable = [row for _, row in batch if not isinstance(row, Exception)]
+        results = instance(usable) if usable else []
+        if len(results) != len(usable):
+            raise StageFailed(f"{type(instance).__name__} gave {len(results)} rows for {len(usable)} images")
+        given = iter(results)
+        for row, ready in batch:
+            yield row, ready if isinstance(ready, Exception) else next(given)
 
-    def __init__(self, schema: pa.Schema) -> None:
-        self._schema = schema
-        self._batches: list[pa.RecordBatch] = []
-        self._rows: list[Row] = []
-        self._counts: Counter[str] = Counter()
-        self._problems: list[dict[str, str]] = []
-        self.done = 0
 
-    def add(self, row: Row, result: Any) -> None:
-        self.done += 1
-        if isinstance(result, Exception):
-            self._problems.append({"key": row["key"], "reason": _reason(result)})
-            return
-        names = self._schema.names
-        self._rows.append(
-            {name: result.get(name) for name in names if name != "image_id"} | {"image_id": row["image_id"]}
-        )
-        self._counts.update({name: int(value) for name, value in result.items() if name not in names})
-        if len(self._rows) == 256:
-            self._pack()
+def _results(one: pa.Table, job: Job, computed: Iterator[tuple[Row, Row | Exception]]) -> pa.Table:
+    """The row of `results_schema` for a slice's images, each given with what it became."""
+    names = job.schema.names
+    batches: list[pa.RecordBatch] = []
+    counts: Counter[str] = Counter()
+    problems: list[dict[str, str]] = []
 
-    def _pack(self) -> None:
-        """Into Arrow, which holds a row in a tenth of what Python needs."""
-        if self._rows:
-            self._batches.append(pa.RecordBatch.from_pylist(self._rows, self._schema))
-            self._rows = []
+    def outputs() -> Iterator[Row]:
+        for row, result in computed:
+            if isinstance(result, Exception):
+                problems.append({"key": row["key"], "reason": _reason(result)})
+            else:
+                counts.update({name: int(value) for name, value in result.items() if name not in names})
+                yield {**{name: result.get(name) for name in names}, "image_id": row["image_id"]}
 
-    def table(self) -> pa.Table:
-        self._pack()
-        return pa.Table.from_batches(self._batches, self._schema)
-
-    def record(self) -> Row:
-        images = self.done - len(self._problems)
-        return {"images": images, "counts": dict(self._counts), "problems": self._problems}
+    for rows in in_batches(outputs(), _PACK_ROWS):
+        batches.append(pa.RecordBatch.from_pylist(rows, job.schema))
+    table = pa.Table.from_batches(batches, job.schema)
+    columns = [column.combine_chunks() for column in table.columns]
+    made = pa.StructArray.from_arrays(columns, fields=list(job.schema))
+    rows_column = pa.ListArray.from_arrays(pa.array([0, table.num_rows], pa.int32()), made)
+    return pa.Table.from_arrays(
+        [
+            *one.columns,
+            pa.array([list(counts.items())], pa.map_(pa.string(), pa.int64())),
+            pa.array([problems], results_schema(job).field("problems").type),
+            rows_column,
+        ],
+        schema=results_schema(job),
+    )
 
 
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, ImageError) else f"{type(error).__name__}: {text}"
-
-
-def write_part(output: ArtifactWriter, shard: int, table: pa.Table, record: Row) -> None:
-    """The record first: a part without one was written by nobody who counted, and is computed again."""
-    output.record(record_name(shard), record)
-    output.put_table(shard, table)
-
-
-def record_name(shard: int) -> str:
-    return f"shard-{shard:05d}"

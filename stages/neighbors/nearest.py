@@ -100,8 +100,11 @@ class Neighbourhood:
         return neighbors, similarities
 
     def _unsettled(self, similarity_QW: Vectors, k: int) -> NDArray[np.bool_]:
-        """Queries that must look at more candidates: too few found (an approximate index's cells ran out), or the last
-        one is as good as the k-th, so that equal ones with lower ids may be waiting behind it."""
+        """Queries that must look at more candidates.
+
+        Either too few were found (an approximate index's cells ran out), or the last one is as good as the k-th, so
+        that equal ones with lower ids may be waiting behind it.
+        """
         kth = similarity_QW[:, k - 1]
         last = np.where(np.isfinite(similarity_QW), similarity_QW, np.inf).min(axis=1)
         return ~np.isfinite(kth) | (self.exact & (kth - last < 1e-6))
@@ -125,8 +128,8 @@ class Neighbourhood:
         for q in range(0, len(rows_Q), queries):
             query = self.vectors[rows_Q[q : q + queries]].astype(np.float64)
             for c in range(0, found.shape[1], columns):
-                part = np.s_[q : q + queries, c : c + columns]
-                similarity[part] = np.einsum("qd,qwd->qw", query, self.vectors[found[part]].astype(np.float64))
+                block = np.s_[q : q + queries, c : c + columns]
+                similarity[block] = np.einsum("qd,qwd->qw", query, self.vectors[found[block]].astype(np.float64))
         similarity[(found == rows_Q[:, None]) | (found < 0)] = -np.inf
         order = np.argsort(-similarity, axis=1, kind="stable")
         return np.take_along_axis(found, order, axis=1), np.take_along_axis(similarity, order, axis=1)

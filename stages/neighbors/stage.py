@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from stages.neighbors.nearest import Neighbourhood
 
 _BLOCK = 4096  # queries searched at once
-_SHOWN_IMAGES, _SHOWN_NEIGHBORS = 6, 6
+_SHOWN = 2000  # images whose neighbours the preview shows, and random pairs that it compares them with
 
 
 class NeighborsConfig(StageConfig):
+    """How many neighbours, and how they are searched."""
+
     embeddings: Input["embeddings"]
     k: int = Field(20, ge=1, description="neighbours an image; never itself")
     index: Literal["flat", "ivf", "hnsw"] = Field(
@@ -42,6 +44,7 @@ class Neighbors(Stage[NeighborsConfig]):
     Config = NeighborsConfig
 
     def run(self, context: Context) -> Outcome:
+        """Writes the neighbours of all images, and a picture of how near they are."""
         try:
             from stages.neighbors.nearest import IndexSettings, Neighbourhood, recall
         except ImportError as error:
@@ -51,8 +54,8 @@ class Neighbors(Stage[NeighborsConfig]):
             ) from error
 
         config = self.config
-        parts = _read(context.inputs["embeddings"])
-        ids, vectors = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+        shards = _read(context.inputs["embeddings"])
+        ids, vectors = (np.concatenate([shard[i] for shard in shards]) for i in (0, 1))
         if config.k > len(ids) - 1:
             raise SourceError(
                 f"{context.name}: k is {config.k}, but each of the {len(ids)} images has only {max(0, len(ids) - 1)} "
@@ -60,7 +63,7 @@ class Neighbors(Stage[NeighborsConfig]):
             )
         settings = IndexSettings(**config.model_dump(include=set(IndexSettings.__dataclass_fields__)))
         index = Neighbourhood(vectors, ids, settings, seed=config.seed)
-        self._write(context, parts, index)
+        self._write(context, shards, index)
         # Which image set the ids are of: training refuses a table of another one.
         origin = context.inputs["embeddings"].manifest.inputs.get("images")
         metrics, notes = {}, {"k": config.k, "images": origin, **index.facts}
@@ -68,18 +71,18 @@ class Neighbors(Stage[NeighborsConfig]):
             metrics["recall"] = recall(index, config.k, sample=config.recall_sample, seed=config.seed)
             notes |= {"recall": metrics["recall"], "recall_sample": min(config.recall_sample, len(ids))}
             context.say(f"{context.name}: {config.index} finds {metrics['recall']:.1%} of the true {config.k} nearest")
-        preview = self._preview(context, index)
-        return Outcome(metrics=metrics, counts={"images": len(ids)}, notes=notes, preview=preview)
+        context.output.put_file("preview.png", _preview(index, config.k, config.seed))
+        return Outcome(metrics=metrics, counts={"images": len(ids)}, notes=notes, preview="preview.png")
 
-    def _write(self, context: Context, parts: list[Part], index: Neighbourhood) -> None:
+    def _write(self, context: Context, shards: list[Shard], index: Neighbourhood) -> None:
         import pyarrow as pa
 
         from stages.data.tables import SCHEMAS
 
-        done, total = 0, sum(len(ids) for ids, _ in parts)
-        for part, (ids, _) in enumerate(parts):
+        done, total = 0, sum(len(ids) for ids, _ in shards)
+        for shard, (ids, _) in enumerate(shards):
             first = done
-            if context.output.shard_done(part) is None:
+            if context.output.shard_done(shard) is None:
                 found, similarity = [], []
                 for start in range(0, len(ids), _BLOCK):
                     rows = np.arange(first + start, first + min(start + _BLOCK, len(ids)))
@@ -89,58 +92,26 @@ class Neighbors(Stage[NeighborsConfig]):
                     context.progress(first + start + len(rows), total, "images")
                 columns = [pa.array(ids), _lists(found, self.config.k), _lists(similarity, self.config.k)]
                 table = pa.Table.from_arrays(columns, names=SCHEMAS["neighbors"].names).cast(SCHEMAS["neighbors"])
-                context.output.put_table(part, table)
+                context.output.put_table(shard, table)
             done = first + len(ids)
             context.progress(done, total, "images")
 
-    def _preview(self, context: Context, index: Neighbourhood) -> str | None:
-        """A few photographs, each beside its nearest neighbours.
 
-        The pictures are in the images artifact that the embeddings name as their input; this stage has no edge to it,
-        and its result does not depend on it.
-        """
-        from pipeline.store.store import ArtifactStore
-
-        embeddings = context.inputs["embeddings"]
-        kind, _, fingerprint = embeddings.manifest.inputs.get("images", "").partition("/")
-        store = ArtifactStore(embeddings.objects.address)
-        images = store.find(kind, fingerprint) if fingerprint else None
-        if images is None:
-            context.say(f"{context.name}: no preview, the images of {embeddings.name} are not in the store any more")
-            return None
-        from stages.data.images import decode
-        from stages.data.pictures import neighbor_strip
-
-        rows = np.unique(np.linspace(0, len(index.ids) - 1, _SHOWN_IMAGES).astype(int))
-        neighbors, similarities = index.search(rows, min(self.config.k, _SHOWN_NEIGHBORS))
-        pixels = {
-            image_id: decode(data) for image_id, data in _encoded(images, {*index.ids[rows], *neighbors.flat}).items()
-        }
-        sheet = neighbor_strip(
-            [pixels[int(index.ids[row])] for row in rows],
-            [[pixels[int(image_id)] for image_id in found] for found in neighbors],
-            [[f"{similarity:.3f}" for similarity in found] for found in similarities],
-            title="Photographs and their nearest neighbours (cosine of the embeddings)",
-        )
-        context.output.put_file("preview.png", sheet)
-        return "preview.png"
+Shard = tuple[NDArray[np.int64], NDArray[np.float32]]  # ids (n,), vectors (n, D)
 
 
-Part = tuple[NDArray[np.int64], NDArray[np.float32]]  # ids (n,), vectors (n, D)
+def _read(embeddings: Artifact) -> list[Shard]:
+    from stages.data.rows import read_shard
 
-
-def _read(embeddings: Artifact) -> list[Part]:
-    from stages.data.tables import open_shard
-
-    parts = []
-    for entry in embeddings.shards():
-        table = open_shard(embeddings, entry, ["image_id", "embedding"])
+    shards = []
+    for shard in embeddings.shards():
+        table = read_shard(embeddings, shard, ["image_id", "embedding"])
         column = table["embedding"].combine_chunks()
         ids = table["image_id"].to_numpy()
         vectors = np.asarray(column.flatten(), np.float32)
-        parts.append((ids, vectors.reshape(len(ids), -1) if len(ids) else vectors.reshape(0, 0)))
-    width = max((vectors.shape[1] for _, vectors in parts), default=0)
-    return [(ids, vectors if len(ids) else vectors.reshape(0, width)) for ids, vectors in parts]
+        shards.append((ids, vectors.reshape(len(ids), -1) if len(ids) else vectors.reshape(0, 0)))
+    width = max((vectors.shape[1] for _, vectors in shards), default=0)
+    return [(ids, vectors if len(ids) else vectors.reshape(0, width)) for ids, vectors in shards]
 
 
 def _lists(blocks: list[NDArray[Any]], k: int) -> Any:
@@ -152,15 +123,18 @@ def _lists(blocks: list[NDArray[Any]], k: int) -> Any:
     return pa.ListArray.from_arrays(pa.array(np.arange(0, len(flat) + 1, k, dtype=np.int32)), pa.array(flat))
 
 
-def _encoded(images: Artifact, wanted: set[Any]) -> dict[int, bytes]:
-    """The bytes of these images; only parts that hold one of them are read past their ids."""
-    from stages.data.tables import iter_batches, open_shard
+def _preview(index: Neighbourhood, k: int, seed: int) -> bytes:
+    """How similar neighbours are, and how similar any two images: where the curves meet, neighbours mean little."""
+    from stages.data.pictures import histograms
 
-    found: dict[int, bytes] = {}
-    for entry in images.shards():
-        ids = open_shard(images, entry, ["image_id"])["image_id"].to_pylist()
-        rows = [row for row, image_id in enumerate(ids) if image_id in wanted]
-        for row in rows:
-            for batch in iter_batches(images, entry, ["image_id", "image"], rows=(row, row + 1)):
-                found |= {one["image_id"]: one["image"] for one in batch.to_pylist()}
-    return found
+    count = len(index.ids)
+    rows = np.unique(np.linspace(0, count - 1, min(_SHOWN, count)).astype(int))
+    _, similarities = index.search(rows, k)
+    generator = np.random.default_rng(seed)
+    one = generator.integers(0, count, _SHOWN)
+    other = (one + generator.integers(1, count, _SHOWN)) % count  # never the same image
+    pairs = (index.vectors[one] * index.vectors[other]).sum(axis=1)
+    shown = {"nearest neighbour": similarities[:, 0], f"neighbour {k}": similarities[:, -1], "two random images": pairs}
+    return histograms(
+        shown, title=f"Similarity of {count} images to their neighbours", label="cosine of the embeddings"
+    )

@@ -9,25 +9,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.data.images import decode
+from stages.regions.settings import SelectiveSearchConfig
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
-    from stages.regions.selective_search import SelectiveSearch
-
-    Settings: TypeAlias = SelectiveSearch.Config
 
 Boxes: TypeAlias = NDArray[np.float32]  # (n, 4): x0, y0, x1, y1 in pixels, continuous: the width is x1 - x0
 
 _SUPPORT, _OVERLAP = 0.6, 0.5  # IoU from which a box supports another, or stands in its way
 
 
-def propose_row(row: dict[str, Any], settings: Settings) -> dict[str, Any]:
+def propose_row(row: dict[str, Any], settings: SelectiveSearchConfig) -> dict[str, Any]:
     """The row of `boxes` for a row of `images`, and what the stage counts."""
     boxes, whole = propose(decode(row["image"]), settings)
     return {"boxes": boxes.tolist(), "total_boxes": len(boxes), "whole_image": int(whole)}
 
 
-def propose(pixels: NDArray[np.uint8], settings: Settings) -> tuple[Boxes, bool]:
+def propose(pixels: NDArray[np.uint8], settings: SelectiveSearchConfig) -> tuple[Boxes, bool]:
     """At most `max_boxes` boxes of an image (H, W, 3), best first, and whether they are only the whole image.
 
     The same image and settings give the same boxes in the same order, whatever else the process computes.
@@ -39,7 +37,7 @@ def propose(pixels: NDArray[np.uint8], settings: Settings) -> tuple[Boxes, bool]
     return rank(boxes, settings.max_boxes).astype(np.float32), False
 
 
-def search(pixels: NDArray[np.uint8], settings: Settings) -> NDArray[np.float64]:
+def search(pixels: NDArray[np.uint8], settings: SelectiveSearchConfig) -> NDArray[np.float64]:
     """All boxes of OpenCV's selective search, in pixels of the image, sorted by their coordinates.
 
     OpenCV returns a set without duplicates in an order that C's rand() decides; only the set is used.
@@ -64,7 +62,7 @@ def search(pixels: NDArray[np.uint8], settings: Settings) -> NDArray[np.float64]
     return corners * np.tile([width / small.shape[1], height / small.shape[0]], 2)
 
 
-def keep(boxes: NDArray[np.float64], width: int, height: int, settings: Settings) -> NDArray[np.float64]:
+def keep(boxes: NDArray[np.float64], width: int, height: int, settings: SelectiveSearchConfig) -> NDArray[np.float64]:
     """Those of a size and shape that D3SSL trains on (rules of SoCo's released code)."""
     w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     scale = np.sqrt(w * h / (width * height))
@@ -102,13 +100,13 @@ def pairwise_iou(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
     return shared / (area[:, None] + area[None] - shared)
 
 
-def show_boxes(images: Artifact, settings: Settings, pictures: int = 8, boxes: int = 5) -> bytes:
+def show_boxes(images: Artifact, settings: SelectiveSearchConfig, pictures: int = 8, boxes: int = 5) -> bytes:
     """A contact sheet: the first few boxes of some photographs."""
     from stages.data.pictures import draw_boxes, grid
-    from stages.data.tables import sample
+    from stages.data.rows import sample_rows
 
     cells, captions = [], []
-    for row in sample(images, pictures, ["key", "image"]):
+    for row in sample_rows(images, pictures, ["key", "image"]):
         try:
             pixels = decode(row["image"])
         except Exception:  # it is among the stage's problems already

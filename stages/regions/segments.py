@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -10,18 +10,16 @@ from numpy.typing import NDArray
 
 from stages.data.images import ImageError, decode
 from stages.data.tables import pack_labels
+from stages.regions.settings import SuperpixelsConfig
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
-    from stages.regions.superpixels import Superpixels
-
-    Settings: TypeAlias = Superpixels.Config
 
 _MOST = 65536  # labels that uint16 holds
 _ALGORITHMS = {"slic": cv2.ximgproc.SLIC, "slico": cv2.ximgproc.SLICO, "mslic": cv2.ximgproc.MSLIC}
 
 
-def segment_row(row: dict[str, Any], settings: Settings) -> dict[str, Any]:
+def segment_row(row: dict[str, Any], settings: SuperpixelsConfig) -> dict[str, Any]:
     """The row of `superpixels` for a row of `images`, and what the stage counts."""
     pixels = decode(row["image"])
     labels, count = segment(pixels, settings)
@@ -29,10 +27,10 @@ def segment_row(row: dict[str, Any], settings: Settings) -> dict[str, Any]:
     return {"labels": pack_labels(labels), "count": count, "superpixels": count, "too_small": int(small)}
 
 
-def segment(pixels: NDArray[np.uint8], settings: Settings) -> tuple[NDArray[np.uint16], int]:
+def segment(pixels: NDArray[np.uint8], settings: SuperpixelsConfig) -> tuple[NDArray[np.uint16], int]:
     """Labels (H, W) of an image (H, W, 3), every one of 0..n-1 in use, and n. Raises ImageError above 65536."""
     height, width = pixels.shape[:2]
-    if settings.algorithm == "grid" or min(height, width) < 2 * settings.region_size:
+    if settings.algorithm == "grid" or too_small(pixels, settings.region_size):
         labels = grid_labels(height, width, settings.region_size)
     else:
         labels = slic_labels(pixels, settings)
@@ -40,10 +38,12 @@ def segment(pixels: NDArray[np.uint8], settings: Settings) -> tuple[NDArray[np.u
 
 
 def too_small(pixels: NDArray[np.uint8], region_size: int) -> bool:
+    """Whether an image (H, W, 3) is too small for SLIC, and gets a grid."""
     return min(pixels.shape[:2]) < 2 * region_size
 
 
-def slic_labels(pixels: NDArray[np.uint8], settings: Settings) -> NDArray[np.int32]:
+def slic_labels(pixels: NDArray[np.uint8], settings: SuperpixelsConfig) -> NDArray[np.int32]:
+    """OpenCV's SLIC, SLICO or MSLIC on an image (H, W, 3): labels (H, W), not all of which need be in use."""
     if settings.blur_sigma is not None:
         pixels = np.asarray(cv2.GaussianBlur(pixels, (3, 3), settings.blur_sigma), np.uint8)
     engine = cv2.ximgproc.createSuperpixelSLIC(
@@ -72,13 +72,13 @@ def without_gaps(labels: NDArray[np.int32]) -> tuple[NDArray[np.uint16], int]:
     return names[labels], count
 
 
-def show_superpixels(images: Artifact, settings: Settings, pictures: int = 6) -> bytes:
+def show_superpixels(images: Artifact, settings: SuperpixelsConfig, pictures: int = 6) -> bytes:
     """A contact sheet: some photographs with the borders of their superpixels."""
     from stages.data.pictures import draw_superpixels, grid
-    from stages.data.tables import sample
+    from stages.data.rows import sample_rows
 
     cells, captions = [], []
-    for row in sample(images, pictures, ["key", "image"]):
+    for row in sample_rows(images, pictures, ["key", "image"]):
         try:
             pixels = decode(row["image"])
             labels, count = segment(pixels, settings)

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.precompute [--stage superpixels] [--images 1000] [--rounds 3]
 
 Both sides use one process per CPU, both are warm before the clock runs, and rounds alternate, so that what else the
-machine does meets both. The pool reads files and drops its rows; the stage's map reads and writes artifact parts.
+machine does meets both. The pool reads files and drops its rows; the stage's map reads and writes shards of artifacts.
 CPU seconds (workers, driver, and Ray's daemons on Ray's side) depend less on who else uses the machine.
 """
 
@@ -34,7 +34,7 @@ from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from stages.data.tables import SCHEMAS
 from stages.ingest.write import default_shard_rows
-from stages.map_images.driver import map_shards
+from stages.map_images.ray_data import map_images
 from stages.regions.proposals import propose_row
 from stages.regions.segments import segment_row
 from stages.regions.selective_search import SelectiveSearch
@@ -65,11 +65,11 @@ def image_files(count: int) -> list[Path]:
     return files[:: len(files) // count][:count]
 
 
-def write_images(store: ArtifactStore, files: list[Path], part_rows: int, fingerprint: str) -> Artifact:
+def write_images(store: ArtifactStore, files: list[Path], shard_rows: int, fingerprint: str) -> Artifact:
     writer = store.begin("images", fingerprint)
-    for index, at in enumerate(range(0, len(files), part_rows)):
+    for index, at in enumerate(range(0, len(files), shard_rows)):
         rows = []
-        for image_id, file in enumerate(files[at : at + part_rows], at):
+        for image_id, file in enumerate(files[at : at + shard_rows], at):
             row: dict[str, Any] = dict.fromkeys(SCHEMAS["images"].names)
             rows.append(row | {"image_id": image_id, "key": file.name, "image": file.read_bytes()})
         writer.put_table(index, pa.Table.from_pylist(rows, schema=SCHEMAS["images"]))
@@ -96,7 +96,7 @@ def ray_seconds(store: ArtifactStore, images: Artifact, stage: str) -> float:
     fingerprint = hashlib.sha256(os.urandom(8)).hexdigest()[:12]
     context = Context(stage, fingerprint, {"images": images}, store.begin(kind, fingerprint), Resources())
     start = time.perf_counter()
-    summary = map_shards(context, images, process, arguments=(settings,), schema=SCHEMAS[kind])
+    summary = map_images(context, images, process, arguments=(settings,), schema=SCHEMAS[kind])
     seconds = time.perf_counter() - start
     assert summary.images == images.rows
     context.output.commit()
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--strategy", choices=["single", "fast", "quality"], default="fast", help="of selective search")
     parser.add_argument(
-        "--part-rows", type=int, help="images a part of the artifact; default: what ingest would choose"
+        "--shard-rows", type=int, help="images a shard of the artifact; default: what ingest would choose"
     )
     parser.add_argument("--write", action="store_true", help="put the figures into RESULTS.md")
     options = parser.parse_args()
@@ -140,8 +140,8 @@ def main() -> None:
     os.environ["TESSERA_CACHE"] = str(folder / "cache")
     files = image_files(options.images)
     store = ArtifactStore(str(folder / "store"))
-    part_rows = options.part_rows or default_shard_rows(len(files))
-    images = write_images(store, files, part_rows, "0" * 12)
+    shard_rows = options.shard_rows or default_shard_rows(len(files))
+    images = write_images(store, files, shard_rows, "0" * 12)
     few = write_images(store, files[:64], 8, "1" * 12)
     started = cluster.start("local")
     workers = int(started.cpus)

@@ -101,3 +101,11 @@ def test_curves() -> None:
     assert decode(pictures.curves(series, title="Terms")).shape[1] > 1000
     with pytest.raises(ValueError, match="no curve"):
         pictures.curves({})
+
+
+def test_histograms() -> None:
+    samples = {"near": np.array([0.9, 0.8, 0.95], np.float32), "far": np.linspace(-1, 1, 50)}
+    sheet = decode(pictures.histograms(samples, title="Similarity", label="cosine"))
+    assert sheet.shape[1] > 700
+    assert (sheet != 255).any(2).mean() > 0.02, "something is drawn"
+    pictures.histograms({"all the same": np.ones(4)}, title="One value", label="cosine")

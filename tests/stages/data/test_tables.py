@@ -1,4 +1,4 @@
-"""Random access through the mapped copy, streaming reads, and the packing of superpixel maps."""
+"""Random access through the mapped copy, and the packing of superpixel maps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import multiprocessing
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,20 +17,20 @@ from hypothesis.extra import numpy as hnp
 from pipeline.errors import ArtifactDamaged, StoreError
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
-from stages.data import tables
-from stages.data.tables import SCHEMAS, Table, iter_batches, open_shard, pack_labels, sample, unpack_labels
+from stages.data.rows import read_shard
+from stages.data.tables import SCHEMAS, Table, pack_labels, unpack_labels
 
 
 def boxes_artifact(store: ArtifactStore, ids: list[list[int]], fingerprint: str = "aaaaaaaaaaaa") -> Artifact:
     """Image i has i % 4 boxes, all of whose numbers are i."""
     writer = store.begin("boxes", fingerprint)
-    for index, part in enumerate(ids):
-        rows = [{"image_id": i, "boxes": [[float(i)] * 4] * (i % 4)} for i in part]
+    for index, shard in enumerate(ids):
+        rows = [{"image_id": i, "boxes": [[float(i)] * 4] * (i % 4)} for i in shard]
         writer.put_table(index, pa.Table.from_pylist(rows, schema=SCHEMAS["boxes"]))
     return writer.commit()
 
 
-def test_rows_are_found_by_id_across_parts_and_batches(store: ArtifactStore) -> None:
+def test_rows_are_found_by_id_across_shards_and_batches(store: ArtifactStore) -> None:
     artifact = boxes_artifact(store, [list(range(200)), list(range(200, 230)), []])
     table = Table.open(artifact)
     assert len(table) == 230
@@ -96,12 +95,12 @@ def test_processes_that_open_together_make_one_copy(store: ArtifactStore) -> Non
     with multiprocessing.get_context("spawn").Pool(4) as pool:
         sums = pool.map(_open_and_sum, [artifact] * 4)
     assert len(set(sums)) == 1
-    copies = [path for path in (tables.cache_folder() / "tables").iterdir() if "cccccccccccc" in path.name]
+    copies = [path for path in (artifact.cache / "tables").iterdir() if "cccccccccccc" in path.name]
     assert sorted(path.suffix for path in copies) == ["", ".lock"]
 
 
 def _copy(artifact: Artifact) -> Path:
-    [folder] = (tables.cache_folder() / "tables").glob(f"boxes-{artifact.fingerprint}-*[!k]")
+    [folder] = (artifact.cache / "tables").glob(f"boxes-{artifact.fingerprint}-*[!k]")
     return folder
 
 
@@ -142,29 +141,12 @@ def test_a_flipped_byte_is_found_before_a_copy_is_made(store: ArtifactStore) -> 
     with pytest.raises(ArtifactDamaged, match=entry.stored):
         Table.open(artifact)
     with pytest.raises(ArtifactDamaged, match=entry.stored):
-        open_shard(artifact, entry)
+        read_shard(artifact, entry)
 
 
 def test_ids_must_rise(store: ArtifactStore) -> None:
     with pytest.raises(StoreError, match="image_id must rise"):
         Table.open(boxes_artifact(store, [[3, 4], [4, 5]], "cdcdcdcdcdcd"))
-
-
-@pytest.mark.parametrize("rows", [None, (0, 5), (3, 4), (95, 130), (64, 128), (199, 900), (50, 50)])
-def test_a_range_of_rows(store: ArtifactStore, rows: tuple[int, int] | None, monkeypatch: Any) -> None:
-    monkeypatch.setattr("pipeline.store.writer.ROW_GROUP_BYTES", 2_000)  # several row groups in the part
-    artifact = boxes_artifact(store, [list(range(200))], "efefefefefef")
-    [entry] = artifact.shards()
-    found = [
-        i for batch in iter_batches(artifact, entry, ["image_id"], 16, rows) for i in batch["image_id"].to_pylist()
-    ]
-    assert found == list(range(200))[slice(*rows) if rows else slice(None)]
-
-
-def test_a_sample_is_spread_over_all_parts(store: ArtifactStore) -> None:
-    artifact = boxes_artifact(store, [list(range(40)), list(range(40, 50)), list(range(50, 61))])
-    assert [row["image_id"] for row in sample(artifact, 4, ["image_id"])] == [0, 20, 40, 60]
-    assert len(sample(artifact, 1000, ["image_id"])) == 61
 
 
 maps = hnp.arrays(np.uint16, hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=40))

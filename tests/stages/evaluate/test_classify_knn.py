@@ -10,7 +10,8 @@ import pytest
 from pipeline.errors import SourceError, UsageError
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
-from stages.data.tables import SCHEMAS, Table, open_shard
+from stages.data.rows import read_shard
+from stages.data.tables import SCHEMAS, Table
 from stages.evaluate.classify_knn import ClassifyKnn
 
 from .conftest import RunStage
@@ -44,7 +45,7 @@ def test_without_the_random_encoder(run: RunStage) -> None:
 
 
 def test_an_unreadable_image_is_named_and_left_out(run: RunStage, store: ArtifactStore, coloured: Artifact) -> None:
-    rows = [row for entry in coloured.shards() for row in open_shard(coloured, entry).to_pylist()]
+    rows = [row for entry in coloured.shards() for row in read_shard(coloured, entry).to_pylist()]
     rows[3]["image"] = b"no image"
     writer = store.begin("images", "damaged")
     writer.put_table(0, pa.Table.from_pylist(rows, schema=SCHEMAS["images"]))

@@ -14,7 +14,8 @@ from pipeline.errors import SourceError, UsageError
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from stages.data.images import encode_mask
-from stages.data.tables import SCHEMAS, open_shard
+from stages.data.rows import read_shard
+from stages.data.tables import SCHEMAS
 from stages.evaluate.linear_probe import _draws, _enlarging, fit
 from stages.evaluate.segment_linear import SegmentLinear
 from stages.evaluate.segment_linear_steps import _draw_crop
@@ -29,7 +30,7 @@ def test_scores_table_and_picture(run: RunStage) -> None:
     assert outcome.metrics["miou"] > 60, "colours are linear in any features"
     assert {"miou_random", "pixel_accuracy_random", "mean_accuracy_random"} < set(outcome.metrics)
     assert outcome.counts == {"train": 20, "test": 10, "classes": 3, "unreadable": 0}
-    table = open_shard(made, next(made.shards())).to_pydict()
+    table = read_shard(made, next(made.shards())).to_pydict()
     assert table["class"] == ["red", "green", "blue"], "void is no class"
     assert sum(table["pixels"]) == 10 * 40 * (48 - 2), "every test pixel but the void ones, at the masks' own size"
     assert np.mean(table["iou"]) == pytest.approx(outcome.metrics["miou"])
@@ -55,7 +56,7 @@ def test_a_list_of_learning_rates_is_searched_on_train_images(run: RunStage) -> 
 
 
 def with_masks(store: ArtifactStore, images: Artifact, masks: dict[int, bytes | None]) -> Artifact:
-    rows = [row for entry in images.shards() for row in open_shard(images, entry).to_pylist()]
+    rows = [row for entry in images.shards() for row in read_shard(images, entry).to_pylist()]
     for row in rows:
         row["mask"] = masks.get(row["image_id"], row["mask"])
     writer = store.begin("images", "othermasks")

@@ -12,7 +12,8 @@ import pytest
 from pipeline.stage import Context, Outcome, Resources
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
-from stages.data.tables import SCHEMAS, open_shard
+from stages.data.rows import read_shard
+from stages.data.tables import SCHEMAS
 from stages.ingest.settings import IngestConfig
 from stages.ingest.stage import Ingest
 
@@ -27,7 +28,7 @@ class Ingested:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        tables = [open_shard(self.artifact, entry) for entry in self.artifact.shards()]
+        tables = [read_shard(self.artifact, entry) for entry in self.artifact.shards()]
         assert all(table.schema.equals(SCHEMAS["images"]) for table in tables)
         return [row for table in tables for row in table.to_pylist()]
 

@@ -15,6 +15,7 @@ from pipeline.errors import SourceError
 from pipeline.stage import Context, Resources
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
+from stages.data.images import decode
 from stages.data.tables import SCHEMAS, Table
 from stages.neighbors.nearest import IndexSettings, Neighbourhood, recall
 from stages.neighbors.stage import Neighbors, NeighborsConfig
@@ -84,13 +85,13 @@ def test_a_cell_with_too_few_vectors_is_completed() -> None:
 
 @pytest.fixture
 def embeddings(store: ArtifactStore, images: Callable[..., Artifact]) -> Artifact:
-    """Twelve photographs and their embeddings in parts of 5, 0 and 7, made from `images` in the same store."""
+    """Twelve photographs and their embeddings in shards of 5, 0 and 7, made from `images` in the same store."""
     source = images({f"{i:02d}.jpg": encode(smooth_pixels(40, 30, i)) for i in range(12)}, [5, 7])
     vectors = unit(np.random.default_rng(1).normal(size=(12, 6)))
     writer = store.begin("embeddings", "e1")
-    for part, ids in enumerate((range(5), range(0), range(5, 12))):
+    for shard, ids in enumerate((range(5), range(0), range(5, 12))):
         rows = [{"image_id": i, "embedding": vectors[i]} for i in ids]
-        writer.put_table(part, pa.Table.from_pylist(rows, schema=SCHEMAS["embeddings"]))
+        writer.put_table(shard, pa.Table.from_pylist(rows, schema=SCHEMAS["embeddings"]))
     return writer.commit(inputs={"images": source.name})
 
 
@@ -112,20 +113,31 @@ def test_the_table_and_the_picture(store: ArtifactStore, embeddings: Artifact) -
     assert outcome.notes["k"] == 4
 
 
-def test_parts_that_are_there_are_not_computed_again(store: ArtifactStore, embeddings: Artifact) -> None:
+def test_shards_that_are_there_are_not_computed_again(store: ArtifactStore, embeddings: Artifact) -> None:
     writer = store.begin("neighbors", "n1")
     row = {"image_id": 0, "neighbors": [7], "similarities": [0.5]}
     writer.put_table(0, pa.Table.from_pylist([row], schema=SCHEMAS["neighbors"]))
     writer.close()
     _, made = run(store, embeddings, k=1)
-    assert Table.open(made).row(0)["neighbors"].tolist() == [7], "the finished part stays as it was"
+    assert Table.open(made).row(0)["neighbors"].tolist() == [7], "the finished shard stays as it was"
 
 
-def test_without_the_images_there_is_a_table_but_no_picture(store: ArtifactStore, embeddings: Artifact) -> None:
+def test_only_the_embeddings_are_read(store: ArtifactStore, embeddings: Artifact) -> None:
+    """The images behind them may be gone from the store: neither the table nor the picture needs them."""
     store.discard("images", embeddings.manifest.inputs["images"].split("/")[1])
     outcome, made = run(store, embeddings, k=2)
-    assert outcome.preview is None
+    assert outcome.preview == "preview.png"
+    assert decode(made.read("preview.png")).shape[2] == 3
     assert made.rows == 12
+    assert made.manifest.notes["images"] == embeddings.manifest.inputs["images"], "training checks the image set"
+
+
+def test_two_images_are_each_others_neighbours(store: ArtifactStore, images: Callable[..., Artifact]) -> None:
+    writer = store.begin("embeddings", "e2")
+    rows = [{"image_id": i, "embedding": [1.0, float(i)]} for i in range(2)]
+    writer.put_table(0, pa.Table.from_pylist(rows, schema=SCHEMAS["embeddings"]))
+    _, made = run(store, writer.commit(), k=1)
+    assert Table.open(made).column("neighbors").tolist() == [[1], [0]]
 
 
 def test_more_neighbours_than_images_is_an_error_with_the_numbers(store: ArtifactStore, embeddings: Artifact) -> None:

@@ -24,7 +24,7 @@ STAGES = [SelectiveSearch, Superpixels]
 
 @pytest.fixture
 def source(images: Callable[..., Artifact], make_image: Callable[..., Path], tmp_path: Path) -> Artifact:
-    """Ten pictures of 120x90 in three parts; the fourth is no picture."""
+    """Ten pictures of 120x90 in three shards; the fourth is no picture."""
     paths = [make_image(tmp_path / f"{i}.jpg", 120, 90, i) for i in range(10)]
     files = {path.name: path.read_bytes() for path in paths} | {"3.jpg": b"not a picture"}
     return images(files, [4, 4, 2])
@@ -57,7 +57,7 @@ def test_from_images_to_an_artifact(
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_twice_is_bit_identical(ray_local: None, stage: Any, source: Artifact, context: Callable[..., Context]) -> None:
-    """Content-named parts: the same names are the same bytes."""
+    """Content-named shards: the same names are the same bytes."""
     stored = []
     for fingerprint in ("aaaaaaaaaaaa", "bbbbbbbbbbbb"):
         ctx = context(stage.kind, fingerprint, images=source)

@@ -1,0 +1,257 @@
+"""`map_images`: an images artifact in, one output table out, image by image, on Ray Data.
+
+Ray Data hands slices of the images to workers, which read, compute and write; a shard of the images becomes the shard
+of the same number of the output. The driver gets row numbers only, memory stays flat, and a run that was killed
+continues with the missing shards. An image that fails is named and left out; it never stops the others.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from pipeline.errors import ClusterError, SourceError, StageFailed, TesseraError
+from stages.map_images.slices import count_cuts, cut, pack
+from stages.map_images.worker import (
+    SLICES,
+    Job,
+    Row,
+    ShardActor,
+    SliceActor,
+    record_name,
+    run_shard,
+    run_slice,
+    write_shard,
+)
+
+if TYPE_CHECKING:
+    from pipeline.stage import Context
+    from pipeline.store.artifact import Artifact
+    from pipeline.store.writer import ArtifactWriter
+
+
+@dataclass
+class MapSummary:
+    """What became of the images; `counts` and `problems` go into the stage's Outcome."""
+
+    images: int = 0  # that have a row in the output
+    failed: int = 0
+    counts: dict[str, int] = field(default_factory=dict)  # what `process` counted, summed up
+    problems: list[dict[str, str]] = field(default_factory=list)  # {"key", "reason"} of the failed
+    resumed: int = 0  # shards that an earlier attempt had finished
+
+
+def map_images(
+    context: Context,
+    images: Artifact,
+    process: Callable[..., Any],
+    *,
+    schema: pa.Schema,
+    columns: Sequence[str] = ("image",),
+    arguments: Sequence[Any] = (),
+    prepare: Callable[[Row], Row] | None = None,
+    batch_rows: int = 16,
+    cpus: float = 1.0,
+    gpus: float = 0.0,
+    threads: int = 2,
+) -> MapSummary:
+    """Computes one output row per image and writes the output's shards.
+
+    `process` is a function or a class, importable by Ray's workers:
+    - a function `process(row, *arguments) -> row` runs in tasks, one image at a time; what it raises is that image's
+      problem;
+    - a class is made once per actor, `process(*arguments)`; its instance takes a list of up to `batch_rows` rows and
+      returns as many rows; an Exception in place of a row is that image's problem, one that it raises stops the stage.
+      `prepare(row) -> row` (decoding, resizing) then runs in `threads` threads of the actor, ahead of the batches.
+
+    An input row has `image_id`, `key` and `columns`. Of an output row, the keys of `schema` are its columns
+    (`image_id` is added), any other key is a number that is added up in `MapSummary.counts`.
+
+    Args:
+        context: of the stage; its `resources` override `cpus`, `gpus`, `batch_rows` and the number of workers.
+        images: the artifact that is read.
+        process: see above.
+        schema: of the output table.
+        columns: of the images' table that a row has.
+        arguments: further arguments of the function, or those of the class.
+        prepare: see above.
+        batch_rows: rows that an instance of the class takes at once.
+        cpus: of one worker.
+        gpus: of one worker.
+        threads: of one actor, for `prepare`.
+
+    Raises: SourceError when no image succeeds; ClusterError when the cluster cannot hold one worker.
+    """
+    settings = context.resources
+    job = Job(
+        images,
+        context.output,
+        schema,
+        tuple(dict.fromkeys(["image_id", "key", *columns])),
+        process,
+        tuple(arguments),
+        prepare,
+        settings.batch_size or batch_rows,
+        threads,
+    )
+    rows = {index: shard.rows or 0 for index, shard in enumerate(images.shards())}
+    missing = _missing(context.output, rows)
+    if missing:
+        gpus = gpus if settings.gpus is None else settings.gpus
+        pool = _pool(settings.cpus or cpus, gpus, settings.concurrency, actors=isinstance(process, type))
+        total = sum(rows.values())
+        done = total - sum(missing.values())
+        context.progress(done, total, "images")
+        for finished in _compute(job, missing, pool):
+            done += finished
+            context.progress(done, total, "images")
+    return _sum_up(context.output, images, resumed=len(rows) - len(missing))
+
+
+def _missing(output: ArtifactWriter, rows: dict[int, int]) -> dict[int, int]:
+    """The shards that no earlier attempt has finished, with their rows."""
+    recorded = output.records()
+    return {
+        index: count
+        for index, count in rows.items()
+        if record_name(index) not in recorded or output.shard_done(index) is None
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- on the cluster
+@dataclass(frozen=True)
+class _Pool:
+    """How many workers, of what size, and whether they are actors."""
+
+    workers: int
+    cpus: float
+    gpus: float
+    actors: bool
+
+
+def _pool(cpus: float, gpus: float, concurrency: int | None, *, actors: bool) -> _Pool:
+    """As many workers as fit on the nodes. They may own every CPU: nothing else of a stage asks Ray for one.
+
+    Raises: ClusterError when no node can hold one.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fitting = [
+        min(int(have.get(name, 0.0) / wanted) for name, wanted in (("CPU", cpus), ("GPU", gpus)) if wanted)
+        for have in nodes
+    ]
+    if not sum(fitting):
+        largest: dict[str, float] = max(nodes, key=lambda have: have.get("CPU", 0.0), default={})
+        raise ClusterError(
+            f"one worker asks for {cpus:g} CPUs and {gpus:g} GPUs, the largest of the cluster's {len(nodes)} nodes "
+            f"has {largest.get('CPU', 0):g} and {largest.get('GPU', 0):g} "
+            "(lower resources.cpus and resources.gpus of the stage, or join a cluster of larger nodes)"
+        )
+    return _Pool(min(sum(fitting), concurrency or sum(fitting)), cpus, gpus, actors)
+
+
+def _compute(job: Job, missing: dict[int, int], pool: _Pool) -> Iterator[int]:
+    """Computes and writes these shards; yields numbers of images that are behind us."""
+    import ray.data
+
+    cuts = count_cuts(list(missing.values()), pool.workers)
+    slices = cut(missing, cuts)
+    # Only whole shards in Ray's tasks gain from packing: actors get their next slice before they end one, and of a
+    # shard in slices each is a task, so that several workers compute it.
+    tasks = [[one] for one in slices] if pool.actors or cuts > 1 else list(pack(slices, pool.workers))
+    size = min(pool.workers, len(tasks))
+    compute: Any
+    worker: Any
+    if pool.actors:
+        compute, worker = ray.data.ActorPoolStrategy(size=size), ShardActor if cuts == 1 else SliceActor
+        options: Row = {"fn_constructor_args": (job,)}
+    else:
+        compute, worker = ray.data.TaskPoolStrategy(size=size), run_shard if cuts == 1 else run_slice
+        options = {"fn_args": (job,)}
+    blocks = [pa.Table.from_pylist([vars(one) for one in task], SLICES) for task in tasks]
+    data = ray.data.from_arrow(blocks).map_batches(
+        worker,
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=compute,
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus or None,
+        **options,
+    )
+    if cuts > 1:
+        # In order, `cuts` results are one shard. No CPU: the workers may own them all, and Ray Data would run two
+        # steps that ask for the same in one task, which would then have the whole shard to compute.
+        data.context.execution_options.preserve_order = True
+        data = data.map_batches(write_shard, batch_size=cuts, batch_format="pyarrow", num_cpus=0, fn_args=(job,))
+    _configure(data)
+    _only_to_its_file("ray.data")
+    try:
+        for batch in data.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield sum(one["stop"] - one["start"] for one in batch.to_pylist())
+    except TesseraError:
+        raise
+    except Exception as error:
+        raise _cause(error) from error
+
+
+def _configure(data: Any) -> None:
+    """The settings of Ray Data that this work needs, each with what it does without."""
+    # A finished slice is reported at once, not with the rest of its task: on two CPUs the first task is a quarter of
+    # the stage.
+    data.context.target_max_block_size = 1
+    # Ray Data stops what reports nothing for 30 minutes; OpenCV's "quality" search takes 51 minutes for a slice of
+    # 1024 photographs (3.0 s each).
+    data.context.execution_no_progress_timeout_s = -1
+    # A TesseraError of a worker arrives as itself, not as a text inside one of Ray's errors.
+    data.context.raise_original_map_exception = True
+
+
+def _only_to_its_file(logger: str) -> None:
+    """Keep Ray Data's lines in its log file: on a failure it prints 130 of them before our error, which says why."""
+    for handler in logging.getLogger(logger).handlers:
+        if "File" not in type(handler).__name__:
+            handler.setLevel(logging.CRITICAL)
+
+
+def _cause(error: BaseException) -> TesseraError:
+    """The error of ours inside what Ray wraps around it, or one that names the innermost."""
+    from ray.exceptions import RayError
+
+    seen: BaseException | None = error
+    innermost = error
+    while seen is not None:
+        if isinstance(seen, TesseraError):
+            return seen
+        if not isinstance(seen, RayError):
+            innermost = seen
+        cause = getattr(seen, "cause", None)
+        seen = cause if isinstance(cause, BaseException) else seen.__cause__
+    lines = str(innermost).strip().splitlines() or [""]
+    return StageFailed(f"a worker failed: {type(innermost).__name__}: {lines[0]} (its log is in Ray's session folder)")
+
+
+# ------------------------------------------------------------------------------------------------------- at the end
+def _sum_up(output: ArtifactWriter, images: Artifact, resumed: int) -> MapSummary:
+    """Adds up what workers have recorded of their shards. Raises SourceError when no image has a row."""
+    records = output.records()
+    summary, counts = MapSummary(resumed=resumed), Counter[str]()
+    for index, _ in enumerate(images.shards()):
+        record = records[record_name(index)]
+        summary.images += record["images"]
+        summary.problems += record["problems"]
+        counts.update(record["counts"])
+    summary.counts, summary.failed = dict(counts), len(summary.problems)
+    if not summary.images:
+        first = "; ".join(f"{problem['key']}: {problem['reason']}" for problem in summary.problems[:3])
+        raise SourceError(
+            f"none of the {images.rows} images of {images.kind}/{images.fingerprint} could be used"
+            + (f" ({first})" if first else "")
+            + ": look at the first of these files, then at the stage's settings"
+        )
+    return summary
