@@ -1,4 +1,6 @@
-"""FLSL's k-NN on the patches of an image's largest object (methods.md 6.3, "bbox-aligned"). Pure functions.
+"""FLSL's k-NN on the patches of an image's largest object. Pure functions.
+
+Source: docs/methods.md#bbox-aligned-k-nn.
 
 Shape legend: N boxes of an image, M train and B test images, G cells of the grid over a box, D width, K neighbours.
 """

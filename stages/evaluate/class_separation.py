@@ -1,4 +1,6 @@
-"""How far classes lie apart and how wide they are: DSA's measures of an embedding (methods.md 6.6).
+"""How far classes lie apart and how wide they are: DSA's measures of an embedding.
+
+Source: docs/methods.md#class-separation.
 
 Shape legend: B vectors, D width, K classes.
 """

@@ -1,4 +1,6 @@
-"""The `classify_knn` stage: weighted k-NN on frozen image vectors (DINO's protocol, methods.md 6.3).
+"""The `classify_knn` stage: weighted k-NN on frozen image vectors (DINO's protocol).
+
+Source: docs/methods.md#weighted-k-nn.
 
 Reading order: this file wires, `classify_knn_vectors.py` encodes a split, `weighted_knn.py` is the vote.
 """

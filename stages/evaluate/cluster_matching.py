@@ -1,4 +1,6 @@
-"""Which class a cluster of pixels stands for, when a segmentation without labels is scored (methods.md 6.5).
+"""Which class a cluster of pixels stands for, when a segmentation without labels is scored.
+
+Source: docs/methods.md#cluster-matching.
 
 Cluster ids mean nothing by themselves: they are matched to classes on the pixels that are scored, one to one or many
 to one, and the protocols differ in what they maximise. Say which one a number comes from.

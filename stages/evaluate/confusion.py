@@ -1,4 +1,6 @@
-"""Scores of a segmentation from its confusion matrix (methods.md 6.1).
+"""Scores of a segmentation from its confusion matrix.
+
+Source: docs/methods.md#segmentation-scores.
 
 Shape legend: C classes; H[t, p] counts pixels of true class t that were predicted as p.
 """

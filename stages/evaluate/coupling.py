@@ -1,4 +1,6 @@
-"""Two diseases of dense features, as D3SSL measures them (methods.md 6.4): coupling and position bias.
+"""Two faults of dense features, as D3SSL measures them: coupling and position bias.
+
+Source: docs/methods.md#coupling-and-position-bias.
 
 Shape legend: N pairs or grids, D width.
 """

@@ -1,4 +1,6 @@
-"""Soft labels carried from earlier frames of a video to the next by feature similarity (methods.md 6.7; DAVIS-2017).
+"""Soft labels carried from earlier frames of a video to the next by feature similarity.
+
+Source: docs/methods.md#label-propagation.
 
 Shape legend: h w sides of a feature map, F context frames, D width, L labels (objects and background), W = 2 r + 1.
 """

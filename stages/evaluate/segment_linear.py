@@ -1,4 +1,6 @@
-"""The `segment_linear` stage: a linear layer on frozen patch features, scored by mIoU (methods.md 6.1 and 6.2).
+"""The `segment_linear` stage: a linear layer on frozen patch features, scored by mIoU.
+
+Source: docs/methods.md#linear-segmentation.
 
 Reading order: this file wires, `segment_linear_steps.py` encodes, trains and scores, `linear_probe.py` is the layer,
 `confusion.py` the scores.

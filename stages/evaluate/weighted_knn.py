@@ -1,4 +1,6 @@
-"""Weighted k-NN vote on frozen features (DINO's protocol, methods.md 6.3). Pure functions of tensors.
+"""Weighted k-NN vote on frozen features (DINO's protocol). Pure functions of tensors.
+
+Source: docs/methods.md#weighted-k-nn.
 
 Shape legend: N train images, M test images, D width, C classes, K neighbours.
 """

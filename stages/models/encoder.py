@@ -123,7 +123,8 @@ class Encoder(nn.Module):
             features = self._other(image_B3HW)
         if self.filter is None or self.filter.placement != "post":
             return features
-        # The filter appends D' attended channels to the map; the vector gets their mean (methods.md 1.5).
+        # The filter appends D' attended channels to the map; the vector gets their mean
+        # (docs/methods.md#cotap-object-aware-filter).
         map_BDhw = self.filter(features.map)
         attended = map_BDhw[:, self.backbone_width :].mean(dim=(2, 3))
         return Features(torch.cat([features.vector, attended], dim=1), map_BDhw)
@@ -171,7 +172,7 @@ class Encoder(nn.Module):
         return model.norm_pre(model.patch_drop(tokens)), (h, w)
 
     def _filter_residual(self, tokens: Tensor, block: Any, h: int, w: int) -> Tensor:
-        """`pre_last`: the filter sees the last block's LN1 input, its result joins the residual stream (1.5)."""
+        """`pre_last`: the filter sees the last block's LN1 input, its result joins the residual stream."""
         prefix = self.model.num_prefix_tokens
         fused = self.filter(_to_map(block.norm1(tokens)[:, prefix:], h, w))
         return torch.cat([tokens[:, :prefix], tokens[:, prefix:] + fused.flatten(2).transpose(1, 2)], dim=1)
@@ -272,7 +273,7 @@ class Encoder(nn.Module):
         return twin.to(next(self.parameters()).device)
 
     def teacher(self) -> Encoder:
-        """A copy that needs no gradient and has no stochastic depth (that is the student's alone, methods.md 0.2)."""
+        """A copy that needs no gradient and has no stochastic depth, which is the student's alone."""
         twin = copy.deepcopy(self).requires_grad_(False)
         for module in twin.modules():
             if isinstance(module, DropPath):

@@ -1,4 +1,6 @@
-"""Projection heads: encoder features -> unit embeddings -> scores against prototypes (methods.md 0.3 and 1.3).
+"""Projection heads: encoder features -> unit embeddings -> scores against prototypes.
+
+Source: docs/methods.md#projection-head.
 
 Shape legend: ... any leading axes, C input width, D embedding width, K prototypes.
 """

@@ -1,4 +1,6 @@
-"""CoTAP's object-aware filter: prototype cross-attention on a feature map (methods.md 1.5, CoTAP Eq. 17 to 19).
+"""CoTAP's object-aware filter: prototype cross-attention on a feature map.
+
+Source: docs/methods.md#cotap-object-aware-filter (Eq. 17 to 19).
 
 Shape legend: B images, C width of the map, E attention width (D' in the paper), h w grid, M prototypes, H heads.
 """

@@ -11,7 +11,9 @@ from torch import Tensor
 
 
 def sincos_table(width: int, grid: tuple[int, int], prefix: int = 0) -> Tensor:
-    """The fixed table of MAE and FLSL (methods.md 3.2): (prefix + h*w, width) float64, prefix rows zero.
+    """The fixed position table of MAE and FLSL.
+
+    Source: docs/methods.md#vit-positions.
 
     The first half of the channels encodes the column, the second the row, each as [sin(p w_k), cos(p w_k)]
     with w_k = 10000^(-k/(width/4)).

@@ -1,4 +1,4 @@
-"""Overlap boxes of multi-crops against Leopart's own function (methods.md 0.7)."""
+"""Overlap boxes of multi-crops against Leopart's own function (docs/methods.md#views-and-overlap)."""
 
 from __future__ import annotations
 

@@ -102,7 +102,8 @@ def largest_first(boxes: NDArray[Any]) -> NDArray[np.int64]:
 
 @pytest.mark.parametrize("s", range(4))
 def test_the_restore_rule_is_the_successors(s: int) -> None:
-    """The later project's cut-out is the evidence for PRC's default threshold, a box's own fraction (methods.md 4.4).
+    """The later project's cut-out is the evidence for PRC's default threshold, a box's own fraction
+    (docs/methods.md#d3ssl-region-augmentations).
 
     It rounds otherwise (corners are inclusive; a rectangle is placed between pixels first): one plain rule gives its
     masks with its rounding, and ours with ours.
