@@ -91,9 +91,11 @@ def make_run(steps: int = 12, method: Method | None = None, **settings: object) 
 
 
 class StopAt(CheckpointFolder):
-    """A process that dies right after a checkpoint."""
+    """A process that dies right after the checkpoint of step `stop`."""
 
-    stop = 5
+    def __init__(self, folder: Path, stop: int) -> None:
+        super().__init__(folder, "run")
+        self.stop = stop
 
     def save(self, method: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
         super().save(method, optimizer, state)
@@ -118,7 +120,7 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path: Path) -> None:
     whole_run = make_run(checkpoint_every=5)
     whole = train(whole_run, CheckpointFolder(tmp_path / "whole", "run"))
     with pytest.raises(KeyboardInterrupt):
-        train(make_run(checkpoint_every=5), StopAt(tmp_path / "cut", "run"))
+        train(make_run(checkpoint_every=5), StopAt(tmp_path / "cut", 5))
     resumed_run = make_run(checkpoint_every=5)
     resumed = train(resumed_run, CheckpointFolder(tmp_path / "cut", "run"))
     assert curve(resumed) == curve(whole)
@@ -129,9 +131,8 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path: Path) -> None:
 
 def test_a_broken_checkpoint_is_passed_over(tmp_path: Path) -> None:
     whole = train(make_run(checkpoint_every=3), CheckpointFolder(tmp_path / "whole", "run"))
-    StopAt.stop = 6
     with pytest.raises(KeyboardInterrupt):
-        train(make_run(checkpoint_every=3), StopAt(tmp_path / "cut", "run"))
+        train(make_run(checkpoint_every=3), StopAt(tmp_path / "cut", 6))
     newest = tmp_path / "cut" / "step-00000006"
     data = bytearray((newest / "state.pt").read_bytes())
     data[len(data) // 2] ^= 1

@@ -97,7 +97,10 @@ def test_a_collapse_stops_the_run_once_it_has_lasted(tmp_path: Path) -> None:
 def test_no_collapse_is_looked_for_in_the_grace_or_with_a_limit_of_zero(tmp_path: Path) -> None:
     still = {"optimizer": {"lr": 1e-9, "lr_end": 0.0}}
     train(make_run(12, Collapsing(), watch={"grace": 12}, **still), CheckpointFolder(tmp_path / "a", "run"))
-    train(make_run(12, Collapsing(), watch={"min_rank": 0}, **still), CheckpointFolder(tmp_path / "b", "run"))
+    no_limit = {"min_rank": 0, "grace": 0}
+    train(make_run(12, Collapsing(), watch=no_limit, **still), CheckpointFolder(tmp_path / "b", "run"))
+    with pytest.raises(StageFailed, match="collapsed"):
+        train(make_run(12, Collapsing(), watch={"grace": 0}, **still), CheckpointFolder(tmp_path / "c", "run"))
 
 
 def wrong(watch: Watch, step: int, values: Tensor, norm: float, **seen: float) -> str | None:
