@@ -18,7 +18,7 @@ from stages.models.sync_batch_norm import convert
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.method import Method, Step
 
-LIBRARIES = ["torch.nn.parallel", "timm", "lightly.loss", "pytest", "stages.models.encoder", "stages.data.images"]
+LIBRARIES = ["pytest", "torch", "timm", "lightly.loss", "stages.models.encoder", "stages.pretrain.data.loader"]
 Results = dict[str, Any]
 Worker = Callable[[int, int], Results]  # of a rank and the number of ranks; a function of a module, so that it pickles
 
