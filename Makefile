@@ -7,8 +7,10 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export MLFLOW_DISABLE_TELEMETRY ?= true
 # FAISS build to install: cpu or gpu.
 FAISS ?= cpu
+# Whole pipelines, minutes each; `make test` runs all others.
+SLOW_TESTS := tests/test_killed_run.py tests/test_proof_recipes.py
 
-.PHONY: setup quickstart test check lint format types lock clean
+.PHONY: setup quickstart test test-slow check lint format types lock clean
 
 setup: $(STAMP)
 
@@ -23,8 +25,12 @@ $(STAMP): requirements.lock pyproject.toml
 quickstart: setup
 	$(BIN)/tessera run configs/quickstart.yaml
 
+# Two processes; those on Ray share one of them (tests/conftest.py).
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(SLOW_TESTS:%=--ignore=%)
+
+test-slow: setup
+	$(BIN)/python -m pytest $(SLOW_TESTS)
 
 lint: setup
 	$(BIN)/ruff check .

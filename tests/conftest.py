@@ -1,10 +1,14 @@
-"""Fixtures for every test: the development images where they exist, and tiny images made on the spot."""
+"""What all tests share: how they are spread over processes, the development images where they exist, tiny images."""
 
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+# Test processes share the cores, and tensors this small gain nothing from threads. Read when numpy and torch load.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -17,6 +21,14 @@ settings.register_profile("tessera", deadline=None)
 settings.load_profile("tessera")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests on Ray go to one of the test processes: a second Ray would take the CPUs and 2 GiB from the first."""
+    for item in items:
+        if "ray_local" in getattr(item, "fixturenames", ()) or item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(scope="session")

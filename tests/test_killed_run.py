@@ -1,5 +1,5 @@
 """A whole pipeline whose Ray worker, driver and training worker are killed with -9 at random moments, and run again:
-it completes, and its artifacts equal those of a run that nothing happened to."""
+it completes, and its artifacts equal those of a run that nothing happened to. Part of `make test-slow`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every method trains from its proof recipe through `tessera run`, in one process and in two, with the same terms.
 
 The quickstart's photographs stand in for the development images, and a run is three steps; all else is the recipe's.
-They take about 7 minutes, so they run when asked for: TESSERA_PROOFS=1 python -m pytest tests/test_proof_recipes.py
+Part of `make test-slow`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,6 @@ def run(recipe: str, method: str, settings: dict[str, str], store: Path, workers
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("TESSERA_PROOFS" not in os.environ, reason="7 minutes: set TESSERA_PROOFS=1")
 @pytest.mark.parametrize("method", METHODS)
 def test_one_process_and_two_give_the_same_terms(method: str, place: Path) -> None:
     recipe = f"configs/proof/{method}.yaml"

@@ -91,9 +91,11 @@ def make_training(steps: int = 12, method: Method | None = None, **settings: obj
 
 
 class StopAt(CheckpointFolder):
-    """A process that dies right after a checkpoint."""
+    """A process that dies right after the checkpoint of step `stop`."""
 
-    stop = 5
+    def __init__(self, folder: Path, stop: int) -> None:
+        super().__init__(folder, "f")
+        self.stop = stop
 
     def save(self, method: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
         super().save(method, optimizer, state)
@@ -118,7 +120,7 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path: Path) -> None:
     whole_training = make_training(checkpoint_every=5)
     whole = train(whole_training, CheckpointFolder(tmp_path / "whole", "f"))
     with pytest.raises(KeyboardInterrupt):
-        train(make_training(checkpoint_every=5), StopAt(tmp_path / "cut", "f"))
+        train(make_training(checkpoint_every=5), StopAt(tmp_path / "cut", 5))
     resumed_training = make_training(checkpoint_every=5)
     resumed = train(resumed_training, CheckpointFolder(tmp_path / "cut", "f"))
     assert curve(resumed) == curve(whole)
@@ -129,9 +131,8 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path: Path) -> None:
 
 def test_a_broken_checkpoint_is_passed_over(tmp_path: Path) -> None:
     whole = train(make_training(checkpoint_every=3), CheckpointFolder(tmp_path / "whole", "f"))
-    StopAt.stop = 6
     with pytest.raises(KeyboardInterrupt):
-        train(make_training(checkpoint_every=3), StopAt(tmp_path / "cut", "f"))
+        train(make_training(checkpoint_every=3), StopAt(tmp_path / "cut", 6))
     newest = tmp_path / "cut" / "step-00000006"
     data = bytearray((newest / "state.pt").read_bytes())
     data[len(data) // 2] ^= 1

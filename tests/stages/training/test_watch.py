@@ -99,7 +99,10 @@ def test_a_collapse_stops_the_training_once_it_has_lasted(tmp_path: Path) -> Non
 def test_no_collapse_is_looked_for_in_the_grace_or_with_a_limit_of_zero(tmp_path: Path) -> None:
     still = {"optimizer": {"lr": 1e-9, "lr_end": 0.0}}
     train(make_training(12, Collapsing(), watch={"grace": 12}, **still), CheckpointFolder(tmp_path / "a", "f"))
-    train(make_training(12, Collapsing(), watch={"min_rank": 0}, **still), CheckpointFolder(tmp_path / "b", "f"))
+    no_limit = {"min_rank": 0, "grace": 0}
+    train(make_training(12, Collapsing(), watch=no_limit, **still), CheckpointFolder(tmp_path / "b", "f"))
+    with pytest.raises(StageFailed, match="collapsed"):
+        train(make_training(12, Collapsing(), watch={"grace": 0}, **still), CheckpointFolder(tmp_path / "c", "f"))
 
 
 def wrong(watch: Watch, step: int, values: Tensor, norm: float, **seen: float) -> str | None:

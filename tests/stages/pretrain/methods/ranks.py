@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,7 @@ from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.method import Method, Step
 from stages.training.loop import compute_total, update
 
+LIBRARIES = ["pytest", "torch", "timm", "lightly.loss", "stages.models.encoder", "stages.pretrain.data.loader"]
 Results = dict[str, Any]
 Worker = Callable[[int, int], Results]  # of a rank and the number of ranks; a function of a module, so that it pickles
 
@@ -28,11 +30,13 @@ def on_one_and_two(worker: Worker, folder: Path) -> tuple[Results, list[Results]
 
 
 def on_two(worker: Worker, folder: Path) -> list[Results]:
-    """What `worker` returns on each of two ranks, processes of one thread under gloo."""
+    """What `worker` returns on each of two ranks, fresh processes of one thread under gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_on_rank, args=(worker, folder, port), nprocs=2)
+    # They fork from a server that has imported the libraries, once for all tests; nothing else is shared.
+    multiprocessing.set_forkserver_preload(LIBRARIES)
+    mp.start_processes(_on_rank, args=(worker, folder, port), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

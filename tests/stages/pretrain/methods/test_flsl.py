@@ -190,7 +190,7 @@ def test_training_lowers_the_loss_and_the_teacher_follows() -> None:
     train_step(method, batch, optimizer, Step(0, 1000, 1))
     torch.testing.assert_close(method.student.head(HEAD).prototypes.detach(), prototypes)  # the first epoch's rule
     totals = [sum(train_step(method, batch, optimizer, Step(i, 1000, 1)).values()) for i in range(1, 16)]
-    assert min(totals[-3:]) < totals[0]
+    assert sum(totals[-3:]) < 0.9 * sum(totals[3:6]), totals  # the first steps' peak says nothing
     key = "encoder.model.blocks.0.attn.qkv.weight"
     moved = [(branch.state_dict()[key] - teacher[key]).norm() for branch in (method.teacher, method.student)]
     assert 0 < moved[0] < moved[1]
@@ -322,9 +322,13 @@ def test_dsa_regularises_it() -> None:
     config = {"name": "dsa", "host": TINY | {"name": "flsl"}, "auxiliary": auxiliary}
     method = method_settings(config).build(flsl_encoder(), total_steps=10, steps_per_epoch=2, global_batch=8)
     terms = method.train()(noise(TINY))
-    assert {"intra", "inter", "vmr"} < set(terms)
-    torch.stack(list(terms.values())).sum().backward()
+    assert list(terms) == ["intra", "inter", "vmr", "dsa_am", "dsa_con"]
+    (terms["dsa_am"] + terms["dsa_con"]).backward()
     assert all(torch.isfinite(term) for term in terms.values())
+    gradient = next(
+        p.grad for n, p in method.named_parameters() if n.endswith("student.encoder.model.patch_embed.proj.weight")
+    )
+    assert gradient.abs().sum() > 0
 
 
 # ------------------------------------------------------------------------------------------------------------ ranks

@@ -78,8 +78,11 @@ def test_terms_are_finite_and_every_student_parameter_learns(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dino", "dino_dense", "cotap"])
 def test_a_resnet_works_too(name: str) -> None:
-    terms = build(name, resnet=True)(fake_batch())
+    method = build(name, resnet=True)
+    terms = method(fake_batch())
     assert all(torch.isfinite(term) for term in terms.values())
+    sum(terms.values()).backward()
+    assert next(method.student.encoder.model.parameters()).grad.abs().sum() > 0  # the first convolution
 
 
 @pytest.mark.parametrize("name", ["dino_dense", "cotap"])
@@ -87,8 +90,9 @@ def test_training_lowers_the_loss_and_the_teacher_follows(name: str) -> None:
     method, batch = build(name), fake_batch()
     optimizer = torch.optim.AdamW(method.trained_parameters(), lr=2e-3)
     before = {key: value.clone() for key, value in method.teacher.state_dict().items()}
-    totals = [sum(train_step(method, batch, optimizer, Step(i, 1000, 1)).values()) for i in range(1, 16)]
-    assert min(totals[-3:]) < totals[0]
+    totals = [sum(train_step(method, batch, optimizer, Step(i, 1000, 1)).values()) for i in range(1, 13)]
+    # Not from the first step on: there the teacher is the student itself, and its centre is still zero.
+    assert sum(totals[-3:]) < 0.9 * sum(totals[1:4]), totals
     key = "encoder.model.blocks.0.attn.qkv.weight"
     student, teacher = method.student.state_dict()[key], method.teacher.state_dict()[key]
     assert 0 < (teacher - before[key]).norm() < (student - before[key]).norm()

@@ -190,7 +190,7 @@ def test_training_lowers_the_loss() -> None:
         optimizer.step()
         optimizer.zero_grad()
         method.after_step(step)
-    assert losses[-1] < losses[0]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 # -------------------------------------------------------------------------------------------- prototypes and queue
