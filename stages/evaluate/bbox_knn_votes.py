@@ -28,14 +28,20 @@ def object_patches(
 ) -> tuple[int, NDArray[np.int64]] | None:
     """The largest box in the central crop, and the patches under the centres of a grid over it.
 
+    Areas are compared after clipping to the crop; of equal boxes the first counts.
+
     Args:
-        boxes_N4: x0, y0, x1, y1 in pixels of the stored image, which is width x height.
-        resize, crop: short side of the image before the central crop, and the crop's side (`centre_square`).
+        boxes_N4: x0, y0, x1, y1 in pixels of the stored image.
+        width: of the stored image in pixels.
+        height: of the stored image in pixels.
+        resize: short side in pixels of the image before the central crop (`inference.centre_square`).
+        crop: side of the crop in pixels.
+        patch: side of a patch in pixels.
+        grid: cells along a side of the grid over the box.
         official_geometry: FLSL's own mapping, which scales x and y apart as if the image became a square and so
             misplaces boxes of images that are not. For comparison with its numbers only.
 
     Returns: the box's index and (grid^2,) raster indices of patches, row by row; None if no box reaches into the crop.
-    Areas are compared after clipping to the crop; of equal boxes the first counts.
     """
     boxes_N4 = np.asarray(boxes_N4, np.float64).reshape(-1, 4)
     if official_geometry:
@@ -69,13 +75,21 @@ def best_places(
     k: int = 140,
     temperature: float = 0.07,
 ) -> Tensor:
-    """(B,) the best place of an image's class among the votes of its tokens, 0 = first.
+    """The best place of each image's class among the votes of its tokens, (B,), 0 = first.
 
     Every test token asks its k nearest train tokens, each labelled as its image; an image counts as right at top-n if
     the class is among the first n of any of its tokens: `accuracy(best_places(...), n)`. (The released top-5 counts an
     image once for every column of ranks, and so exceeds 100 %.)
 
-    k defaults to the paper's 20 neighbours times 7, its estimate of how many tokens of a box are one object's.
+    Args:
+        train_MGD: tokens of the train images.
+        train_labels_M: their class indices.
+        test_BGD: tokens of the test images.
+        test_labels_B: their class indices.
+        classes: number of classes.
+        k: neighbours that vote; the paper's 20 times 7, its estimate of how many tokens of a box are one object's.
+        temperature: a neighbour's vote weighs exp(cosine / temperature).
+
     Raises: ValueError if there are fewer than k train tokens.
     """
     train_ND, test_ND = (functional.normalize(tokens.flatten(0, 1), dim=1) for tokens in (train_MGD, test_BGD))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Separation(NamedTuple):
-    """Trends count, not values: the paper prints variances above 1, which unit vectors cannot have."""
+    """For trends, not for the paper's values: it prints variances above 1, which unit vectors cannot have."""
 
     inter_class_distance: Tensor  # scalar: mean Euclidean distance of two class means
     intra_class_variance: Tensor  # scalar: mean over classes of `variances`

@@ -17,7 +17,7 @@ Matrix = NDArray[np.int64]  # (C, C)
 
 
 def confusion(truth: NDArray[Any], prediction: NDArray[Any], classes: int) -> Matrix:
-    """(C, C) counts over all pixels whose truth is a class; a negative truth is ignored."""
+    """The confusion matrix over all pixels, (C, C); those with a negative truth are ignored."""
     counts = truth >= 0
     index = truth[counts].astype(np.int64) * classes + prediction[counts]
     return np.bincount(index, minlength=classes * classes).reshape(classes, classes)
@@ -34,6 +34,7 @@ class Scores:
     mean_accuracy: float
 
     def metrics(self, suffix: str = "") -> dict[str, float]:
+        """The three means; `suffix` (of an encoder) is added to their names."""
         return {
             f"miou{suffix}": self.miou,
             f"pixel_accuracy{suffix}": self.pixel_accuracy,

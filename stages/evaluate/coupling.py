@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def coupling_rate(together_ND: Tensor, alone_ND: Tensor, other_ND: Tensor, *, smallest: float = 1e-3) -> Tensor:
-    """CR of each usable pair: cos(A beside B, B) / cos(A alone, B). 1 means that B leaves no trace in A; more is worse.
+    """CR of each usable pair: cos(A beside B, B) / cos(A alone, B). 1: B does not change A's features; more is worse.
 
     Args:
-        together_ND: region features of object A in the image that shows A and B.
-        alone_ND: of A at the same place of an image without B.
-        other_ND: of B, from the first image.
+        together_ND: region features of object A, in an image that shows A and B.
+        alone_ND: region features of A at the same place, in an image without B.
+        other_ND: region features of B, in the first image.
         smallest: pairs whose denominator is closer to 0 than this are left out.
 
     Returns: at most N numbers; average over them.
@@ -31,7 +31,7 @@ def coupling_rate(together_ND: Tensor, alone_ND: Tensor, other_ND: Tensor, *, sm
 def mean_cosine_similarity(grid_N9D: Tensor) -> Tensor:
     """MCS of each grid, (N,): the mean cosine of the middle tile with the 8 around it, all showing the same crop.
 
-    1 means that features do not know where they are. Tiles are in raster order, the middle one is number 4.
+    1 means that features do not depend on the position. Tiles are in raster order, the middle one is number 4.
     """
     cosine_N9 = functional.cosine_similarity(grid_N9D, grid_N9D[:, 4:5], dim=2)
     return (cosine_N9.sum(dim=1) - cosine_N9[:, 4]) / 8

@@ -1,6 +1,6 @@
-"""Reading an evaluation's images once: rows of a split, decoded in threads while the encoder works on the last batch.
+"""Reading an evaluation's images once: rows of a split, decoded in threads while the encoder works on earlier ones.
 
-No Ray: an evaluation of a small set must not wait for a cluster. OpenCV and NumPy release the interpreter's lock.
+Threads and not Ray: a small evaluation need not wait for a cluster, and the decoders release the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 def rows(images: Artifact, columns: Sequence[str], wanted: set[int] | None = None) -> Iterator[dict[str, Any]]:
     """Rows of an `images` artifact in the order of their ids, streamed.
 
-    `wanted` keeps those ids only; pixels of parts that hold none of them are never read.
+    With `wanted`, only these ids; the pixels of shards that hold none of them are never read.
     """
     names = ["image_id", *(name for name in columns if name != "image_id")]
     for entry in images.shards():
@@ -50,9 +50,15 @@ def prepared(
     problems: list[dict[str, str]],
     threads: int | None = None,
 ) -> Iterator[T]:
-    """`prepare(row)` for the wanted rows, in order, computed ahead in threads.
+    """`prepare(row)` for the wanted rows, in the order of their ids, computed ahead in threads.
 
-    A row for which it raises ImageError is left out and named in `problems`; the evaluation goes on without it.
+    Args:
+        images: an artifact of kind `images`.
+        columns: what `prepare` needs of a row; `image_id` is always there.
+        prepare: called in a thread. A row for which it raises ImageError is left out.
+        wanted: ids of the images.
+        problems: grows by an entry for each row that is left out.
+        threads: default: one a CPU, at most 8.
     """
     threads = threads or min(8, os.cpu_count() or 1)
     waiting: deque[tuple[Mapping[str, Any], Future[T]]] = deque()
@@ -86,7 +92,15 @@ def in_batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
 
 
 def split_error(stage: str, images: Artifact, split: str, what: str, remedy: str) -> SourceError:
-    """The sentence for a split that has nothing to evaluate on, naming the splits that there are."""
+    """The error for a split without anything to evaluate on; it names the splits that there are.
+
+    Args:
+        stage: its name in the pipeline.
+        images: the artifact.
+        split: the split in question.
+        what: what none of its images has, e.g. "a label".
+        remedy: what the user can do.
+    """
     counts: dict[str, int] = {}
     for row in rows(images, ["split"]):
         name = row["split"] or "(none)"

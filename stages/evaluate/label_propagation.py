@@ -21,17 +21,19 @@ def propagate_labels(
     topk: int = 5,
     temperature: float = 0.1,
 ) -> Tensor:
-    """The next frame's soft labels, (L, h, w): of every token the labels of the context tokens most like it.
+    """The next frame's soft labels, (L, h, w): each token gets those of the context tokens most similar to it.
 
     Affinity is exp(cos / T) inside a window of 2 r + 1 tokens around the same place of every context frame, 0 outside.
-    The k largest of all frames together count (with all that tie with the last), normalised to sum 1.
+    The k largest of all frames together count (and all that equal the smallest of these), normalised to sum 1.
+    One row of tokens is compared at a time, with W rows of every context frame, which bounds the memory.
 
     Args:
-        target_Dhw: features of the frame, of any length.
-        context_FDhw, labels_FLhw: the first frame, and previous ones with their own propagated labels, not rounded.
-        radius: in tokens; negative: no window.
-
-    Memory is that of one row of tokens against W rows of every context frame.
+        target_Dhw: features of the frame; they need not be normalised.
+        context_FDhw: features of the first frame and of some previous ones.
+        labels_FLhw: their soft labels; those of previous frames as they were propagated, not rounded.
+        radius: r in tokens; negative: no window.
+        topk: k.
+        temperature: T.
     """
     target_Dhw, context_FDhw = functional.normalize(target_Dhw, dim=0), functional.normalize(context_FDhw, dim=1)
     height, width = target_Dhw.shape[1:]
@@ -53,7 +55,7 @@ def propagate_labels(
 
 
 def stretch_labels(labels_LHW: Tensor) -> Tensor:
-    """Each label's map moved and scaled to [0, 1], before the argmax of the output; a map without any is left."""
+    """Each label's map shifted and scaled to [0, 1], before the argmax of the output; a map of zeros stays as it is."""
     low_L11, high_L11 = labels_LHW.amin(dim=(1, 2), keepdim=True), labels_LHW.amax(dim=(1, 2), keepdim=True)
     range_L11 = high_L11 - low_L11
     stretched_LHW = (labels_LHW - low_L11) / torch.where(range_L11 > 0, range_L11, 1)

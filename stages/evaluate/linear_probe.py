@@ -24,6 +24,7 @@ class LinearProbe:
     bias: Tensor  # (K,)
 
     def logits(self, map_BDhw: Tensor) -> Tensor:
+        """The classes' scores at every cell of a feature map, (B, K, h, w)."""
         return functional.conv2d(map_BDhw, self.weight[:, :, None, None], self.bias)
 
     @torch.inference_mode()
@@ -46,9 +47,21 @@ def fit(
     device: torch.device,
     report: Callable[[int], None] = lambda samples: None,
 ) -> LinearProbe:
-    """Adam on the cross-entropy of bilinearly enlarged logits, over `samples` images drawn from `rows` epoch by epoch.
+    """Adam on the cross-entropy of bilinearly enlarged logits.
 
-    Labels below 0 do not count. The same seed gives the same classifier on the same kind of device.
+    The same seed gives the same classifier on the same kind of device.
+
+    Args:
+        maps_nDhw: cached feature maps.
+        labels_nSS: class indices; those below 0 do not count.
+        rows: the cached images to learn from.
+        classes: K.
+        lr: learning rate.
+        samples: images to learn from in all, drawn from `rows` in shuffled epochs.
+        batch_size: B.
+        seed: of the initial weights and of the order of the images.
+        device: where the training runs.
+        report: called after each step with the number of samples so far.
     """
     weight_KD = torch.empty(classes, maps_nDhw.shape[1])
     torch.nn.init.normal_(weight_KD, std=0.01, generator=torch.Generator().manual_seed(seed))
@@ -73,13 +86,16 @@ def fit(
 
 
 def _enlarging(small: int, large: int) -> Tensor:
-    """(large, small): linear interpolation of one side as a matrix. Two products enlarge a map exactly as
-    `interpolate(mode="bilinear")` does, at half its cost on a CPU, forward and backward."""
+    """Linear interpolation of one side as a matrix, (large, small).
+
+    Two products enlarge a map exactly as `interpolate(mode="bilinear")` does, at half its cost on a CPU, forward and
+    backward.
+    """
     return functional.interpolate(torch.eye(small)[None], large, mode="linear")[0].T.contiguous()
 
 
 def _draws(rows: NDArray[np.int64], samples: int, batch_size: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Batches of shuffled epochs until `samples` are drawn; a small set makes small batches."""
+    """Batches of rows from shuffled epochs, until `samples` are drawn; an epoch's last batch may be smaller."""
     generator = np.random.default_rng(seed)
     left = samples
     while left > 0:
@@ -92,7 +108,7 @@ def _draws(rows: NDArray[np.int64], samples: int, batch_size: int, seed: int) ->
 
 
 def held_out(count: int, seed: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """(rest, a fifth), to choose the learning rate on: never on the test images."""
+    """Indices of the rest and of a random fifth, on which the learning rate is chosen (never on the test images)."""
     order = np.random.default_rng(seed).permutation(count)
     size = max(1, count // 5)
     return np.sort(order[size:]), np.sort(order[:size])

@@ -10,13 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BLOCK = 32_000_000  # similarities held at once
+_BLOCK = 32_000_000  # similarities in memory at once
 
 
 def nearest(train_ND: Tensor, test_MD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosine similarities (M, K) and train rows (M, K) of the k nearest, nearest first; ties in the train's order.
+    """Cosine similarities (M, K) and train rows (M, K) of the k nearest, nearest first; ties in the order of the rows.
 
-    Both inputs are L2-normalised. Raises: ValueError if there are fewer than k train rows.
+    Both inputs must be L2-normalised.
+
+    Raises: ValueError if there are fewer than k train rows.
     """
     if k > len(train_ND):
         raise ValueError(f"k is {k}, but there are {len(train_ND)} features to choose from")
@@ -33,17 +35,24 @@ def nearest(train_ND: Tensor, test_MD: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def votes(similarity_MK: Tensor, labels_MK: Tensor, classes: int, temperature: float = 0.07) -> Tensor:
-    """(M, C): every neighbour votes exp(similarity / temperature) for its label."""
+    """The sum of votes for each class, (M, C): a neighbour votes exp(similarity / temperature) for its label.
+
+    Args:
+        similarity_MK: what `nearest` gave.
+        labels_MK: class indices of these neighbours.
+        classes: C.
+        temperature: smaller ones give nearer neighbours more weight.
+    """
     weight = (similarity_MK / temperature).exp()
     return weight.new_zeros(len(weight), classes).scatter_add_(1, labels_MK, weight)
 
 
 def ranks(votes_MC: Tensor, labels_M: Tensor) -> Tensor:
-    """(M,) place of the true class among the votes, 0 = first; ties go to the lower class index."""
+    """The place of the true class among the votes, (M,), 0 = first; of equal votes, the lower class index is first."""
     order = votes_MC.argsort(dim=1, descending=True, stable=True)
     return (order == labels_M[:, None]).int().argmax(dim=1)
 
 
 def accuracy(ranks_M: Tensor, top: int) -> float:
-    """Per cent of the images whose class is among the first `top`."""
+    """Per cent of the images whose class is among the first `top`, by their ranks."""
     return float((ranks_M < top).double().mean() * 100)

@@ -46,6 +46,7 @@ class Coco(Layout):
     has_objects: ClassVar[bool] = True
 
     def candidates(self) -> Listing:
+        """The images that the jsons list, with their annotations."""
         items: dict[str, Item] = {}
         problems: list[dict[str, str]] = []
         categories: dict[int, tuple[str, str]] = {}
@@ -64,8 +65,8 @@ class Coco(Layout):
                 elif key in items:
                     problems.append({"key": key, "reason": f"{place} twice: the first entry counts"})
                 else:
-                    said = (image.get("width"), image.get("height"))
-                    detail = (said, tuple(annotations.pop(image["id"], ())))
+                    stated = (image.get("width"), image.get("height"))
+                    detail = (stated, tuple(annotations.pop(image["id"], ())))
                     items[key] = Item(key, split, self.files.sizes[key], key, annotation=detail)
         ordered = sorted(categories)
         names = tuple(self.config.classes or [categories[number][0] for number in ordered])
@@ -74,10 +75,11 @@ class Coco(Layout):
         return Listing(sorted(items.values(), key=lambda item: item.key), vocabulary, problems, notes)
 
     def objects(self, item: Item, raw: Raw, size: tuple[int, int]) -> tuple[Sequence[SourceObject], Sequence[str]]:
+        """Boxes clipped to the image; an object whose box or segmentation cannot be used is left out."""
         width, height = size
-        said, annotations = item.annotation
-        if said != (None, None) and said != size:
-            raise ImageError(f"the json says {said[0]}x{said[1]} pixels, the image has {width}x{height}")
+        stated, annotations = item.annotation
+        if stated != (None, None) and stated != size:
+            raise ImageError(f"the json says {stated[0]}x{stated[1]} pixels, the image has {width}x{height}")
         found, left_out = [], []
         for entry in annotations:
             x, y, w, h = entry.box
@@ -137,7 +139,7 @@ class Coco(Layout):
         return files
 
     def _folder(self, name: str) -> str:
-        """Of the images of a split, with a slash; empty when they lie in the source itself."""
+        """The folder of a split's images, with a slash; empty when they lie in the source itself."""
         choices = (f"{name}/", f"images/{name}/", "images/")
         return next((folder for folder in choices if any(path.startswith(folder) for path in self.files.sizes)), "")
 
@@ -169,7 +171,7 @@ def _load(address: str) -> dict[str, Any]:
 def _by_image(
     content: Mapping[str, Any], categories: Mapping[int, tuple[str, str]], address: str
 ) -> tuple[dict[int, list[_Annotation]], list[dict[str, str]]]:
-    """image id -> its annotations, and a problem for each that belongs to nothing. Empties the json's own list."""
+    """Annotations by image id, and a problem for each that belongs to nothing. Empties the json's own list."""
     known = {image["id"] for image in content["images"]}
     found: dict[int, list[_Annotation]] = {}
     problems = []
@@ -194,7 +196,7 @@ def _by_image(
 
 
 def _drain(entries: list[Any]) -> Iterator[Any]:
-    """In order, letting go of each: a large json need not be held twice."""
+    """The entries in order, each removed from the list: a large json is not held twice."""
     entries.reverse()
     while entries:
         yield entries.pop()
@@ -202,7 +204,7 @@ def _drain(entries: list[Any]) -> Iterator[Any]:
 
 # ------------------------------------------------------------------------------------------------------ segmentations
 def rasterise(segmentation: bytes, width: int, height: int) -> NDArray[np.bool_]:
-    """(H, W): the pixels inside, of a segmentation that `_check` has passed."""
+    """The pixels inside a segmentation, (H, W); it must have passed `_check`."""
     from pycocotools import mask as coco_mask
 
     shape = json.loads(segmentation)
@@ -216,7 +218,7 @@ def rasterise(segmentation: bytes, width: int, height: int) -> NDArray[np.bool_]
 
 
 def _check(shape: Any, width: int, height: int) -> None:
-    """Raises ValueError for what pycocotools, written in C, would read past its end or misunderstand."""
+    """Raises ValueError for a shape that pycocotools, written in C, would misread or read beyond its end."""
     if isinstance(shape, list):
         for polygon in shape:
             if len(polygon) < 6 or len(polygon) % 2 or not all(isinstance(v, int | float) for v in polygon):
@@ -233,7 +235,11 @@ def _check(shape: Any, width: int, height: int) -> None:
 
 
 def _decompress(text: str) -> list[int]:
-    """Run lengths of COCO's compressed string: 5 bits a character, lowest first, less the run before the last."""
+    """The run lengths in COCO's compressed string.
+
+    A number is written in groups of 5 bits, one a character, the lowest first; from the fourth on, a number is the
+    difference to the run two before it.
+    """
     runs: list[int] = []
     at = 0
     while at < len(text):

@@ -20,6 +20,7 @@ class Davis(Layout):
     """Frames without a mask are kept, without one: in the test sets only the first frame is annotated."""
 
     def candidates(self) -> Listing:
+        """The frames of all listed sequences, each with its mask where there is one."""
         folder = f"JPEGImages/{self._resolution()}/"
         splits = self._splits()
         items: list[Item] = []
@@ -39,6 +40,7 @@ class Davis(Layout):
         return Listing(items, vocabulary, self.unread(folder), notes)
 
     def mask(self, item: Item, raw: Raw, vocabulary: Vocabulary, size: tuple[int, int]) -> NDArray[Any] | None:
+        """As stored, but for binary masks, whose 255 becomes class 1."""
         values = super().mask(item, raw, vocabulary, size)
         if values is None or raw.mask is None or _numbers_objects(raw.mask):
             return values
@@ -56,7 +58,7 @@ class Davis(Layout):
         return wanted
 
     def _splits(self) -> dict[str, str] | None:
-        """sequence -> split; None where there are no lists."""
+        """The split of each sequence; None where there are no lists."""
         lists = [path for path in self.files.sizes if path.startswith("ImageSets/") and path.endswith(".txt")]
         sets = sorted({posixpath.dirname(path) for path in lists})
         if not sets:
@@ -77,7 +79,7 @@ class Davis(Layout):
         return splits
 
     def _default_classes(self, items: list[Item]) -> tuple[str, ...] | None:
-        """Two classes where the masks are binary, which one of them shows; any object number elsewhere."""
+        """Two classes where the first mask is binary; None, for any object number, where it is a palette image."""
         first = next((item.mask for item in items if item.mask), None)
         if first is None or _numbers_objects(self.files.read(first)):
             return None
@@ -85,5 +87,5 @@ class Davis(Layout):
 
 
 def _numbers_objects(mask: bytes) -> bool:
-    """DAVIS-2017: a palette image, whose indices are object numbers."""
+    """Whether a mask is a palette image, as in DAVIS-2017: its indices are object numbers."""
     return probe(mask).mode == "P"

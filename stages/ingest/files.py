@@ -1,4 +1,4 @@
-"""The files of a source, in a local folder or in a bucket, behind one face."""
+"""The files of a source, read in the same way from a local folder and from a bucket."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Files:
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:
-        """path -> bytes, sorted by path. Raises SourceError for a source that is missing or empty."""
+        """Bytes of each file by its path, sorted. Raises SourceError for a source that is missing or empty."""
         if self.folder is not None and not self.folder.exists():
             raise SourceError(f"source {self.address} does not exist (is the path right, seen from where you start?)")
         if self.folder is not None and not self.folder.is_dir():
@@ -58,11 +58,11 @@ class Files:
         return (path for path in self.sizes if path.startswith(under) and path.lower().endswith(SUFFIXES))
 
     def unread(self, under: str = "") -> Iterator[str]:
-        """Images by their ending, of formats that are not read: named as problems, never passed over in silence."""
+        """Paths whose ending is that of an image format that is not read: each becomes a problem with its name."""
         return (path for path in self.sizes if path.startswith(under) and path.lower().endswith(UNREAD_SUFFIXES))
 
     def read(self, path: str) -> bytes:
-        """The content of one file. Raises ImageError when this file cannot be read, StoreError when nothing can be."""
+        """The content of one file. Raises ImageError when it cannot be read, StoreError when the bucket cannot be."""
         if self.folder is not None:
             try:
                 return (self.folder / path).read_bytes()
@@ -74,7 +74,7 @@ class Files:
         return data
 
     def open(self, path: str) -> IO[bytes]:
-        """A seekable binary file, for readers that need parts of it only."""
+        """A seekable binary file, for readers that need only parts of it. Raises SourceError when it is gone."""
         if self.folder is not None:
             return (self.folder / path).open("rb")
         with _as_source_error():

@@ -9,6 +9,7 @@ class Folder(Layout):
     """The label is the first folder under the split (or under the source, where there are no splits)."""
 
     def candidates(self) -> Listing:
+        """All images below the source, or below its split folders."""
         paths = list(self.files.images())
         splits = self.split_folders(top_folders(paths))
         if splits:

@@ -1,7 +1,7 @@
-"""What a source format must answer: which images there are, and how one of them becomes bytes, a mask and objects.
+"""The base of the source formats: which images there are, and how one of them becomes bytes, a mask and objects.
 
-Each format is one file beside this one. A layout is made once by the stage, lists the source there, and travels to
-the workers, where it only reads.
+Each format is one file beside this one. The stage makes a layout and lists the source with it; Ray workers get a copy,
+which only reads.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "
 class Item:
     """One candidate: an image that is listed, not yet read."""
 
-    key: str  # path relative to the source, unique; rows are in the order of the keys
+    key: str  # path relative to the source, unique; the artifact's rows are in the order of the keys
     split: str
     size: int  # bytes, for cutting shards; an estimate where only the whole table's size is known
     image: str = ""  # path of the file, where it is a file of its own
@@ -36,7 +36,7 @@ class Item:
     label: str | None = None
     sequence: str | None = None
     frame: int | None = None
-    annotation: Any = None  # whatever the layout's own `objects` needs
+    annotation: Any = None  # what the layout itself needs to find the image's objects or its row
 
 
 @dataclass(frozen=True)
@@ -92,18 +92,39 @@ class Layout(ABC):
         """Every candidate. Raises SourceError when the source is not of this layout at all."""
 
     def reader(self, items: Sequence[Item]) -> Callable[[Item], Raw]:
-        """How to read any of `items`; a format whose images share files prepares them here. It raises ImageError."""
+        """A function that reads any of `items`; a format whose images share files reads those files here.
+
+        The function raises ImageError for an image that cannot be read.
+        """
         return self.read
 
     def read(self, item: Item) -> Raw:
+        """The bytes of one candidate whose image is a file of its own. Raises ImageError."""
         return Raw(self.files.read(item.image), None if item.mask is None else self._read_mask(item.mask))
 
     def mask(self, item: Item, raw: Raw, vocabulary: Vocabulary, size: tuple[int, int]) -> NDArray[Any] | None:
-        """(H, W) class indices, or None where the image has no mask. Raises ImageError."""
+        """The image's mask as class indices, (H, W); None where it has no mask.
+
+        Args:
+            item: the candidate.
+            raw: its bytes.
+            vocabulary: the classes, and the value that is ignored.
+            size: (width, height) of the image in pixels, upright.
+
+        Raises: ImageError for a mask that cannot be read.
+        """
         return None if raw.mask is None else decode_mask(raw.mask, max_pixels=self.config.max_pixels)
 
     def objects(self, item: Item, raw: Raw, size: tuple[int, int]) -> tuple[Sequence[SourceObject], Sequence[str]]:
-        """The objects of an image of this (width, height), and a reason for each that had to be left out."""
+        """The objects of an image, and a reason for each that had to be left out.
+
+        Args:
+            item: the candidate.
+            raw: its bytes.
+            size: (width, height) of the image in pixels, upright.
+
+        Raises: ImageError for an annotation that cannot be read or belongs to another image.
+        """
         return (), ()
 
     def _read_mask(self, path: str) -> bytes:
@@ -121,9 +142,9 @@ class Layout(ABC):
 
     # --------------------------------------------------------------------------------------------- shared by formats
     def split_folders(self, folders: Sequence[str]) -> dict[str, str]:
-        """folder -> split, for the folders that hold a split each; empty where they do not.
+        """The split of each folder, for folders that hold a split each; empty where they do not.
 
-        Without `splits` in the config, folders are splits only if all of them are called like one.
+        Without `splits` in the config, folders are splits only if all of them have a split's name.
         """
         wanted = self.config.split_folders
         if wanted is not None:
@@ -172,6 +193,7 @@ class Layout(ABC):
         return Vocabulary((), classes, file.get("ignore_index", 255) if ignore is None else ignore)
 
     def unread(self, under: str = "") -> list[dict[str, str]]:
+        """A problem for each image below `under` whose format is not read."""
         reason = "not a format that is read (JPEG, PNG, WebP, BMP): convert it"
         return [{"key": path, "reason": reason} for path in self.files.unread(under)]
 

@@ -7,9 +7,10 @@ from stages.ingest.layout import Item, Layout, Listing, stem, top_folders
 
 
 class Masks(Layout):
-    """An image and its mask have the same path under their two folders, but for their endings (and name suffixes)."""
+    """An image and its mask have the same path under their two folders, except for the ending and the name's suffix."""
 
     def candidates(self) -> Listing:
+        """The pairs; an image or a mask without its partner is a problem."""
         config = self.config
         images, masks = f"{config.image_folder}/", f"{config.mask_folder}/"
         paths = list(self.files.images(images))

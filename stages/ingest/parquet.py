@@ -19,7 +19,7 @@ from stages.ingest.settings import IngestConfig
 
 
 class Parquet(Layout):
-    """Listing reads labels, paths and splits only; a shard's images are read when the shard is made."""
+    """Listing reads only labels, paths and splits; a shard's images are read when the shard is made."""
 
     def __init__(self, config: IngestConfig) -> None:
         self.config = config
@@ -27,14 +27,15 @@ class Parquet(Layout):
         self.files = Files(folder)
 
     def candidates(self) -> Listing:
+        """One candidate a row, without its image."""
         paths = [self._only] if self._only else [path for path in self.files.sizes if path.endswith(".parquet")]
         if not paths:
             raise SourceError(f"source {self.config.source} is not of layout parquet: no *.parquet file in it")
         rows: list[tuple[Item, Any]] = []
         names: list[str] | None = None
         for path in paths:
-            found, file_names = self._rows(path)
-            rows += found
+            rows_of_file, file_names = self._rows(path)
+            rows += rows_of_file
             names = names or file_names
         labels = sorted({label for _, label in rows if label is not None}, key=lambda label: (str(type(label)), label))
         if self.config.classes:
@@ -132,7 +133,7 @@ class Parquet(Layout):
             )
 
     def _split_of(self, path: str) -> str:
-        """By the file's name (`train-00000-of-00002.parquet`) or its folder's."""
+        """The split by the file's name (`train-00000-of-00002.parquet`) or its folder's."""
         words = [re.split(r"[-_.]", posixpath.basename(path))[0], *reversed(path.split("/")[:-1])]
         return next((SPLITS[word.lower()] for word in words if word.lower() in SPLITS), self.config.split)
 
@@ -154,6 +155,7 @@ def _bytes(cell: Any, column: str) -> bytes | None:
 
 
 def _class_names(schema: Any, label: str | None) -> list[str] | None:
+    """The names that Hugging Face keeps in a schema's metadata; None without them."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         names = features[label]["names"]

@@ -15,8 +15,8 @@ from stages.ingest.rows import check
 from stages.ingest.write import spread
 
 CELLS = 12
-_BOXES = 8  # the largest of an image: more of them hide it
-_LEGEND = 24  # names that a legend can hold and still be read
+_BOXES = 8  # of an image, the largest; more would hide it
+_LEGEND = 24  # most names in a legend that can still be read
 
 
 def contact_sheet(layout: Layout, vocabulary: Vocabulary, items: Sequence[Item]) -> bytes:

@@ -25,14 +25,30 @@ class Checked:
 
 
 def check_all(layout: Layout, vocabulary: Vocabulary, items: Sequence[Item], threads: int) -> list[Checked]:
-    """Reads, decodes and checks candidates, in their order. The decoders let go of Python's lock, so threads help."""
+    """Reads, decodes and checks candidates in threads: the decoders release Python's lock.
+
+    Args:
+        layout: reads the candidates.
+        vocabulary: the classes that labels, masks and objects refer to.
+        items: the candidates of one shard.
+        threads: how many to use.
+
+    Returns: what is known of each candidate, in their order.
+    """
     read = layout.reader(items)
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         return list(pool.map(lambda item: check(layout, vocabulary, item, read), items))
 
 
 def check(layout: Layout, vocabulary: Vocabulary, item: Item, read: Callable[[Item], Raw]) -> Checked:
-    """Full decoding is the only proof that an image is readable; the pixels are then dropped, the bytes kept."""
+    """One candidate, read and checked. Only decoding all of it proves that an image is readable; its bytes are kept.
+
+    Args:
+        layout: knows the format.
+        vocabulary: the classes that label, mask and objects refer to.
+        item: the candidate.
+        read: what `layout.reader` gave for it.
+    """
     checked = Checked()
     try:
         raw = read(item)
@@ -81,7 +97,7 @@ def _check_mask(mask: NDArray[Any], vocabulary: Vocabulary, size: tuple[int, int
 
 
 def _mask_bytes(found: bytes | None, mask: NDArray[Any], max_pixels: int) -> bytes:
-    """The file as found where it is what the artifact promises: a grey PNG of exactly these indices."""
+    """A grey PNG of these indices, as an artifact holds them: the file as found if it is that, else a new one."""
     if found is not None:
         header = probe(found, max_pixels=max_pixels)
         grey = header.format == "PNG" and header.mode in ("L", "I;16")

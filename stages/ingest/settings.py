@@ -84,7 +84,7 @@ class IngestConfig(StageConfig):
 
     @property
     def split_folders(self) -> dict[str, str] | None:
-        """split -> its folder or list in the source; None when the config leaves it to the source."""
+        """The folder or list of each split in the source; None when the config leaves it to the source."""
         return {name: name for name in self.splits} if isinstance(self.splits, list) else self.splits
 
     @model_validator(mode="after")

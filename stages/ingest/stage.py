@@ -37,7 +37,10 @@ class Ingest(Stage[IngestConfig]):
     Config: ClassVar[type[StageConfig]] = IngestConfig
 
     def run(self, context: Context) -> Outcome:
-        """Raises: SourceError for a source that is missing, empty, of another layout, or without a usable image."""
+        """Lists the source, writes its shards, and draws the preview.
+
+        Raises: SourceError for a source that is missing, empty, of another layout, or without a usable image.
+        """
         from stages.ingest.preview import contact_sheet
         from stages.ingest.write import cut, spread, write_shards
 

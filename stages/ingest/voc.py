@@ -21,12 +21,13 @@ CLASSES = (
 class Voc(Layout):
     """Boxes and masks are each optional per image; with `image_set: Segmentation` an image without a mask is skipped.
 
-    VOC's `difficult` objects become crowd: both mean that an evaluation neither asks for nor punishes them.
+    VOC's `difficult` objects become crowd: for both, an evaluation counts neither a hit nor a miss.
     """
 
     has_objects: ClassVar[bool] = True
 
     def candidates(self) -> Listing:
+        """The images that the lists name; all of them where there are no lists."""
         images = {stem(posixpath.basename(path)): path for path in self.files.images("JPEGImages/")}
         if not images:
             raise SourceError(f"source {self.config.source} is not of layout voc: no images in JPEGImages/")
@@ -53,17 +54,19 @@ class Voc(Layout):
         return Listing(sorted(items, key=lambda item: item.key), vocabulary, problems)
 
     def read(self, item: Item) -> Raw:
+        """The image, its mask and its XML file, where there are such."""
         raw = super().read(item)
         return raw if item.annotation is None else replace(raw, objects=self.files.read(item.annotation))
 
     def objects(self, item: Item, raw: Raw, size: tuple[int, int]) -> tuple[Sequence[SourceObject], Sequence[str]]:
+        """Boxes counted from 0, the end excluded; an object without a usable box or known class is left out."""
         if raw.objects is None:
             return (), ()
         width, height = size
         root = _parse(raw.objects, item.annotation)
-        said = tuple(int(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
-        if all(said) and said != size:
-            raise ImageError(f"{item.annotation} says {said[0]}x{said[1]} pixels, the image has {width}x{height}")
+        stated = tuple(int(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
+        if all(stated) and stated != size:
+            raise ImageError(f"{item.annotation} says {stated[0]}x{stated[1]} pixels, the image has {width}x{height}")
         found, left_out = [], []
         for number, entry in enumerate(root.iter("object"), 1):
             category = (entry.findtext("name") or "").strip()
@@ -104,6 +107,7 @@ class Voc(Layout):
 
 
 def _parse(data: bytes, path: str) -> ElementTree.Element:
+    """The root of an annotation file. Raises ImageError."""
     if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
         raise ImageError(f"{path} declares entities, which an annotation never needs")
     try:

@@ -1,10 +1,10 @@
 """Candidates become shards of the `images` table: cut in key order, checked in parallel, numbered without gaps.
 
-An image's id is the number of usable images before it, which nobody knows before they were decoded. So shards are
-checked in parallel and written in order: small sets in this process with threads, large ones by Ray tasks. Ray *Data*
-is not used here: its blocks could not get their ids before all earlier ones are done without passing through the
-driver, while a task's table waits in the object store until its first id is known. At most a few shards are there at
-once, so memory stays flat. A shard that an earlier, killed attempt has written is not read again.
+An image's id is the number of usable images before it, which is known only once those are decoded. So shards are
+checked in parallel and written in order: small sets in this process with threads, large ones by Ray tasks, whose tables
+wait in Ray's object store until their first id is known. (Ray Data has no such step: its blocks would have to pass
+through the driver to get their ids.) Only a few shards are in memory at once. A shard that an earlier, killed attempt
+has written is not read again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stages.ingest.layout import Item, Layout, Vocabulary
 from stages.ingest.rows import Checked, check_all
 from stages.ingest.settings import IngestConfig
 
-RAY_FROM = 2000  # images: below, starting tasks costs more than they save
+RAY_FROM = 2000  # images; for fewer, starting Ray tasks takes longer than they save
 _SCHEMA = SCHEMAS["images"]
 
 
@@ -39,6 +39,7 @@ class Shards:
     top_value: int = -1  # largest class index of any mask
 
     def add(self, summary: dict[str, Any]) -> None:
+        """Adds the summary of one shard."""
         self.images += summary["images"]
         self.problems += summary["problems"]
         self.counts.update(summary["counts"])
@@ -46,7 +47,7 @@ class Shards:
         self.top_value = max(self.top_value, summary["top_value"])
 
     def mask_classes(self, vocabulary: Vocabulary) -> list[str]:
-        """Names of the mask values; where nothing names them, their numbers."""
+        """Names of the mask values; their numbers where the source and the config name none."""
         if vocabulary.mask_classes is not None:
             return list(vocabulary.mask_classes)
         return [str(value) for value in range(self.top_value + 1)]
@@ -66,7 +67,7 @@ def default_shard_rows(images: int) -> int:
 
 
 def cut(items: Sequence[Item], config: IngestConfig) -> list[list[Item]]:
-    """Shards of neighbouring keys. Small sets get small shards: a shard is what later stages share out to CPUs."""
+    """Shards of neighbouring keys. Small sets get small shards, because later stages give each CPU whole shards."""
     rows = config.shard_rows or default_shard_rows(len(items))
     shards: list[list[Item]] = []
     size = 0
@@ -80,7 +81,16 @@ def cut(items: Sequence[Item], config: IngestConfig) -> list[list[Item]]:
 
 
 def write_shards(context: Context, layout: Layout, vocabulary: Vocabulary, shards: Sequence[Sequence[Item]]) -> Shards:
-    """Checks and writes what is missing. Raises SourceError at the first problem with `on_error: fail`."""
+    """Checks and writes the shards that no earlier attempt has written.
+
+    Args:
+        context: of the stage; its output keeps a record of every finished shard.
+        layout: reads the candidates.
+        vocabulary: the classes that labels, masks and objects refer to.
+        shards: the candidates of each shard, in the order of their keys.
+
+    Raises: SourceError at the first problem, with `on_error: fail`.
+    """
     output, total = context.output, sum(len(shard) for shard in shards)
     records = output.records()
     known: dict[int, dict[str, Any]] = {}
@@ -108,11 +118,12 @@ def write_shards(context: Context, layout: Layout, vocabulary: Vocabulary, shard
 
 
 def _record_key(index: int) -> str:
+    """The name of the record in which a finished shard's summary is kept."""
     return f"shard-{index:05d}"
 
 
 def make_table(checked: Sequence[Checked]) -> tuple[dict[str, Any], pa.Table]:
-    """(summary, table without ids) of one shard's candidates."""
+    """The summary of one shard's candidates, and its table, which has no ids yet."""
     rows = [entry.row for entry in checked if entry.row is not None]
     schema = pa.schema([field for field in _SCHEMA if field.name != "image_id"])
     table = pa.table({name: pa.array([row[name] for row in rows], schema.field(name).type) for name in schema.names})
@@ -131,7 +142,14 @@ def make_table(checked: Sequence[Checked]) -> tuple[dict[str, Any], pa.Table]:
 
 
 def put_numbered(output: ArtifactWriter, index: int, table: pa.Table, first_id: int) -> None:
-    """Writes one shard whose rows get the ids first_id, first_id + 1, ..."""
+    """Writes one shard.
+
+    Args:
+        output: the artifact.
+        index: number of the shard.
+        table: what `make_table` gave.
+        first_id: the rows get the ids first_id, first_id + 1, ...
+    """
     ids = pa.array(range(first_id, first_id + table.num_rows), pa.int64())
     output.put_table(index, table.add_column(0, _SCHEMA.field("image_id"), ids).cast(_SCHEMA))
 

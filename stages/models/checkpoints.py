@@ -1,5 +1,7 @@
-"""Weights from somebody else's file into a timm model: unwrap, strip prefixes, fit the position table, and say
-what did not match."""
+"""Weights from another project's file into a timm model.
+
+Wrappers and prefixes are removed, the position table is fitted to the model's grid, and mismatches are reported.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,18 @@ from torch import Tensor, nn
 from pipeline.errors import SourceError
 from pipeline.stage import open_source
 
-# Where training scripts put the network inside their checkpoint, best first: the teacher is what is evaluated.
+# Keys under which training scripts keep the network, in the order of preference: papers evaluate the teacher.
 _WRAPPERS = ("teacher", "state_dict", "model", "student", "encoder")
 _PREFIXES = ("module.", "teacher.", "backbone.", "model.", "encoder.", "student.")
 
 
 def load_checkpoint(model: nn.Module, address: str, *, say: Callable[[str], None]) -> None:
-    """Load what matches by name and shape; tell `say` what did not.
+    """Loads the tensors that match by name and shape.
+
+    Args:
+        model: a timm model; changed in place.
+        address: of the file: a path, or an address in a bucket.
+        say: called with one line about what was loaded, and with one about each kind of tensor that did not match.
 
     Raises: SourceError if the file is missing, is not a file of weights, or if nothing in it matches.
     """
@@ -51,7 +58,10 @@ def load_checkpoint(model: nn.Module, address: str, *, say: Callable[[str], None
 
 
 def read_weights(address: str) -> dict[str, Tensor]:
-    """The flat name -> tensor mapping of a .safetensors or a torch file (weights only, nothing is executed)."""
+    """All tensors by name, from a .safetensors or a torch file, which is read without executing anything in it.
+
+    Raises: SourceError if the file is missing or is not a file of weights.
+    """
     data = _read(address)
     try:
         if address.endswith(".safetensors"):
@@ -59,7 +69,7 @@ def read_weights(address: str) -> dict[str, Tensor]:
 
             return load(data)
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # every way a file can be broken ends in the same sentence
+    except Exception as error:  # a broken file can raise almost anything; the user gets one kind of error
         raise SourceError(
             f"checkpoint {address}: not a readable file of weights ({type(error).__name__}: {_first_line(error)}); "
             "save its state dict with safetensors or torch.save"
@@ -92,7 +102,7 @@ def _read(address: str) -> bytes:
 
 
 def strip_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys without what wrappers put before them. Where student and teacher are both there, the teacher's win."""
+    """The tensors under keys without the prefixes of wrappers; of student and teacher, the teacher's are kept."""
     ordered: dict[str, Tensor] = {}
     for key, value in sorted(weights.items(), key=lambda item: "teacher." in item[0]):
         while prefix := next((prefix for prefix in _PREFIXES if key.startswith(prefix)), None):
@@ -102,7 +112,7 @@ def strip_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fit(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """The position table for the model's grid and prefix tokens."""
+    """The same weights, with the position table resampled to the model's grid and its number of prefix tokens."""
     table = getattr(model, "pos_embed", None)
     found = weights.get("pos_embed")
     if not isinstance(table, Tensor) or found is None or found.ndim != 3 or found.shape == table.shape:

@@ -1,5 +1,6 @@
-"""Decoders: an encoder's maps at several depths -> one map of embeddings. A method trains through them; they are not
-part of the encoder that it gives.
+"""Decoders: an encoder's maps at several depths -> one map of embeddings.
+
+A method trains through a decoder; it is not part of the encoder that the method gives.
 
 Shape legend: B images, D width of the embeddings, h w sides of the finest level.
 """
@@ -18,7 +19,7 @@ from stages.models.encoder import Encoder
 
 
 def build_decoder(name: Literal["fpn", "deeplab"], encoder: Encoder, width: int) -> nn.Module:
-    """A decoder for `encoder.levels(image)`; its output is `width` wide and as fine as the first level."""
+    """A decoder for `encoder.levels(image)`; its map has `width` channels and the resolution of the first level."""
     return (FPN if name == "fpn" else DeepLabV3Plus)(level_widths(encoder), width)
 
 
@@ -30,7 +31,7 @@ def level_widths(encoder: Encoder) -> list[int]:
 
 
 class FPN(nn.Module):
-    """PiCIE's: every level projected to D by a 1x1 convolution, added up from the coarsest to the finest."""
+    """PiCIE's decoder: levels projected to D by 1x1 convolutions and added, from the coarsest to the finest."""
 
     def __init__(self, widths: Sequence[int], width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The encoder: one face for ViTs and ResNets of timm. Everything that needs features goes through this file.
+"""The encoder: the same interface for ViTs and ResNets of timm. Everything that needs features goes through this file.
 
 Shape legend: B images, D width, h w rows and columns of the feature map, P prefix tokens ([CLS], registers), N tokens.
 """
@@ -36,14 +36,16 @@ class Features(NamedTuple):
 
     @property
     def tokens_BND(self) -> Tensor:
-        """The map as (B, h*w, D), raster order."""
+        """The map as tokens in raster order, (B, h*w, D)."""
         return self.map.flatten(2).transpose(1, 2)
 
 
 class HasFiles(Protocol):
-    """A committed artifact, as far as loading an encoder goes."""
+    """What loading an encoder needs of a committed artifact."""
 
-    def local(self, name: str) -> Path: ...
+    def local(self, name: str) -> Path:
+        """A local path of one file."""
+        ...
 
 
 class Encoder(nn.Module):
@@ -69,10 +71,12 @@ class Encoder(nn.Module):
 
     @property
     def is_vit(self) -> bool:
+        """Whether the backbone is a plain ViT."""
         return isinstance(self.model, VisionTransformer)
 
     @property
     def is_resnet(self) -> bool:
+        """Whether the backbone is a ResNet."""
         return hasattr(self.model, "layer4") and hasattr(self.model, "maxpool")
 
     @property
@@ -143,7 +147,10 @@ class Encoder(nn.Module):
         return Features(vector, map_BDhw)
 
     def embed_patches(self, image_B3HW: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """ViT: what the first block gets: prefix tokens and patches with positions, (B, P + h*w, D), and the grid."""
+        """ViT: the first block's input, prefix tokens and patches with positions (B, P + h*w, D); and the grid (h, w).
+
+        Raises: ValueError if the image is not a multiple of the patch.
+        """
         h, w = (side // self.stride for side in image_B3HW.shape[2:])
         if (h * self.stride, w * self.stride) != tuple(image_B3HW.shape[2:]):
             raise ValueError(
@@ -172,7 +179,7 @@ class Encoder(nn.Module):
         return model.norm_pre(model.patch_drop(tokens)), (h, w)
 
     def _filter_residual(self, tokens: Tensor, block: Any, h: int, w: int) -> Tensor:
-        """`pre_last`: the filter sees the last block's LN1 input, its result joins the residual stream."""
+        """`pre_last`: the filter reads the last block's normalised input and adds to its residual stream."""
         prefix = self.model.num_prefix_tokens
         fused = self.filter(_to_map(block.norm1(tokens)[:, prefix:], h, w))
         return torch.cat([tokens[:, :prefix], tokens[:, prefix:] + fused.flatten(2).transpose(1, 2)], dim=1)
@@ -193,11 +200,11 @@ class Encoder(nn.Module):
         return Features(map_BDhw.mean(dim=(2, 3)), map_BDhw)
 
     def stem_to_c4(self, image_B3HW: Tensor) -> Tensor:
-        """ResNet up to its third stage: (B, D4, H/16, W/16). `c5(stem_to_c4(x))` is the C5 map."""
+        """ResNet: the map after its third stage, (B, D4, H/16, W/16). `c5(stem_to_c4(x))` is the C5 map."""
         return self._resnet_levels(image_B3HW, 3)[-1]
 
     def c5(self, c4_BDhw: Tensor) -> Tensor:
-        """ResNet's last stage on a C4 map or on regions cut from one."""
+        """ResNet: the last stage, on a C4 map or on regions cut from one."""
         c5: Tensor = self.model.layer4(c4_BDhw)
         return c5
 
@@ -211,8 +218,15 @@ class Encoder(nn.Module):
         return levels
 
     def levels(self, image_B3HW: Tensor, taps: Sequence[int] | None = None) -> list[Tensor]:
-        """Maps at several depths, for decoders: stages C2..C5 of a ResNet (taps 1..4, default all), or the outputs of a
-        ViT's blocks (0-based taps, default four evenly spaced, the last included; the last block's map is normalised).
+        """Maps at several depths, for decoders.
+
+        Args:
+            image_B3HW: normalised images.
+            taps: ResNet: stages, 1 for C2 to 4 for C5, default all. ViT: blocks counted from 0, default four evenly
+                spaced ones with the last, whose map is normalised.
+
+        Returns: one map (B, D', h', w') for each tap.
+        Raises: UsageError for a backbone that is neither.
         """
         if self.is_resnet:
             stages = self._resnet_levels(image_B3HW, 4)
@@ -238,7 +252,7 @@ class Encoder(nn.Module):
     def build(cls, backbone: Backbone, *, say: Callable[[str], None] = _LOG.warning) -> Encoder:
         """The encoder a config describes; random weights come from torch's global generator.
 
-        `say` hears which keys of a checkpoint did not match; by default it is a warning in the log.
+        `say` gets a line about each kind of tensor of a checkpoint that did not match; by default a log warning.
         Raises: UsageError for a name or an option that timm does not have, SourceError for an unusable checkpoint.
         """
         kwargs = timm_kwargs(backbone)
@@ -298,7 +312,7 @@ class Encoder(nn.Module):
             "width": self.width,
             "stride": self.stride,
             "method": method,
-            # Where the first weights came from is the manifest's to say: here are all that is needed.
+            # Without where the first weights came from, which the manifest says: loading must not look for them.
             "backbone": self.backbone.untrained().model_dump(mode="json"),
             "filter": None if self.filter is None else self.filter.settings(),
         }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def at_least_float32(value: Tensor) -> Tensor:
-    """Half precision widened, float32 and float64 as they are: where autocast's rounding would change a loss."""
+    """Half precision as float32, wider types as they are: for where autocast's rounding would change a loss."""
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
@@ -28,6 +28,9 @@ class ProjectionHead(nn.Module):
     Args:
         width: C, of the features that come in.
         prototypes: K; 0 for embeddings only (the scores are then the embeddings themselves).
+        hidden: width of the MLP's hidden layers.
+        bottleneck: D.
+        layers: linear layers of the MLP.
         fixed_gain: prototypes have length 1 (DINO's `norm_last_layer`); else each has a learnable length.
 
     Example: `ProjectionHead(384, 65536)(torch.randn(8, 384)).shape` is (8, 65536).
@@ -74,11 +77,12 @@ class ProjectionHead(nn.Module):
         return scores_K if self.gain is None else scores_K * self.gain
 
     def forward(self, features_C: Tensor) -> Tensor:
+        """Features (..., C) -> scores (..., K)."""
         return self.score(self.embed(features_C))
 
     @torch.no_grad()
     def renormalise(self) -> None:
-        """Bring the prototypes' rows back to length 1; scores do not change, the optimiser's step sizes do."""
+        """Scales the prototypes' rows back to length 1; that changes no score, only the effective learning rate."""
         if self.prototypes is not None:
             self.prototypes.copy_(functional.normalize(self.prototypes, dim=1))
 

@@ -22,11 +22,12 @@ RGB = NDArray[np.uint8]  # (H, W, 3)
 
 
 def default_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def centre_square(pixels: RGB, resize: int, crop: int) -> RGB:
-    """The protocol of ImageNet evaluations: short side to `resize`, then the central `crop` x `crop` pixels."""
+    """The crop of ImageNet evaluations: short side resized to `resize`, then the central `crop` x `crop` pixels."""
     height, width = pixels.shape[:2]
     scale = resize / min(height, width)
     resized = squeeze(pixels, max(crop, round(height * scale)), max(crop, round(width * scale)))
@@ -35,7 +36,7 @@ def centre_square(pixels: RGB, resize: int, crop: int) -> RGB:
 
 
 def squeeze(pixels: RGB, height: int, width: int) -> RGB:
-    """The whole image at that size: averaged where it shrinks (no aliasing), cubic where it grows."""
+    """The whole image at another size: area averages where it shrinks (no aliasing), bicubic where it grows."""
     if pixels.shape[:2] == (height, width):
         return pixels
     shrinks = height * width < pixels.shape[0] * pixels.shape[1]
@@ -44,7 +45,7 @@ def squeeze(pixels: RGB, height: int, width: int) -> RGB:
 
 
 def require_size(encoder: Encoder, size: int, place: str) -> None:
-    """Raises UsageError, naming the config's `place`, for a side that a ViT cannot cut into patches."""
+    """Raises UsageError for a side that a ViT cannot cut into patches; `place` is the config's key that it names."""
     if encoder.is_vit and size % encoder.stride:
         below = size // encoder.stride * encoder.stride
         near = " or ".join(str(side) for side in (below, below + encoder.stride) if side)

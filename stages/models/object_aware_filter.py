@@ -110,7 +110,7 @@ class ObjectAwareFilter(nn.Module):
         return joined if self.fuse is None else _per_cell(self.fuse, joined)
 
     def pooled(self, map_BChw: Tensor) -> Tensor:
-        """F_down: a map pooled to the prototypes' grid and flattened as they are, (B, k*k*C)."""
+        """F_down: a map pooled to the prototypes' grid, k x k cells, and flattened in their order, (B, k*k*C)."""
         return functional.adaptive_avg_pool2d(map_BChw, self.kernel).permute(0, 2, 3, 1).flatten(1)
 
 

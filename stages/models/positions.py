@@ -38,7 +38,13 @@ def sincos_table(width: int, grid: tuple[int, int], prefix: int = 0) -> Tensor:
 def interpolate_plus_tenth(table_1ND: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int) -> Tensor:
     """The DINO family's interpolation: bicubic by the factor (new + 0.1) / old, which differs slightly from timm's.
 
-    `table_1ND` (1, P + h*w, D) for the grid `old` becomes (1, P + h'*w', D) for the grid `new`; prefix rows stay.
+    Args:
+        table_1ND: (1, P + h*w, D), for the grid `old`.
+        old: (h, w).
+        new: (h', w').
+        prefix: P, the rows that stay as they are.
+
+    Returns: (1, P + h'*w', D).
     """
     if old == new:
         return table_1ND

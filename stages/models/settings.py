@@ -1,4 +1,4 @@
-"""What a config says about a backbone. Torch-free: planning reads this file and nothing heavier.
+"""What a config says about a backbone. Imports no torch, because planning reads this file.
 
 `encoder.py` turns a `Backbone` into an `Encoder`.
 """
@@ -53,7 +53,7 @@ class Backbone(Settings):
         return self.model_copy(update={"pretrained": False, "checkpoint": None})
 
     def anywhere(self) -> Backbone:
-        """The same with an absolute checkpoint path: a worker's working folder is not the driver's."""
+        """The same with an absolute checkpoint path, for workers, whose working folder is not the driver's."""
         if self.checkpoint is None or "://" in self.checkpoint:
             return self
         return self.model_copy(update={"checkpoint": str(Path(self.checkpoint).absolute())})

@@ -16,9 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class SyncBatchNorm(_BatchNorm):
-    """The same parameters, buffers and meaning as torch's; ranks may hold different numbers of rows.
+    """Parameters, buffers and results are those of torch's class; ranks may hold different numbers of rows.
 
-    No subclass of torch's, which DistributedDataParallel refuses on a CPU; on a GPU it borrows that one's forward.
+    Not a subclass of torch's, which DistributedDataParallel refuses on a CPU; on a GPU it calls that one's forward.
     """
 
     process_group = None  # all ranks
@@ -26,9 +26,10 @@ class SyncBatchNorm(_BatchNorm):
     _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def forward(self, input: Tensor) -> Tensor:
+        """The normalised input, (B, C) or (B, C, ...)."""
         synchronised = self.training or self.running_mean is None
         if input.is_cuda:
-            return nn.SyncBatchNorm.forward(self, input)  # type: ignore[arg-type]  # what it reads of itself is here
+            return nn.SyncBatchNorm.forward(self, input)  # type: ignore[arg-type]  # all attributes that it reads are here
         if not synchronised or not dist.is_initialized() or dist.get_world_size() == 1:
             return _batch_norm(self, input)
         mean_C, var_C, count = _Moments.apply(input)
@@ -60,13 +61,16 @@ class SyncBatchNormAct(SyncBatchNorm):
     act: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
+        """The normalised input through dropping and activation."""
         activated: Tensor = self.act(self.drop(super().forward(input)))
         return activated
 
 
 def convert(module: nn.Module) -> nn.Module:
-    """Replaces every batch norm inside, in place, keeping parameters, buffers and their names. Returns `module`, or
-    its replacement where it is a batch norm itself."""
+    """Replaces every batch norm inside, in place, keeping parameters, buffers and their names.
+
+    Returns: `module`, or its replacement where it is a batch norm itself.
+    """
     if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm | SyncBatchNorm):
         return _converted(module)
     for name, child in module.named_children():
@@ -112,7 +116,9 @@ class _Moments(torch.autograd.Function):
         dist.all_reduce(summed)
         count = summed[-1:]
         mean_C = summed[:-1] / count
-        squares_C = (values_CN - mean_C[:, None]).square().sum(dim=1)  # around the common mean: nothing cancels
+        squares_C = (
+            (values_CN - mean_C[:, None]).square().sum(dim=1)
+        )  # around the common mean, so that no precision is lost
         dist.all_reduce(squares_C)
         ctx.save_for_backward(input, mean_C, count)
         ctx.mark_non_differentiable(count)
@@ -120,7 +126,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        # Every rank's output hangs on every rank's rows: the gradients of the moments are summed over ranks.
+        # Every rank's output depends on every rank's rows: the gradients of the moments are summed over ranks.
         input, mean_C, count = ctx.saved_tensors
         summed_2C = torch.stack([grads[0], grads[1]])
         dist.all_reduce(summed_2C)

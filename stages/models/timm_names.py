@@ -1,4 +1,4 @@
-"""From a config's `Backbone` to the arguments of timm.create_model, with the rules that timm does not check itself."""
+"""A config's `Backbone` as arguments of timm.create_model, with the rules that timm does not check itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from stages.models.settings import Backbone
 
 
 def timm_kwargs(backbone: Backbone) -> dict[str, Any]:
-    """Arguments of timm.create_model that a plain timm user needs too. Raises: UsageError."""
+    """Arguments of timm.create_model, as a user of timm alone would write them.
+
+    Raises: UsageError for a name that timm does not have, or a setting that does not fit the model.
+    """
     name = backbone.name
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:8]

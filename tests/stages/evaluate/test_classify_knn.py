@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pyarrow as pa
 import pytest
+from pydantic import ValidationError
 
 from pipeline.errors import SourceError, UsageError
 from pipeline.store.artifact import Artifact
@@ -13,6 +16,7 @@ from pipeline.store.store import ArtifactStore
 from stages.data.rows import read_shard
 from stages.data.tables import SCHEMAS, Table
 from stages.evaluate.classify_knn import ClassifyKnn
+from stages.evaluate.classify_knn_settings import ClassifyKnnConfig
 
 from .conftest import RunStage
 
@@ -52,6 +56,18 @@ def test_an_unreadable_image_is_named_and_left_out(run: RunStage, store: Artifac
     outcome, _ = run(ClassifyKnn, images=writer.commit(notes=coloured.manifest.notes), **SMALL)
     assert outcome.counts["train"] == 19
     assert [problem["key"] for problem in outcome.problems] == ["03.png"]
+
+
+def test_a_crop_larger_than_the_resized_image_is_a_mistake() -> None:
+    with pytest.raises(ValidationError, match="crop 48 is larger than resize 40; lower crop or raise resize"):
+        ClassifyKnnConfig(images="i", encoder="e", crop=48, resize=40)
+
+
+@pytest.mark.parametrize("module", ["classify_knn", "segment_linear"])
+def test_planning_imports_nothing_heavy(module: str) -> None:
+    heavy = {"torch", "timm", "cv2", "ray", "numpy"}
+    code = f"import sys, stages.evaluate.{module}; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(

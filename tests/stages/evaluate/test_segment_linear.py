@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from pydantic import ValidationError
 
 from pipeline.errors import SourceError, UsageError
 from pipeline.store.artifact import Artifact
@@ -18,6 +19,7 @@ from stages.data.rows import read_shard
 from stages.data.tables import SCHEMAS
 from stages.evaluate.linear_probe import _draws, _enlarging, fit
 from stages.evaluate.segment_linear import SegmentLinear
+from stages.evaluate.segment_linear_settings import SegmentLinearConfig
 from stages.evaluate.segment_linear_steps import _draw_crop
 
 from .conftest import VOID, RunStage
@@ -97,6 +99,21 @@ def test_test_images_of_void_alone_are_an_error(run: RunStage, store: ArtifactSt
 def test_a_size_that_is_no_multiple_of_the_patch_names_the_key(run: RunStage) -> None:
     with pytest.raises(UsageError, match=r"stages\.eval\.test_size: 30 pixels do not split into patches of 8"):
         run(SegmentLinear, **{**SMALL, "test_size": 30})
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"crop_scale": (0.9, 0.8)}, r"crop_scale \[0\.9, 0\.8\] must rise within \(0, 1\]"),
+        ({"crop_scale": (0.0, 1.0)}, "crop_scale"),
+        ({"lr": []}, r"lr \[\] must be a positive number, or a list of them"),
+        ({"lr": [0.1, 0.0]}, "lr"),
+        ({"lr": -1.0}, "lr"),
+    ],
+)
+def test_rules_of_the_settings(settings: dict[str, object], rule: str) -> None:
+    with pytest.raises(ValidationError, match=rule):
+        SegmentLinearConfig.model_validate({"images": "i", "encoder": "e", **settings})
 
 
 def test_the_linear_layer_solves_what_is_linear() -> None:

@@ -32,7 +32,7 @@ def upload(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path, str], st
     }  # fmt: skip
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    bucket = f"photos-{uuid.uuid4().hex[:8]}"  # moto keeps buckets, and the store's client its server, for all tests
+    bucket = f"photos-{uuid.uuid4().hex[:8]}"  # moto keeps buckets, and clients are cached by address
     client = boto3.client("s3", endpoint_url=settings["AWS_ENDPOINT_URL"], region_name="us-east-1")
     client.create_bucket(Bucket=bucket)
 

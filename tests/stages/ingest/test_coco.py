@@ -223,4 +223,5 @@ def test_boxes_of_the_development_data(dev_data: Path, ingest: Run) -> None:
     assert done.outcome.counts["masks"] == 40
     assert len(done.outcome.notes["classes"]) == 80
     crowds = [entry for row in done.rows for entry in row["objects"] if entry["crowd"]]
+    assert crowds
     assert all(isinstance(json.loads(entry["mask"]), dict) for entry in crowds)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,6 +136,12 @@ def test_limit_spreads_over_the_classes(tmp_path: Path, ingest: Run, make_image:
             make_image(tmp_path / "in" / name / f"{i}.jpg")
     done = ingest(source=tmp_path / "in", limit=4)
     assert [row["label"] for row in done.rows] == ["a", "b", "c", "d"]
+
+
+def test_planning_imports_nothing_heavy() -> None:
+    heavy = {"cv2", "numpy", "obstore", "PIL", "pyarrow", "ray"}
+    code = f"import sys, stages.ingest.stage; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_other_layouts_fields_are_mistakes() -> None:
