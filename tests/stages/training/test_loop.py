@@ -14,10 +14,9 @@ from stages.models.encoder import Features
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.views.plan import ViewPlan, ViewSpec
-from stages.training.checkpoint import CheckpointFolder, TrainingState, is_complete
+from stages.training.checkpoint import CheckpointFolder, TrainingState
 from stages.training.loop import Training, train, weighted_sum
-from stages.training.optim import build_optimizer, clip_gradients, set_schedule
-from stages.training.settings import LoopSettings, OptimizerSettings
+from stages.training.settings import LoopSettings
 
 IMAGES = torch.randn(64, 1, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 
@@ -129,27 +128,6 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path: Path) -> None:
         assert torch.equal(value, resumed_training.method.state_dict()[name]), name
 
 
-def test_a_broken_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    whole = train(make_training(checkpoint_every=3), CheckpointFolder(tmp_path / "whole", "f"))
-    with pytest.raises(KeyboardInterrupt):
-        train(make_training(checkpoint_every=3), StopAt(tmp_path / "cut", 6))
-    newest = tmp_path / "cut" / "step-00000006"
-    data = bytearray((newest / "state.pt").read_bytes())
-    data[len(data) // 2] ^= 1
-    (newest / "state.pt").write_bytes(data)
-    said: list[str] = []
-    assert not is_complete(newest)
-    resumed = train(make_training(checkpoint_every=3), CheckpointFolder(tmp_path / "cut", "f", say=said.append))
-    assert curve(resumed) == curve(whole)
-    assert "step-00000006" in said[0]
-
-
-def test_a_checkpoint_of_another_artifact_is_refused(tmp_path: Path) -> None:
-    train(make_training(3), CheckpointFolder(tmp_path, "f"))
-    with pytest.raises(ValueError, match="belongs to f, not to other"):
-        train(make_training(3), CheckpointFolder(tmp_path, "other"))
-
-
 def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
     class Still(Toy):
         def __init__(self) -> None:
@@ -171,35 +149,3 @@ def test_unnamed_terms_weigh_one() -> None:
     assert weighted_sum(terms, {"b": 0.5}).item() == 3.5
     with pytest.raises(ValueError, match="at least one term"):
         weighted_sum({}, {})
-
-
-def test_weight_decay_spares_biases_and_norms() -> None:
-    module = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-    decayed, plain = build_optimizer(module, OptimizerSettings(weight_decay=0.3)).param_groups
-    assert [p.ndim for p in decayed["params"]] == [2]
-    assert len(plain["params"]) == 3
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
-
-
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
-def test_schedule_reaches_the_groups(name: str) -> None:
-    settings = OptimizerSettings(name=name, lr=0.1, lr_per=256, lr_end=0.0, weight_decay=0.1, weight_decay_end=0.2)
-    optimizer = build_optimizer(nn.Linear(4, 4), settings)
-    lr, decay = set_schedule(optimizer, settings, step=0, total=10, steps_per_epoch=5, batch_size=512)
-    assert (lr, decay) == (pytest.approx(0.2), pytest.approx(0.1))
-    lr, decay = set_schedule(optimizer, settings, step=5, total=10, steps_per_epoch=5, batch_size=512)
-    assert (lr, decay) == (pytest.approx(0.1), pytest.approx(0.15))
-    assert optimizer.param_groups[0]["lr"] == lr
-    assert optimizer.param_groups[1]["weight_decay"] == 0.0
-
-
-def test_clipping_is_by_tensor_or_over_all() -> None:
-    def gradients(mode: str) -> list[float]:
-        parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))]
-        parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 4.0]), torch.tensor([0.3, 0.4])
-        total = clip_gradients(parameters, OptimizerSettings(clip=1.0, clip_mode=mode))
-        assert total.item() == pytest.approx((25 + 0.25) ** 0.5)
-        return [parameter.grad.norm().item() for parameter in parameters]
-
-    assert gradients("tensor") == pytest.approx([1.0, 0.5], abs=1e-5)
-    assert gradients("global") == pytest.approx([5 / 25.25**0.5, 0.5 / 25.25**0.5], abs=1e-5)

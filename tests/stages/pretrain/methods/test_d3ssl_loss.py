@@ -1,4 +1,4 @@
-"""The region contrast against its definition, with a bank in part unused; RoIAlign of several boxes of a map."""
+"""The region contrast against its definition, with a bank in part unused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from stages.evaluate.coupling import coupling_rate
-from stages.pretrain.losses.roi_align import roi_align, roi_align_regions
 from stages.pretrain.methods.d3ssl.losses.d3ssl_loss import bank_nce, depositioning_loss
 
 
@@ -51,19 +50,6 @@ def test_large_logits_stay_finite_in_float32() -> None:
     assert loss.min() > 300
     loss.sum().backward()
     assert torch.isfinite(z.grad).all()
-
-
-def test_several_boxes_of_a_map_equal_one_at_a_time() -> None:
-    generator = torch.Generator().manual_seed(0)
-    maps = torch.randn(3, 4, 9, 14, generator=generator, dtype=torch.float64).requires_grad_()
-    corners = torch.rand(3, 5, 2, 2, generator=generator, dtype=torch.float64).sort(dim=2).values
-    boxes = (corners * torch.tensor([14.0, 9.0])).flatten(2)
-    weights = torch.randn(15, 4, 6, 6, generator=generator, dtype=torch.float64)
-    one = roi_align(maps.repeat_interleave(5, dim=0), boxes.flatten(0, 1), size=6)
-    several = roi_align_regions(maps, boxes, size=6)
-    torch.testing.assert_close(several, one)
-    expected, actual = (torch.autograd.grad((out * weights).sum(), maps)[0] for out in (one, several))
-    torch.testing.assert_close(actual, expected)
 
 
 def test_coupling_leaves_out_pairs_that_say_nothing() -> None:
