@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from pkgutil import resolve_name
 from typing import Any
 
 from pipeline.errors import UsageError
@@ -29,6 +30,23 @@ def load(group: str, name: str) -> Any:
     except (ImportError, AttributeError) as error:
         package = entry.dist.name if entry.dist else "its package"
         raise UsageError(f"{name!r} ({entry.value}, from {package}) cannot be imported: {error}") from error
+
+
+def imported(path: str) -> Any:
+    """The class that `path` names as "module:Class": how settings name what they build without importing it.
+
+    Raises:
+        UsageError: `path` has another form, its module cannot be imported, or the module has no such class.
+    """
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise UsageError(f"{path!r} does not name a class (write module:Class, for example package.module:Name)")
+    try:
+        return resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"{path!r} cannot be imported: {error} (correct the path, or install the package that it needs)"
+        ) from error
 
 
 def stage_classes() -> Mapping[str, type[Stage[Any]]]:
