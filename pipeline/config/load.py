@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -269,30 +270,29 @@ def _check_edges(stages: dict[str, PipelineStage], root: Node, types: _Types, co
 
 
 def _rings(stages: dict[str, PipelineStage]) -> list[list[str]]:
-    """Cycles of two stages or more, each in the order in which data would flow, starting at the file's first."""
-    rings: dict[frozenset[str], list[str]] = {}
-    done: set[str] = set()
+    """Rings of two stages or more, the shortest first.
 
-    def visit(name: str, trail: list[str]) -> None:
-        if name in trail:
-            ring = trail[trail.index(name) :][::-1]  # the trail walks from a stage to its inputs
-            if len(ring) > 1:
-                start = min(range(len(ring)), key=lambda i: list(stages).index(ring[i]))
-                rings.setdefault(frozenset(ring), ring[start:] + ring[:start])
-            return
-        if name in done or name not in stages:
-            return
-        for feeder in stages[name].inputs.values():
-            visit(feeder, [*trail, name])
-        done.add(name)
-
-    for name in stages:
-        visit(name, [])
-    return list(rings.values())
+    Each is in the order in which data would flow, starting with the stage that the file has first. One ring is found
+    for every edge that has to go before the stages can be put in order.
+    """
+    feeders = {name: dict.fromkeys(stage.inputs.values()) for name, stage in stages.items()}
+    for name, own in feeders.items():
+        own.pop(name, None)  # a stage that reads itself has a complaint of its own
+    rings: list[list[str]] = []
+    while True:
+        try:
+            TopologicalSorter(feeders).prepare()
+        except CycleError as error:
+            ring: list[str] = error.args[1][:-1]  # the last stage repeats the first
+            start = min(range(len(ring)), key=lambda i: list(stages).index(ring[i]))
+            rings.append(ring[start:] + ring[:start])
+            del feeders[rings[-1][1]][rings[-1][0]]
+        else:
+            return sorted(rings, key=len)
 
 
 def _in_order(stages: dict[str, PipelineStage]) -> dict[str, PipelineStage]:
-    """Inputs first; otherwise as the file has them."""
+    """Inputs first; otherwise as the file has them. graphlib's order would go by depth, not by the file."""
     ordered: dict[str, PipelineStage] = {}
 
     def place(stage: PipelineStage) -> None:
