@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 from typing_extensions import TypeAliasType
 
+from pipeline.progress import ProgressCallback
+
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
     from pipeline.store.writer import ArtifactWriter
@@ -29,6 +31,7 @@ __all__ = [
     "Input",
     "NoFingerprint",
     "Outcome",
+    "ProgressCallback",
     "Resources",
     "Settings",
     "Source",
@@ -120,10 +123,10 @@ class Context:
     name: str  # the stage's name in the pipeline
     fingerprint: str
     inputs: Mapping[str, Artifact]  # dotted field path -> finished artifact: {"images": ..., "method.neighbors": ...}
-    output: ArtifactWriter  # where the artifact grows; `output.progress` survives a kill, `output.scratch` does not
+    output: ArtifactWriter  # where the artifact grows; its `progress_folder` survives a kill, its `scratch` does not
     resources: Resources
     log_metrics: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None  # to MLflow, by the driver
-    progress: Callable[[float, float, str], None] = lambda done, total, unit: None  # drives the progress bar
+    report_progress: ProgressCallback = lambda done, total, unit: None  # drives the progress bar
     say: Callable[[str], None] = print  # one line for the user
 
 

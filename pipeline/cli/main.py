@@ -206,7 +206,7 @@ def _planned(
             split_names(only),
             split_names(from_),
             split_names(force),
-            lambda source, done, total: display.watch(f"reading {source}", done, total, "files"),
+            lambda source, *progress: display.watch(f"reading {source}", *progress),
         )
     return pipeline, opened, made
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from pipeline.config.document import nearest
@@ -26,7 +27,7 @@ from pipeline.stage import Feed
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 
-Progress = Callable[[str, int, int], None]  # (source's address, files read, files to read)
+ReadingCallback = Callable[[str, float, float, str], None]  # a source's address, then as in ProgressCallback
 
 
 @dataclass
@@ -79,7 +80,7 @@ def make_plan(
     only: Collection[str] = (),
     from_: Collection[str] = (),
     force: Collection[str] = (),
-    progress: Progress | None = None,
+    report_reading: ReadingCallback | None = None,
 ) -> Plan:
     """Plan a run of a pipeline, or of the part of it that `only` and `from_` select together.
 
@@ -91,7 +92,7 @@ def make_plan(
     if outside := [name for name in force if name not in chosen]:
         raise UsageError(f"--force {outside[0]}: the stage is not part of what is to run (add it to --only or --from)")
     needed = _upstream(pipeline, chosen)
-    digests = _source_digests(pipeline, store, needed, progress)
+    digests = _source_digests(pipeline, store, needed, report_reading)
     planned: dict[str, PlannedStage] = {}
     for name in pipeline.stages:
         if name in needed:
@@ -149,18 +150,14 @@ def _reasons(pipeline: Pipeline, store: ArtifactStore, planned: PlannedStage) ->
 
 
 def _source_digests(
-    pipeline: Pipeline, store: ArtifactStore, names: Iterable[str], progress: Progress | None
+    pipeline: Pipeline, store: ArtifactStore, names: Iterable[str], report_reading: ReadingCallback | None
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Stage -> field path -> what its source holds. One error for all sources that are not as they should be."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     problems: list[Problem] = []
     for name in names:
         for path, address in pipeline.stages[name].sources.items():
-
-            def report(done: int, total: int, address: str = address) -> None:
-                if progress is not None:
-                    progress(address, done, total)
-
+            report = partial(report_reading, address) if report_reading is not None else None
             try:
                 found.setdefault(name, {})[path] = as_json(source_digest(address, store, report), address)
             except SourceError as error:

@@ -10,21 +10,20 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import SourceError, StoreError
+from pipeline.progress import ProgressCallback
 from pipeline.store.objects import Objects, file_tag, mask
 
 if TYPE_CHECKING:
     from pipeline.store.store import ArtifactStore
 
 ATTEMPTS = 3  # a source that is being written settles, or is refused
-
-Progress = Callable[[int, int], None]  # (files read, files to read)
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class SourceDigest:
     bytes: int
 
 
-def source_digest(address: str, store: ArtifactStore, progress: Progress | None = None) -> SourceDigest:
+def source_digest(address: str, store: ArtifactStore, report_progress: ProgressCallback | None = None) -> SourceDigest:
     """The digest of a file, a folder or a bucket prefix. Names that begin with a dot are not part of a source.
 
     The digest depends on the files' relative paths and contents alone: a copy elsewhere has the same one, and so
@@ -55,7 +54,7 @@ def source_digest(address: str, store: ArtifactStore, progress: Progress | None 
     for _ in range(ATTEMPTS):
         listing = source.settled()
         stale = [path for path, entry in listing.items() if tags.get(path) != entry.tag]
-        contents |= _hash_all(source, stale, progress)
+        contents |= _hash_all(source, stale, report_progress)
         tags |= {path: listing[path].tag for path in stale}
         if source.look() == listing:
             break
@@ -188,7 +187,7 @@ def _open(address: str) -> _Local | _Bucket:
     return _Local(address, objects.folder) if objects.folder is not None else _Bucket(objects)
 
 
-def _hash_all(source: _Local | _Bucket, paths: list[str], progress: Progress | None) -> dict[str, str]:
+def _hash_all(source: _Local | _Bucket, paths: list[str], report_progress: ProgressCallback | None) -> dict[str, str]:
     """Content digests, read side by side. A file that vanished meanwhile is left to the next listing."""
 
     def read(path: str) -> tuple[str, str]:
@@ -205,8 +204,8 @@ def _hash_all(source: _Local | _Bucket, paths: list[str], progress: Progress | N
     with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
         for path, digest in pool.map(read, paths):
             found[path] = digest
-            if progress is not None:
-                progress(len(found), len(paths))
+            if report_progress is not None:
+                report_progress(len(found), len(paths), "files")
     return found
 
 

@@ -217,7 +217,7 @@ class _Run:
                 output=output,
                 resources=entry.stage.config.resources,
                 log_metrics=tracked.log_metrics,
-                progress=self.display.progress,
+                report_progress=self.display.progress,
                 say=self.display.say,
             )
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,6 +113,3 @@ def load(objects: Objects, kind: str, fingerprint: str) -> Artifact | None:
         return Artifact(objects, Manifest.from_bytes(data, kind, fingerprint))
     except ManifestBroken as error:
         raise ArtifactDamaged(f"{kind}/{fingerprint}", MANIFEST, str(error)) from None
-
-
-Progress = Callable[[float, float, str], None]  # (done, total, unit)

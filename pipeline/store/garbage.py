@@ -21,7 +21,7 @@ from pipeline.store.lease import Holder, Lease, live_holder
 from pipeline.store.manifest import MANIFEST
 from pipeline.store.objects import Found, Objects
 from pipeline.store.owner import Owner
-from pipeline.store.writer import progress_folder, scratch_root
+from pipeline.store.writer import local_progress_folder, scratch_root
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def delete_artifact(objects: Objects, name: str) -> None:
     objects.delete_folder(name)
     objects.delete_folder(f"{name}.progress")
     if objects.folder is None:
-        shutil.rmtree(progress_folder(objects, name), ignore_errors=True)
+        shutil.rmtree(local_progress_folder(objects, name), ignore_errors=True)
 
 
 def _collect_artifact(

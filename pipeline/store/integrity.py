@@ -12,7 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from pipeline.errors import ArtifactDamaged, StoreError
-from pipeline.store.artifact import Artifact, Damage, Progress, load
+from pipeline.progress import ProgressCallback
+from pipeline.store.artifact import Artifact, Damage, load
 from pipeline.store.local_cache import WRONG_CONTENT, wrong_size
 from pipeline.store.manifest import MANIFEST, FileEntry
 from pipeline.store.objects import GRAIN_NS, Found, Objects
@@ -34,9 +35,9 @@ def check(artifact: Artifact) -> list[Damage]:
     return damages
 
 
-def verify(artifact: Artifact, progress: Progress | None = None) -> list[Damage]:
+def verify(artifact: Artifact, report_progress: ProgressCallback | None = None) -> list[Damage]:
     """Hash every file, and read the manifest itself again."""
-    damages, fresh = _compare(artifact, lambda entry, found: False, progress)
+    damages, fresh = _compare(artifact, lambda entry, found: False, report_progress)
     try:
         again = load(artifact.objects, artifact.kind, artifact.fingerprint)
         if again is None:
@@ -48,7 +49,7 @@ def verify(artifact: Artifact, progress: Progress | None = None) -> list[Damage]
 
 
 def _compare(
-    artifact: Artifact, trusted: Callable[[FileEntry, Found], bool], progress: Progress | None
+    artifact: Artifact, trusted: Callable[[FileEntry, Found], bool], report_progress: ProgressCallback | None
 ) -> tuple[list[Damage], dict[str, str]]:
     """(damages, tags of the files that are in order and old enough to be trusted by their tag)."""
     prefix = f"{artifact.name}/"
@@ -62,8 +63,8 @@ def _compare(
         elif found is not None and found.changed_ns < time.time_ns() - GRAIN_NS:
             tags[entry.stored] = found.tag
         done += entry.size
-        if progress is not None:
-            progress(done, artifact.bytes, "bytes")
+        if report_progress is not None:
+            report_progress(done, artifact.bytes, "bytes")
     return damages, tags
 
 

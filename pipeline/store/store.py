@@ -18,9 +18,10 @@ from datetime import timedelta
 from typing import Any
 
 from pipeline.errors import ArtifactDamaged, StoreError
+from pipeline.progress import ProgressCallback
 from pipeline.store import attempt as attempts
 from pipeline.store import garbage, integrity
-from pipeline.store.artifact import Artifact, Damage, Progress, load
+from pipeline.store.artifact import Artifact, Damage, load
 from pipeline.store.garbage import Removed
 from pipeline.store.lease import Holder, Lease, held_token, live_holder
 from pipeline.store.local_cache import cache_folder
@@ -69,9 +70,9 @@ class ArtifactStore:
         """Damaged files, seen cheaply: sizes, and the content of files that were touched since they were last read."""
         return integrity.check(artifact)
 
-    def verify(self, artifact: Artifact, progress: Progress | None = None) -> list[Damage]:
+    def verify(self, artifact: Artifact, report_progress: ProgressCallback | None = None) -> list[Damage]:
         """Damaged files, by reading every byte."""
-        return integrity.verify(artifact, progress)
+        return integrity.verify(artifact, report_progress)
 
     def artifacts(self) -> Iterator[Artifact]:
         """Every artifact with a valid manifest, by kind and fingerprint."""

@@ -56,16 +56,18 @@ class ArtifactWriter:
         return self._attempt.artifact
 
     @property
-    def progress(self) -> Path:
+    def progress_folder(self) -> Path:
         """A local folder that survives a kill, and goes when the artifact is committed."""
-        folder = progress_folder(self._objects, self.name)
+        folder = local_progress_folder(self._objects, self.name)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     @property
     def progress_address(self) -> str:
         """The same on storage that all nodes share: fit for Ray Train's `storage_path`."""
-        return str(self.progress) if self._objects.folder is not None else self._objects.join(f"{self.name}.progress")
+        if self._objects.folder is not None:
+            return str(self.progress_folder)
+        return self._objects.join(f"{self.name}.progress")
 
     @property
     def scratch(self) -> Path:
@@ -210,7 +212,7 @@ class ArtifactWriter:
         self._objects.delete([path for path in present if path.removeprefix(prefix) not in wanted])
         self._objects.delete_folder(f"{self.name}.progress")
         if self._objects.folder is None:
-            shutil.rmtree(progress_folder(self._objects, self.name), ignore_errors=True)
+            shutil.rmtree(local_progress_folder(self._objects, self.name), ignore_errors=True)
 
     def _require_attempt(self) -> None:
         """The first write of a process looks whether it reaches the store that the driver means."""
@@ -234,8 +236,8 @@ def stored_name(name: str, sha256: str) -> str:
     return str(path.with_name(f"{path.stem}.{sha256[:12]}{path.suffix}"))
 
 
-def progress_folder(objects: Objects, artifact: str) -> Path:
-    """Where `ArtifactWriter.progress` is on this machine."""
+def local_progress_folder(objects: Objects, artifact: str) -> Path:
+    """Where `ArtifactWriter.progress_folder` is on this machine."""
     if objects.folder is not None:
         return objects.folder / f"{artifact}.progress"
     return cache_folder() / "progress" / hashlib.sha256(objects.address.encode()).hexdigest()[:12] / artifact

@@ -182,7 +182,7 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
 
 
 def _report(context: Context, before: int, total: int, done: int) -> None:
-    context.progress(before + done, total, "images")
+    context.report_progress(before + done, total, "images")
 
 
 def _names(classes: list[str], count: int) -> list[str]:

@@ -122,7 +122,7 @@ def cache_train(
             maps[name][done : done + len(crops)] = found
         labels[done : done + len(crops)] = [mask for _, mask in crops]
         done += len(crops)
-        context.progress(done // views, len(chosen), "train images")
+        context.report_progress(done // views, len(chosen), "train images")
     if not done:
         raise SourceError(f"{context.name}: none of the {len(chosen)} train images can be used: {problems[0]}")
     device = next(iter(inferences.values())).device
@@ -146,7 +146,7 @@ def train_probe(cache: Cache, name: str, classes: int, config: SegmentLinearConf
             batch_size=config.batch_size,
             seed=config.seed,
             device=cache.device,
-            progress=lambda done: context.progress(before + done, total, f"samples{name}"),
+            progress=lambda done: context.report_progress(before + done, total, f"samples{name}"),
         )
 
     everything = np.arange(len(labels))
@@ -194,7 +194,7 @@ def evaluate(
                 if name == "" and image_id in picked:
                     pictures.append((pixels, truth, prediction))
         done += len(batch)
-        context.progress(done, len(ids), "test images")
+        context.report_progress(done, len(ids), "test images")
     if not any(matrix.sum() for matrix in matrices.values()):
         raise SourceError(
             f"{context.name}: no pixel of the {len(ids)} test images has a class, all is void or unreadable "

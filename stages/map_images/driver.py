@@ -89,9 +89,9 @@ def map_shards(
     finished = total - sum(entry.rows or 0 for _, entry in missing)
     if missing:
         pool = _pool(cpus, gpus, settings.concurrency, actors=isinstance(process, type))
-        context.progress(finished, total, "images")
+        context.report_progress(finished, total, "images")
         for piece_done in _compute(job, _pieces(missing, pool.workers), pool):
-            context.progress(finished + piece_done, total, "images")
+            context.report_progress(finished + piece_done, total, "images")
     return _summary(context.output, images, resumed=done)
 
 

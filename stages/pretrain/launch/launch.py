@@ -33,10 +33,11 @@ def pretrain(config: PretrainConfig, context: Context) -> Outcome:
     if config.backbone is not None:  # the workers' working folder is not the driver's
         config = config.model_copy(update={"backbone": config.backbone.anywhere()})
     if config.resources.workers == 0:
-        checkpoints = CheckpointFolder(context.output.progress / "checkpoints", context.fingerprint, say=context.say)
+        folder = context.output.progress_folder / "checkpoints"
+        checkpoints = CheckpointFolder(folder, context.fingerprint, say=context.say)
         run = assemble(config, context.inputs, device=_device(), loader_workers=_loader_workers(config, _cpus()))
         rows.total = run.total_steps
-        leave_replay = leaver(config, context.inputs, run, str(context.output.progress))
+        leave_replay = leaver(config, context.inputs, run, str(context.output.progress_folder))
         progress = train(run, checkpoints, rows.add, leave_replay)
     else:
         final = _train_on_ray(config, context, rows)
@@ -79,7 +80,7 @@ class Rows:
         self.seen.add(row["step"])
         self.context.log_metrics({k: v for k, v in row.items() if k != "step"}, int(row["step"]))
         if self.total:
-            self.context.progress(row["step"], self.total, "steps")
+            self.context.report_progress(row["step"], self.total, "steps")
 
 
 # --- Ray Train --------------------------------------------------------------------------------------------------

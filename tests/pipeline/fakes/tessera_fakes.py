@@ -72,7 +72,7 @@ class Scaled(Stage[ScaledConfig]):
         values = [self.config.factor * value for value in numbers(context)]
         for step, value in enumerate(values):
             context.log_metrics({"loss/term": value}, step)
-            context.progress(step + 1, len(values), "numbers")
+            context.report_progress(step + 1, len(values), "numbers")
         context.output.put_file("numbers.json", json.dumps(values).encode())
         return Outcome(counts={"numbers": len(values)})
 

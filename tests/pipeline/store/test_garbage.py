@@ -55,7 +55,7 @@ def test_uncommitted_leftovers_go_once_they_are_old_and_their_writer_is_gone(sto
     writer = store.begin("encoder", "abc")
     writer.put_file("encoder.bin", b"x")
     writer.record("epoch", {"loss": 1})
-    (writer.progress / "checkpoint").write_bytes(b"y")
+    (writer.progress_folder / "checkpoint").write_bytes(b"y")
     assert collect(store) == []  # this process is still at it
     writer.close()
     assert collect(store, HOUR) == []  # somebody may come back for it

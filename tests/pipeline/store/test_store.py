@@ -93,9 +93,9 @@ def test_an_artifact_comes_back_as_it_was_written(store: ArtifactStore) -> None:
 
 def test_nothing_is_left_beside_a_committed_artifact(store: ArtifactStore) -> None:
     writer = store.begin("images", "abc")
-    (writer.progress / "checkpoint").write_bytes(b"halfway")
+    (writer.progress_folder / "checkpoint").write_bytes(b"halfway")
     (writer.scratch / "notes").write_bytes(b"scribble")
-    scratch, progress = writer.scratch, writer.progress
+    scratch, progress = writer.scratch, writer.progress_folder
     writer.put_file("a.bin", b"a first thought")
     writer.put_file("a.bin", b"a")
     artifact = writer.commit()
@@ -391,7 +391,7 @@ def test_writer_kind_and_addresses(store: ArtifactStore) -> None:
     assert isinstance(writer, ArtifactWriter)
     assert (writer.kind, writer.fingerprint) == ("encoder", "f00d")
     assert writer.progress_address == f"{store.address}/encoder/f00d.progress"
-    assert writer.progress.is_dir()
+    assert writer.progress_folder.is_dir()
     free = store.free_bytes()
     assert (free is None) == store.address.startswith("s3://")
     assert free is None or free > 0

@@ -82,7 +82,7 @@ def test_one_output_part_per_images_part(
     source = images(files(40, _007=b"bad", _031=b"odd"), parts)
     ctx = context("sizes")
     seen: list[float] = []
-    ctx.progress = lambda done, total, unit: seen.append(done / total)
+    ctx.report_progress = lambda done, total, unit: seen.append(done / total)
     summary = map_shards(ctx, source, measure, schema=SCHEMA)
     made = ctx.output.commit()
     assert [entry.name for entry in made.shards()] == [entry.name for entry in source.shards()]
