@@ -126,9 +126,9 @@ def rows(catalogue: Catalogue) -> list[dict[str, Any]]:
 def verify(catalogue: Catalogue, display: RunDisplay) -> dict[str, Any]:
     """What `artifacts verify --json` prints: how many artifacts were read, and every damaged file.
 
-    `notes` names damaged files among the store's own notes. They are made anew, and no artifact needs them.
+    `notes` names damaged records and memos of the store. They are made anew, and no artifact needs them.
     """
-    notes = list(catalogue.store.damaged_notes())  # first: a plan replaces those it meets
+    records = list(catalogue.store.damaged_records())  # first: a plan replaces those it meets
     damages: list[Damage] = []
     checked = 0
     for kind, fingerprint in catalogue.names():
@@ -143,7 +143,7 @@ def verify(catalogue: Catalogue, display: RunDisplay) -> dict[str, Any]:
     return {
         "checked": checked,
         "damaged": [{"artifact": d.artifact, "file": d.file, "reason": d.reason} for d in damages],
-        "notes": [{"file": d.file, "reason": d.reason} for d in notes],
+        "notes": [{"file": d.file, "reason": d.reason} for d in records],
     }
 
 

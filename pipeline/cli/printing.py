@@ -134,8 +134,8 @@ def print_artifact(artifact: Artifact) -> None:
 
 def print_damages(report: dict[str, Any]) -> None:
     """`artifacts verify` as a table, or one sentence."""
-    for note in report["notes"]:
-        print(f"the store's note {note['file']} was damaged: {note['reason']}; it is made anew, no artifact needs it")
+    for record in report["notes"]:
+        print(f"the store's {record['file']} was damaged: {record['reason']}; it is made anew, no artifact needs it")
     if report["damaged"]:
         rows = [(damage["artifact"], damage["file"], damage["reason"]) for damage in report["damaged"]]
         print_table("damaged", ("artifact", "file", "reason"), rows)

@@ -53,7 +53,7 @@ class Artifact:
 
     @property
     def rows(self) -> int:
-        """Rows of the table its parts make; 0 when it holds none."""
+        """Rows of the table its shards make; 0 when it holds none."""
         return self.manifest.rows or 0
 
     @property
@@ -68,8 +68,8 @@ class Artifact:
         return f"Artifact({self.address!r})"
 
     def shards(self) -> Iterator[FileEntry]:
-        """The parts of its table, in order."""
-        return (entry for entry in self.manifest.files if is_part(entry.name))
+        """The entries of its table's shards, in order."""
+        return (entry for entry in self.manifest.files if is_shard(entry.name))
 
     def file(self, name: str) -> FileEntry:
         """The entry of a file by its logical name. Raises: ArtifactMissing."""
@@ -99,8 +99,8 @@ class Artifact:
         return local_copy(self.objects, self.name, self.file(name))
 
 
-def is_part(name: str) -> bool:
-    """Whether a logical name is that of a numbered part, "part-00003.parquet"."""
+def is_shard(name: str) -> bool:
+    """Whether a logical name is that of a shard, "part-00003.parquet"."""
     return name.startswith("part-") and name[5:10].isdigit()
 
 

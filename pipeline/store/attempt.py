@@ -1,7 +1,7 @@
 """Attempts: what a stage has finished of an artifact that is not committed yet, kept so that a kill costs little.
 
 Every writer has an attempt of its own under `<kind>/<fingerprint>.progress/.attempts/`, so that two writers of one
-artifact never mix. A new attempt takes over the finished parts and records of attempts whose process is dead.
+artifact never mix. A new attempt takes over the finished shards and records of attempts whose process is dead.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.store.artifact import is_part
+from pipeline.store.artifact import is_shard
 from pipeline.store.integrity import content_reason
 from pipeline.store.lease import held_token, live_holder
 from pipeline.store.manifest import FileEntry, plain
-from pipeline.store.objects import Found, Objects
+from pipeline.store.objects import Objects, StoredObject
 from pipeline.store.owner import Owner, this_process
 
 LIVE: dict[str, int] = {}  # attempts whose writer this process has not closed -> how often they were begun
@@ -44,7 +44,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One writer's notes. Plain data and an address: picklable, usable from every node."""
+    """What one writer has finished so far. Plain data and an address: picklable, usable from every node."""
 
     objects: Objects
     artifact: str  # "kind/fingerprint"
@@ -57,14 +57,14 @@ class Attempt:
     def exists(self) -> bool:
         return self.objects.get(f"{self.folder}/attempt.json") is not None
 
-    def note_file(self, finished: Finished) -> None:
+    def record_file(self, finished: Finished) -> None:
         self._put(f"files/{finished.entry.name}.json", finished.to_dict())
 
-    def note_record(self, key: str, value: dict[str, Any]) -> None:
+    def record(self, key: str, value: dict[str, Any]) -> None:
         self._put(f"records/{safe_name(key)}.json", {"key": key, "value": plain(value, key)})
 
-    def part(self, name: str) -> Finished | None:
-        """A part that this attempt has finished, or taken over."""
+    def shard(self, name: str) -> Finished | None:
+        """A shard that this attempt has finished, or taken over."""
         data = self.objects.get(f"{self.folder}/files/{name}.json")
         own = _parse([data]) if data else []
         return Finished.from_dict(own[0]) if own else self.adopted()[0].get(name)
@@ -120,8 +120,8 @@ def begin(objects: Objects, artifact: str) -> Attempt:
     for other in sorted(dead, key=lambda other: other.id):  # by age: the youngest has the last word
         files.update(other.files())
         records.update(other.records())
-    parts = _intact(objects, artifact, [file for name, file in files.items() if is_part(name)]) if files else []
-    adopted = {"files": [part.to_dict() for part in parts], "records": records}
+    shards = _intact(objects, artifact, [file for name, file in files.items() if is_shard(name)]) if files else []
+    adopted = {"files": [shard.to_dict() for shard in shards], "records": records}
     attempt._put("adopted.json", adopted)
     for other in dead:
         other.delete()
@@ -153,13 +153,13 @@ def live_attempts(objects: Objects, artifact: str, besides: str = "") -> list[At
     return [a for name in names if name != besides and is_live(a := Attempt(objects, artifact, name))]
 
 
-def _intact(objects: Objects, artifact: str, parts: list[Finished]) -> list[Finished]:
+def _intact(objects: Objects, artifact: str, shards: list[Finished]) -> list[Finished]:
     """Those whose stored file is there and unchanged; files with another tag are read."""
     listing = {found.path: found for found in objects.walk(artifact)}
-    return [part for part in parts if not stored_reason(objects, artifact, part, listing)]
+    return [shard for shard in shards if not stored_reason(objects, artifact, shard, listing)]
 
 
-def stored_reason(objects: Objects, artifact: str, finished: Finished, listing: dict[str, Found]) -> str:
+def stored_reason(objects: Objects, artifact: str, finished: Finished, listing: dict[str, StoredObject]) -> str:
     """Why a finished file is not (any more) what its writer put in place, or ""."""
     path = f"{artifact}/{finished.entry.stored}"
     found = listing.get(path)
@@ -178,7 +178,7 @@ def safe_name(key: str) -> str:
 
 
 def _parse(blobs: Iterable[bytes | None]) -> list[dict[str, Any]]:
-    """What can be read of them; a note cut short by a power cut counts as never written."""
+    """What can be read of them; a file cut short by a power cut counts as never written."""
     found = []
     for data in blobs:
         try:

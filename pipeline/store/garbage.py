@@ -19,7 +19,7 @@ from pipeline.store.attempt import live_attempts
 from pipeline.store.integrity import memo_path
 from pipeline.store.lease import Holder, Lease, live_holder
 from pipeline.store.manifest import MANIFEST
-from pipeline.store.objects import Found, Objects
+from pipeline.store.objects import Objects, StoredObject
 from pipeline.store.owner import Owner
 from pipeline.store.writer import local_progress_folder, scratch_root
 
@@ -123,7 +123,7 @@ def _garbage(
         yield Removed(f"{name}.progress", size, "its artifact is finished"), []
 
 
-def _old(files: list[Found], before: float) -> list[Found]:
+def _old(files: list[StoredObject], before: float) -> list[StoredObject]:
     return [found for found in files if found.modified <= before]
 
 

@@ -16,7 +16,7 @@ from pipeline.progress import ProgressCallback
 from pipeline.store.artifact import Artifact, Damage, load
 from pipeline.store.local_cache import WRONG_CONTENT, wrong_size
 from pipeline.store.manifest import MANIFEST, FileEntry
-from pipeline.store.objects import GRAIN_NS, Found, Objects
+from pipeline.store.objects import GRAIN_NS, Objects, StoredObject
 from pipeline.store.sealed import SealBroken, seal, unseal
 
 MEMOS = ".tessera/memo"
@@ -49,7 +49,7 @@ def verify(artifact: Artifact, report_progress: ProgressCallback | None = None) 
 
 
 def _compare(
-    artifact: Artifact, trusted: Callable[[FileEntry, Found], bool], report_progress: ProgressCallback | None
+    artifact: Artifact, trusted: Callable[[FileEntry, StoredObject], bool], report_progress: ProgressCallback | None
 ) -> tuple[list[Damage], dict[str, str]]:
     """(damages, tags of the files that are in order and old enough to be trusted by their tag)."""
     prefix = f"{artifact.name}/"
@@ -68,7 +68,7 @@ def _compare(
     return damages, tags
 
 
-def _reason(objects: Objects, prefix: str, entry: FileEntry, found: Found | None, trusted: bool) -> str:
+def _reason(objects: Objects, prefix: str, entry: FileEntry, found: StoredObject | None, trusted: bool) -> str:
     if found is None:
         return "it is missing"
     if found.size != entry.size:

@@ -18,7 +18,7 @@ SOURCE = "source"
 
 
 @dataclass(frozen=True)
-class Node:
+class LineageNode:
     """An artifact ("kind/fingerprint"), or a source outside the store ("source:ADDRESS")."""
 
     id: str
@@ -57,7 +57,7 @@ class Link:
 class Graph:
     """Artifacts and sources, and what went into what."""
 
-    nodes: dict[str, Node] = field(default_factory=dict)
+    nodes: dict[str, LineageNode] = field(default_factory=dict)
     links: list[Link] = field(default_factory=list)
 
     @classmethod
@@ -65,7 +65,7 @@ class Graph:
         graph = cls()
         for artifact in artifacts:
             manifest, own = artifact.manifest, artifact.name
-            graph.nodes[own] = Node(
+            graph.nodes[own] = LineageNode(
                 own,
                 artifact.kind,
                 manifest.stage,
@@ -77,12 +77,12 @@ class Graph:
             graph.links += [Link(name, own, path) for path, name in manifest.inputs.items()]
             for path, source in manifest.sources.items():
                 address = str(source["address"])
-                graph.nodes[f"{SOURCE}:{address}"] = Node(f"{SOURCE}:{address}", SOURCE, address=address)
+                graph.nodes[f"{SOURCE}:{address}"] = LineageNode(f"{SOURCE}:{address}", SOURCE, address=address)
                 graph.links.append(Link(f"{SOURCE}:{address}", own, path))
         for link in graph.links:
             if link.source not in graph.nodes:
                 kind, _, fingerprint = link.source.partition("/")
-                graph.nodes[link.source] = Node(link.source, kind, fingerprint=fingerprint, missing=True)
+                graph.nodes[link.source] = LineageNode(link.source, kind, fingerprint=fingerprint, missing=True)
         return graph
 
     def into(self, node: str) -> list[Link]:

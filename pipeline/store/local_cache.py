@@ -86,8 +86,8 @@ def _cached(entry: FileEntry, suffix: str) -> Path:
     return cache_folder() / "files" / entry.sha256[:2] / f"{entry.sha256}{suffix}"
 
 
-def _note(path: Path, entry: FileEntry) -> Path:
-    """Where this machine notes that a file was found in order, and with which tag."""
+def _memo_path(path: Path, entry: FileEntry) -> Path:
+    """Where this machine remembers that a file was found in order, and with which tag."""
     key = hashlib.sha256(f"{path}\n{entry.sha256}".encode()).hexdigest()
     return cache_folder() / "verified" / key[:2] / key
 
@@ -107,7 +107,7 @@ def _known(path: Path, entry: FileEntry) -> bool:
     if _SEEN.get(key) == tag:
         return True
     try:
-        if _note(path, entry).read_text() != tag:
+        if _memo_path(path, entry).read_text() != tag:
             return False
     except OSError:
         return False
@@ -116,16 +116,16 @@ def _known(path: Path, entry: FileEntry) -> bool:
 
 
 def _remember(path: Path, entry: FileEntry, tag: str) -> None:
-    """Note that the file was in order when it had this tag; a file that is too young for that is hashed again."""
+    """Remember that the file was in order when it had this tag; a file that is too young for that is hashed again."""
     if not tag or path.stat().st_ctime_ns > time.time_ns() - GRAIN_NS:
         return
-    note = _note(path, entry)
+    memo = _memo_path(path, entry)
     _SEEN[str(path), entry.sha256] = tag
     try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_name(f"{note.name}.{os.getpid()}")
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        temporary = memo.with_name(f"{memo.name}.{os.getpid()}")
         temporary.write_text(tag)
-        temporary.replace(note)
+        temporary.replace(memo)
     except OSError:
         pass  # the next process hashes again
 

@@ -51,8 +51,8 @@ class Manifest(BaseModel):
     inputs: dict[str, str] = {}  # dotted field path -> "kind/fingerprint"
     sources: dict[str, Any] = {}  # dotted field path -> what the source was
     files: list[FileEntry] = []
-    columns: dict[str, str] = {}  # of the table its parts make: name -> Arrow type
-    rows: int | None = None  # of all parts together
+    columns: dict[str, str] = {}  # of the table its shards make: name -> Arrow type
+    rows: int | None = None  # of all shards together
     counts: dict[str, int] = {}
     metrics: dict[str, float] = {}
     problems: list[dict[str, str]] = []

@@ -30,7 +30,7 @@ GRAIN_NS = 2_000_000_000
 
 
 @dataclass(frozen=True)
-class Found:
+class StoredObject:
     """One object of a listing."""
 
     path: str  # relative to the address
@@ -112,7 +112,7 @@ class Objects:
         file.unlink(missing_ok=True)
         return tag
 
-    def head(self, path: str) -> Found | None:
+    def head(self, path: str) -> StoredObject | None:
         """One object as a listing would have it; None when there is no such object."""
         import obstore
 
@@ -172,7 +172,7 @@ class Objects:
         with self._explained("read", path):
             yield from (bytes(block) for block in obstore.get(self._client(), path).stream(4 << 20))
 
-    def walk(self, prefix: str = "") -> list[Found]:
+    def walk(self, prefix: str = "") -> list[StoredObject]:
         """All objects under a folder, sorted by path. A folder that is not there is empty."""
         import obstore
 
@@ -299,12 +299,12 @@ def _client(address: str, pid: int) -> Any:
     return kind(parts.netloc, prefix=parts.path.strip("/") or None, retry_config=retry, **options)
 
 
-def _found(meta: Any) -> Found:
+def _found(meta: Any) -> StoredObject:
     tag = meta["e_tag"] or str(meta["last_modified"])
-    return Found(meta["path"], meta["size"], tag, meta["last_modified"].timestamp(), 0)
+    return StoredObject(meta["path"], meta["size"], tag, meta["last_modified"].timestamp(), 0)
 
 
-def _walk(root: Path, folder: Path) -> Iterator[Found]:
+def _walk(root: Path, folder: Path) -> Iterator[StoredObject]:
     """Every file under `folder`; those that vanish meanwhile are left out."""
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -314,7 +314,7 @@ def _walk(root: Path, folder: Path) -> Iterator[Found]:
             except FileNotFoundError:
                 continue
             relative = os.path.relpath(path, root).replace(os.sep, "/")
-            yield Found(relative, stat.st_size, file_tag(stat), stat.st_mtime, stat.st_ctime_ns)
+            yield StoredObject(relative, stat.st_size, file_tag(stat), stat.st_mtime, stat.st_ctime_ns)
 
 
 def file_tag(stat: os.stat_result) -> str:

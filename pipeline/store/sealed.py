@@ -1,6 +1,6 @@
 """JSON that carries a checksum over its own bytes: what was damaged is never believed, not even in its white space.
 
-Manifests are sealed, and so are the store's notes (memos, records): a flipped byte in a note may cost a second
+Manifests are sealed, and so are the store's memos and records: a flipped byte in one of them may cost a second
 reading of the files it was about, never a wrong fingerprint.
 """
 

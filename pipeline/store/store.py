@@ -45,7 +45,6 @@ __all__ = [
 ]
 
 RECORDS = ".tessera/records"
-NOTES = (RECORDS, integrity.MEMOS)
 
 
 class ArtifactStore:
@@ -120,7 +119,7 @@ class ArtifactStore:
         return garbage.collect(self.objects, self._folders(), keep, older_than=older_than, dry_run=dry_run)
 
     def read_record(self, name: str) -> dict[str, Any] | None:
-        """A small JSON note of the store's, or None; one that cannot be read counts as not there."""
+        """A small JSON value that the store keeps for itself, or None; one that cannot be read counts as not there."""
         data = self.objects.get(_record_path(name))
         try:
             return dict(unseal(data)["note"]) if data else None
@@ -128,13 +127,13 @@ class ArtifactStore:
             return None
 
     def write_record(self, name: str, value: dict[str, Any]) -> None:
-        """Replace a note in one atomic step."""
+        """Replace a record in one atomic step."""
         data = seal({"note": plain(value, name)})
         self.objects.put(_record_path(name), data, durable=False)
 
-    def damaged_notes(self) -> Iterator[Damage]:
-        """Notes of the store's own (records, memos) that cannot be read. They are made anew; no artifact needs them."""
-        for folder in NOTES:
+    def damaged_records(self) -> Iterator[Damage]:
+        """Records and memos that cannot be read. They are made anew; no artifact needs them."""
+        for folder in (RECORDS, integrity.MEMOS):
             for found in self.objects.walk(folder):
                 try:
                     unseal(self.objects.get(found.path) or b"")

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import StoreError
 from pipeline.store import attempt as attempts
-from pipeline.store.artifact import Artifact, is_part, load
+from pipeline.store.artifact import Artifact, is_shard, load
 from pipeline.store.attempt import Attempt, Finished
 from pipeline.store.integrity import write_memo
 from pipeline.store.local_cache import cache_folder
 from pipeline.store.manifest import MANIFEST, FileEntry, Manifest, plain
-from pipeline.store.objects import GRAIN_NS, Conflict, Found, Objects
+from pipeline.store.objects import GRAIN_NS, Conflict, Objects, StoredObject
 from pipeline.store.owner import this_process
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _CHECKED: set[tuple[str, str]] = set()  # attempts that this process has seen in
 
 
 class ArtifactWriter:
-    """Where an artifact grows. Picklable: Ray tasks on any node that reaches the store write parts through it.
+    """Where an artifact grows. Picklable: Ray tasks on any node that reaches the store write shards through it.
 
     Putting the same name again replaces the earlier file. Nothing is readable before `commit`.
     """
@@ -78,16 +78,16 @@ class ArtifactWriter:
         return self._scratch
 
     def shard_done(self, index: int, suffix: str = ".parquet") -> FileEntry | None:
-        """The entry of a part that is finished already, by this attempt or a dead one."""
-        finished = self._attempt.part(part_name(index, suffix))
+        """The entry of a shard that is finished already, by this attempt or a dead one."""
+        finished = self._attempt.shard(shard_name(index, suffix))
         return finished.entry if finished else None
 
     def put_table(self, index: int, table: pa.Table, *, meta: Mapping[str, Any] | None = None) -> FileEntry:
-        """One part of the artifact's table as Parquet: zstd, statistics, row groups of about 64 MiB."""
+        """One shard of the artifact's table as Parquet: zstd, statistics, row groups of about 64 MiB."""
         import pyarrow.parquet as pq
 
         self._require_attempt()
-        name = part_name(index, ".parquet")
+        name = shard_name(index, ".parquet")
         file = self.scratch / f"{name}.{os.urandom(4).hex()}"
         rows = max(1, min(table.num_rows, ROW_GROUP_BYTES * max(1, table.num_rows) // max(1, table.nbytes)))
         try:
@@ -101,7 +101,7 @@ class ArtifactWriter:
         finally:
             file.unlink(missing_ok=True)
         columns = {field.name: str(field.type) for field in table.schema}
-        self._attempt.note_file(Finished(entry, tag, columns))
+        self._attempt.record_file(Finished(entry, tag, columns))
         return entry
 
     def put_file(
@@ -120,16 +120,16 @@ class ArtifactWriter:
             meta=plain(meta or {}, name),
         )
         tag = self._objects.put(f"{self.name}/{entry.stored}", data)
-        self._attempt.note_file(Finished(entry, tag, {}))
+        self._attempt.record_file(Finished(entry, tag, {}))
         return entry
 
     def record(self, key: str, value: dict[str, Any]) -> None:
-        """A small note that survives a kill; the same key again replaces it."""
+        """Keep a small JSON value that survives a kill; the same key again replaces it."""
         self._require_attempt()
-        self._attempt.note_record(key, value)
+        self._attempt.record(key, value)
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """All notes, those of dead attempts included."""
+        """All records by key, those of dead attempts included."""
         return self._attempt.records()
 
     def commit(self, fields: Mapping[str, Any] | None = None, *, replace: bool = False, **more: Any) -> Artifact:
@@ -171,18 +171,18 @@ class ArtifactWriter:
         unknown = set(fields) - set(Manifest.model_fields)
         if unknown:
             raise TypeError(f"a manifest has no field {', '.join(sorted(unknown))}")
-        parts = sorted(name for name in files if is_part(name))
-        tables = [files[name].columns for name in parts if files[name].columns]
-        for name, columns in zip(parts, tables, strict=False):
+        shards = sorted(name for name in files if is_shard(name))
+        tables = [files[name].columns for name in shards if files[name].columns]
+        for name, columns in zip(shards, tables, strict=False):
             if columns != tables[0]:
-                raise StoreError(f"{self.name}: {name} has other columns than {parts[0]}: {columns}, not {tables[0]}")
-        rows = [files[name].entry.rows for name in parts]
+                raise StoreError(f"{self.name}: {name} has other columns than {shards[0]}: {columns}, not {tables[0]}")
+        rows = [files[name].entry.rows for name in shards]
         fixed = {
             "kind": self.kind,
             "fingerprint": self.fingerprint,
-            "files": [files[name].entry for name in [*parts, *sorted(set(files) - set(parts))]],
+            "files": [files[name].entry for name in [*shards, *sorted(set(files) - set(shards))]],
             "columns": tables[0] if tables else {},
-            "rows": sum(row or 0 for row in rows) if parts else None,
+            "rows": sum(row or 0 for row in rows) if shards else None,
             "attempt": self._attempt.id,
         }
         created = {"created": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -193,7 +193,7 @@ class ArtifactWriter:
         artifact = load(self._objects, self.kind, self.fingerprint)
         if artifact is None:
             raise StoreError(
-                f"{self.name} cannot be committed: its unfinished parts are gone from {self._objects.address} "
+                f"{self.name} cannot be committed: its unfinished files are gone from {self._objects.address} "
                 "(deleted while it was computed: by hand, or by `tessera artifacts gc`; run the same command again)"
             )
         self._clean_up(artifact)
@@ -227,7 +227,7 @@ class ArtifactWriter:
         _CHECKED.add(key)
 
 
-def part_name(index: int, suffix: str = ".parquet") -> str:
+def shard_name(index: int, suffix: str = ".parquet") -> str:
     return f"part-{index:05d}{suffix}"
 
 
@@ -272,7 +272,7 @@ def _measure(file: Path) -> tuple[int, str]:
         return opened.tell(), digest
 
 
-def _settled(artifact: Artifact, listing: dict[str, Found]) -> dict[str, str]:
+def _settled(artifact: Artifact, listing: dict[str, StoredObject]) -> dict[str, str]:
     """Tags of files that are old enough for their tag to be trusted."""
     tags = {}
     for entry in artifact.manifest.files:

@@ -172,19 +172,19 @@ def test_verify_names_a_flipped_byte_in_any_file(done: Workshop) -> None:
             file.write_bytes(good)
 
 
-def test_damaged_notes_of_the_store_are_named_and_change_nothing(done: Workshop) -> None:
+def test_damaged_records_of_the_store_are_named_and_change_nothing(done: Workshop) -> None:
     before = done.json("plan", "p.yaml")
-    notes = sorted((done.folder / "store" / ".tessera").rglob("*.json"))
-    assert len(notes) >= 4 + 4 + 2  # history and memo of four stages, the source's digest and files
-    for note in notes:
-        good = note.read_bytes()
-        flip(note)
+    records = sorted((done.folder / "store" / ".tessera").rglob("*.json"))
+    assert len(records) >= 4 + 4 + 2  # history and memo of four stages, the source's digest and files
+    for record in records:
+        good = record.read_bytes()
+        flip(record)
         report = done.json("artifacts", "verify", "p.yaml")
         assert report["damaged"] == []
-        assert [row["file"].rsplit("/", 1)[1] for row in report["notes"]] == [note.name]
-        flip(note)
+        assert [row["file"].rsplit("/", 1)[1] for row in report["notes"]] == [record.name]
+        flip(record)
         assert done.json("plan", "p.yaml") == before
-        note.write_bytes(good)
+        record.write_bytes(good)
 
 
 def test_a_damaged_artifact_is_planned_and_made_again(done: Workshop) -> None:
