@@ -7,7 +7,6 @@ record: when MLflow is away, one warning says so and the run goes on without it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import getpass
 import json
 import logging
@@ -279,10 +278,13 @@ def _connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     import mlflow
+    from filelock import FileLock
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # its import sets INFO
     database = database_file(uri)
-    with _locked(database):
+    if database is not None:
+        database.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{database}.lock") if database is not None else contextlib.nullcontext():
         client = mlflow.MlflowClient(uri)
         found = client.get_experiment_by_name(experiment)
         if found is not None:
@@ -296,17 +298,6 @@ def _connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
             if found is None:
                 raise
             return client, found.experiment_id
-
-
-@contextlib.contextmanager
-def _locked(database: Path | None) -> Iterator[None]:
-    if database is None:
-        yield
-        return
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{database}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _dataset(artifact: Artifact, context: str) -> Any:

@@ -7,7 +7,6 @@ store's commit still lets one of them win whole.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import threading
 import time
@@ -18,11 +17,13 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from pipeline.errors import StoreError
+from pipeline.store.failures import explain
 from pipeline.store.objects import Conflict, Objects
 from pipeline.store.owner import Owner, this_process
 
 BEAT = 10.0  # seconds between heartbeats
 STALE = 60.0  # seconds without one after which a process on another machine counts as dead
+GUARD_POLL = 0.005  # a guard is held for the time of two small file operations
 LONG_DEAD = 900.0  # by the clocks alone: more than two machines' clocks should ever differ
 
 _HELD: dict[tuple[str, str], str] = {}  # (store address, artifact) -> token of the lease this process holds
@@ -205,16 +206,15 @@ class Lease:
         if self._objects.folder is None:
             yield
             return
+        from filelock import FileLock
+
         guard = self._objects.folder / ".tessera" / "leases" / ".guard"
         try:
             guard.parent.mkdir(parents=True, exist_ok=True)
-            file = guard.open("ab")
+            locked = FileLock(guard).acquire(poll_interval=GUARD_POLL)
         except OSError as error:
-            from pipeline.store.failures import explain
-
             raise explain(error, self._objects.address, "write", self._path) from error
-        with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked:
             yield
 
 

@@ -7,7 +7,6 @@ truth: it can be deleted at any time.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import tempfile
@@ -152,14 +151,15 @@ def _download(objects: Objects, stored: str, path: Path) -> None:
 @contextmanager
 def _one_at_a_time(key: str) -> Iterator[None]:
     """One process of this machine downloads or hashes a file; the others wait for its finding."""
+    from filelock import FileLock
+
     folder = cache_folder() / "locks"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / key[:3]).open("ab")  # 4096 locks are enough, and never need cleaning up
+        locked = FileLock(folder / key[:3]).acquire()  # 4096 locks are enough, and never need cleaning up
     except OSError as error:
         raise _cache_error(error) from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked:
         yield
 
 

@@ -19,6 +19,7 @@ from pipeline.errors import StoreError
 from pipeline.store import attempt as attempts
 from pipeline.store.artifact import Artifact, is_shard, load
 from pipeline.store.attempt import Attempt, Finished
+from pipeline.store.failures import explain
 from pipeline.store.integrity import write_memo
 from pipeline.store.local_cache import cache_folder
 from pipeline.store.manifest import MANIFEST, FileEntry, Manifest, plain
@@ -254,8 +255,6 @@ def _make_scratch(objects: Objects, attempt: str) -> Path:
         folder = Path(tempfile.mkdtemp(prefix=f"{attempt}-", dir=scratch_root(objects)))
         (folder / ".owner.json").write_text(json.dumps(this_process().to_dict()))
     except OSError as error:
-        from pipeline.store.failures import explain
-
         raise explain(error, str(scratch_root(objects)), "write", "a scratch folder") from error
     return folder
 
