@@ -169,14 +169,11 @@ def _own_sigterm() -> Iterator[None]:
 
 def _remove_remains(folder: Path) -> None:
     """Sessions of runs that were killed: spilled objects go at once, their logs after a day."""
+    import psutil
+
     for session in folder.glob("session_*_*"):
         pid = session.name.rpartition("_")[2]
-        if (
-            session.is_symlink()
-            or not pid.isdigit()
-            or Path(f"/proc/{pid}").exists()
-            or not Path("/proc/self").exists()
-        ):
+        if session.is_symlink() or not pid.isdigit() or psutil.pid_exists(int(pid)):
             continue
         with contextlib.suppress(OSError):
             old = time.time() - session.stat().st_mtime > KEEP_LOGS_SECONDS

@@ -1,6 +1,6 @@
 """Processes for the store's fault tests: run as a script, killed by the test or by itself.
 
-Imports nothing heavy and forks before obstore starts its threads, so that a hundred crashes take seconds.
+Forks before obstore starts its threads, and after everything else is imported: so a hundred crashes take seconds.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+import filelock  # noqa: F401 - the store imports these two when it first needs them
+import psutil  # noqa: F401
 
 from pipeline.store.objects import Objects
 from pipeline.store.store import ArtifactStore
