@@ -5,7 +5,6 @@ Nothing is removed that a lease or a live attempt protects: the collector takes 
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -20,8 +19,7 @@ from pipeline.store.integrity import memo_path
 from pipeline.store.lease import Holder, Lease, live_holder
 from pipeline.store.manifest import MANIFEST
 from pipeline.store.objects import Objects, StoredObject
-from pipeline.store.owner import Owner
-from pipeline.store.writer import local_progress_folder, scratch_root
+from pipeline.store.writer import local_progress_folder, scratch_attempt, scratch_root
 
 
 @dataclass(frozen=True)
@@ -160,11 +158,11 @@ def _collect_memos(objects: Objects, before: float, dry_run: bool) -> list[Remov
 
 
 def _collect_scratch(objects: Objects, before: float, dry_run: bool) -> list[Removed]:
-    """Scratch folders of dead processes, on this machine's disk or in a store that machines share."""
+    """Scratch folders of attempts that no longer live, on this machine's disk or in a store that machines share."""
     removed = []
     root = scratch_root(objects)
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
-        if not folder.is_dir() or _scratch_in_use(folder, before):
+        if not folder.is_dir() or _scratch_in_use(objects, folder, before):
             continue
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         shown = folder.relative_to(objects.folder) if objects.folder is not None else folder
@@ -174,10 +172,11 @@ def _collect_scratch(objects: Objects, before: float, dry_run: bool) -> list[Rem
     return removed
 
 
-def _scratch_in_use(folder: Path, before: float) -> bool:
+def _scratch_in_use(objects: Objects, folder: Path, before: float) -> bool:
+    attempt = scratch_attempt(objects, folder)
+    if attempt is not None and attempt.is_live():
+        return True
     try:
-        alive = Owner.from_dict(json.loads((folder / ".owner.json").read_text())).alive()
-        youngest = max(path.stat().st_mtime for path in [folder, *folder.rglob("*")])
-    except (OSError, ValueError, KeyError, TypeError):
-        alive, youngest = None, folder.stat().st_mtime
-    return alive is True or youngest > before
+        return max(path.stat().st_mtime for path in [folder, *folder.rglob("*")]) > before
+    except FileNotFoundError:  # somebody is writing, or deleting, in it
+        return True

@@ -94,7 +94,7 @@ class ArtifactStore:
     def begin(self, kind: str, fingerprint: str) -> ArtifactWriter:
         """A writer that continues what dead attempts have finished. Take the lease first, to be alone."""
         _require_names(kind, fingerprint)
-        return ArtifactWriter(attempts.begin(self.objects, f"{kind}/{fingerprint}"))
+        return ArtifactWriter(*attempts.begin(self.objects, f"{kind}/{fingerprint}"))
 
     def discard(self, kind: str, fingerprint: str) -> None:
         """Delete an artifact and its unfinished remains: the manifest first, so that no half is ever readable.

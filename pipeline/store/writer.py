@@ -21,6 +21,7 @@ from pipeline.store.artifact import Artifact, is_shard, load
 from pipeline.store.attempt import Attempt, Finished
 from pipeline.store.failures import explain
 from pipeline.store.integrity import write_memo
+from pipeline.store.lease import Lease
 from pipeline.store.local_cache import cache_folder
 from pipeline.store.manifest import MANIFEST, FileEntry, Manifest, plain
 from pipeline.store.objects import GRAIN_NS, Conflict, Objects, StoredObject
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ROW_GROUP_BYTES = 64 << 20  # a reader that streams holds one row group in memory
+SCRATCH_MARKER = ".attempt.json"
 _CHECKED: set[tuple[str, str]] = set()  # attempts that this process has seen in the store
 
 
@@ -39,8 +41,9 @@ class ArtifactWriter:
     Putting the same name again replaces the earlier file. Nothing is readable before `commit`.
     """
 
-    def __init__(self, attempt: Attempt) -> None:
+    def __init__(self, attempt: Attempt, lease: Lease | None = None) -> None:
         self._attempt = attempt
+        self._lease = lease  # the attempt's own, in the process that began it
         self._objects = attempt.objects
         self.kind, self.fingerprint = attempt.artifact.split("/")
         self._scratch: Path | None = None
@@ -74,7 +77,7 @@ class ArtifactWriter:
     def scratch(self) -> Path:
         """A folder of this process for files that nobody needs afterwards."""
         if self._scratch is None or not self._scratch.is_dir():
-            self._scratch = _make_scratch(self._objects, self._attempt.id)
+            self._scratch = _make_scratch(self._attempt)
             weakref.finalize(self, _remove_own, self._scratch, os.getpid())
         return self._scratch
 
@@ -164,7 +167,8 @@ class ArtifactWriter:
 
     def close(self) -> None:
         """Give up without committing: the next attempt continues what this one finished."""
-        attempts.LIVE.pop(self._attempt.id, None)
+        if self._lease is not None:
+            self._lease.release()
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -241,22 +245,41 @@ def local_progress_folder(objects: Objects, artifact: str) -> Path:
     """Where `ArtifactWriter.progress_folder` is on this machine."""
     if objects.folder is not None:
         return objects.folder / f"{artifact}.progress"
-    return cache_folder() / "progress" / hashlib.sha256(objects.address.encode()).hexdigest()[:12] / artifact
+    return cache_folder() / "progress" / _short_hash(objects.address) / artifact
 
 
 def scratch_root(objects: Objects) -> Path:
-    """On the store's own disk, so that finished files are moved and not copied."""
-    return objects.folder / ".tessera" / "scratch" if objects.folder is not None else cache_folder() / "scratch"
+    """Where scratch folders are: on the store's own disk, so that finished files are moved and not copied.
+
+    For a bucket, in this machine's cache.
+    """
+    if objects.folder is not None:
+        return objects.folder / ".tessera" / "scratch"
+    return cache_folder() / "scratch" / _short_hash(objects.address)
 
 
-def _make_scratch(objects: Objects, attempt: str) -> Path:
+def _make_scratch(attempt: Attempt) -> Path:
+    root = scratch_root(attempt.objects)
     try:
-        scratch_root(objects).mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f"{attempt}-", dir=scratch_root(objects)))
-        (folder / ".owner.json").write_text(json.dumps(this_process().to_dict()))
+        root.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{attempt.id}-", dir=root))
+        (folder / SCRATCH_MARKER).write_text(json.dumps({"artifact": attempt.artifact, "attempt": attempt.id}))
     except OSError as error:
-        raise explain(error, str(scratch_root(objects)), "write", "a scratch folder") from error
+        raise explain(error, str(root), "write", "a scratch folder") from error
     return folder
+
+
+def scratch_attempt(objects: Objects, folder: Path) -> Attempt | None:
+    """The attempt that a scratch folder belongs to; None when the folder does not say."""
+    try:
+        marker = json.loads((folder / SCRATCH_MARKER).read_text())
+        return Attempt(objects, str(marker["artifact"]), str(marker["attempt"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _remove_own(folder: Path, pid: int) -> None:

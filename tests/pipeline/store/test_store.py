@@ -7,7 +7,9 @@ import math
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,8 +19,10 @@ import pytest
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, StoreError
 from pipeline.store.artifact import Artifact
 from pipeline.store.integrity import content_reason
+from pipeline.store.lease import Holder, lease_path
 from pipeline.store.manifest import FileEntry
 from pipeline.store.objects import Objects
+from pipeline.store.owner import Owner
 from pipeline.store.store import ArtifactStore
 from pipeline.store.writer import ArtifactWriter
 
@@ -249,6 +253,25 @@ def test_a_writer_continues_what_a_dead_one_finished(store: ArtifactStore) -> No
     artifact = second.commit()
     assert artifact.rows == 30
     assert [entry.name for entry in artifact.manifest.files] == [f"part-{i:05d}.parquet" for i in range(3)]
+
+
+def test_without_the_artifacts_lease_an_attempt_lives_as_long_as_one_of_its_own(store: ArtifactStore) -> None:
+    writer = store.begin("images", "abc")
+    writer.put_table(0, table(0))
+    assert writer._lease is not None
+    lease = lease_path(writer._lease.artifact)
+    mine = Holder.from_bytes(store.objects.get(lease) or b"")
+    assert mine is not None
+    for owner, beat, left_alone in (
+        (mine.owner, time.time(), True),
+        (Owner("another machine", "node-7", 123, "456"), time.time(), True),  # nobody here can look
+        (Owner("another machine", "node-7", 123, "456"), time.time() - 3600, False),  # silent for an hour
+    ):
+        store.objects.put(lease, replace(mine, owner=owner, beat=beat).to_bytes())
+        with store.lease("images", "abc"):  # whoever holds this one does not take over what lives
+            assert (store.begin("images", "abc").shard_done(0) is None) == left_alone
+        assert writer._attempt.exists() == left_alone
+    writer.close()
 
 
 def test_a_shard_that_went_bad_meanwhile_is_not_continued(store: ArtifactStore) -> None:

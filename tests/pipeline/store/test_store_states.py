@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
 from pipeline.errors import ArtifactDamaged
-from pipeline.store.attempt import LIVE
+from pipeline.store.lease import Holder, lease_path
 from pipeline.store.manifest import MANIFEST
+from pipeline.store.owner import Owner, machine
 from pipeline.store.store import ArtifactStore
 from pipeline.store.writer import ArtifactWriter
 
@@ -88,7 +89,10 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(writer=consumes(writers))
     def die(self, writer: ArtifactWriter) -> None:
         """As a kill looks to everybody else: nothing is cleaned up."""
-        LIVE.pop(writer._attempt.id)
+        assert writer._lease is not None
+        writer._lease.release()
+        lease = Holder("token", Owner(machine(), "here", 2**22 + 1, "1"), 0.0, 0.0)  # no such process
+        self.store.objects.put(lease_path(writer._lease.artifact), lease.to_bytes())
         self.dead[writer.fingerprint][writer._attempt.id] = self.live[writer.fingerprint].pop(writer._attempt.id)
 
     @precondition(lambda self: self.committed)
