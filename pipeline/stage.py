@@ -162,6 +162,9 @@ class Stage(ABC, Generic[C]):
     version: ClassVar[int] = 1  # raise it when the same config and inputs give a different artifact
     packages: ClassVar[tuple[str, ...]] = ()  # distributions whose version belongs to the fingerprint
     uses_ray: ClassVar[bool] = True  # the runner starts or joins Ray before `run`
+    shows_metrics: ClassVar[bool] = False  # its metrics are results: `tessera run` lists them, the parent run logs them
+    tracked_as: ClassVar[Literal["dataset", "model"]] = "dataset"  # what its artifact is in MLflow's terms
+    exports: ClassVar[tuple[str, ...]] = ()  # names of the files that `tessera export` copies, or patterns (*.json)
     Config: ClassVar[type[StageConfig]]
 
     def __init__(self, config: C) -> None:

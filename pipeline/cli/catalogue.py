@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import fnmatch
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config import registry
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, ConfigError, UsageError
 from pipeline.store.artifact import Artifact, Damage
-from pipeline.store.manifest import Manifest
 from pipeline.store.store import ArtifactStore
 
 if TYPE_CHECKING:
     from pipeline.config.load import Pipeline
     from pipeline.run.display import RunDisplay
-
-ENCODER_FILES = ("encoder.safetensors", "encoder.json")
 
 
 class Catalogue:
@@ -148,24 +147,39 @@ def verify(catalogue: Catalogue, display: RunDisplay) -> dict[str, Any]:
 
 
 def export(artifact: Artifact, folder: str) -> list[Path]:
-    """Copy an encoder's files, under their plain names, into a folder; each is checked against the manifest.
+    """Copy the files that an artifact's stage type offers for export, under their plain names, into a folder.
 
-    Raises: UsageError when the artifact is no encoder or a file of that name is there already.
+    All of its files where the type is not installed here. Each is checked against the manifest.
+
+    Raises:
+        UsageError: the type exports nothing, or a file of that name is there already.
     """
-    if artifact.kind != "encoder":
-        raise UsageError(f"{artifact.name} is an artifact of kind {artifact.kind}, expected encoder")
-    names = [*ENCODER_FILES, *(name for name in _names(artifact.manifest) if name not in ENCODER_FILES)]
+    names = _exported(artifact)
     target = Path(folder)
     if taken := [name for name in names if (target / name).exists()]:
         raise UsageError(f"{target} holds {', '.join(taken)} already (name another folder, or remove them)")
-    target.mkdir(parents=True, exist_ok=True)
     copied = []
     for name in names:
-        (target / name).write_bytes(artifact.read(name))
-        copied.append(target / name)
+        path = target / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(artifact.read(name))
+        copied.append(path)
     return copied
 
 
-def _names(manifest: Manifest) -> list[str]:
-    """Files that make up the encoder: weights and their descriptions, not pictures, tables or curves."""
-    return [entry.name for entry in manifest.files if entry.name.endswith(".safetensors")]
+def _exported(artifact: Artifact) -> list[str]:
+    """Logical names in the order of the type's patterns; a plain name counts also where the artifact lacks it."""
+    held = [entry.name for entry in artifact.manifest.files]
+    made_by = registry.stage_class(artifact.manifest.uses)
+    if made_by is None:
+        return held
+    if not made_by.exports:
+        offering = [name for name, found in registry.stage_classes().items() if found.exports]
+        raise UsageError(
+            f"{artifact.name}: a stage of type {artifact.manifest.uses} exports nothing "
+            f"(name the artifact of a stage that uses {' or '.join(offering)})"
+        )
+    found: dict[str, None] = {}
+    for pattern in made_by.exports:
+        found |= dict.fromkeys(fnmatch.filter(held, pattern) or ([] if "*" in pattern else [pattern]))
+    return list(found)

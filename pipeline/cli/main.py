@@ -136,21 +136,24 @@ def lineage(
 def export(
     names: Annotated[
         list[str],
-        typer.Argument(metavar="ENCODER [CONFIG]", help="A stage, kind/fingerprint (or its start), or an address."),
+        typer.Argument(metavar="ARTIFACT [CONFIG]", help="A stage, kind/fingerprint (or its start), or an address."),
     ],
     to: Annotated[str, typer.Option("--to", metavar="FOLDER", help="Where the files go; made if it is missing.")],
     overrides: Overrides = None,
     store: Store = None,
     as_json: Json = False,
 ) -> None:
-    """Copy an encoder's files out of the store: they load with timm and safetensors alone."""
+    """Copy the files that an artifact offers for use elsewhere, under their plain names, into a folder."""
     from pipeline.cli.catalogue import export as copy_out
+    from pipeline.config import registry
 
     config, targets = config_and_targets(names)
     if len(targets) != 1:
-        raise UsageError("export takes one encoder artifact or stage, and the pipeline file of the stage")
+        raise UsageError("export takes one artifact or stage, and the pipeline file of the stage")
     artifact = open_catalogue(config, overrides, store or store_of(targets)).one(targets[0])
     copied = copy_out(artifact, to)
+    if registry.stage_class(artifact.manifest.uses) is None:
+        typer.echo(f"stage type '{artifact.manifest.uses}' is not installed here: all files are copied", err=True)
     if as_json:
         print_json({"artifact": artifact.address, "files": [str(path) for path in copied]})
     else:

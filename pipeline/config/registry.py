@@ -49,6 +49,15 @@ def imported(path: str) -> Any:
         ) from error
 
 
+def stage_class(uses: str) -> type[Stage[Any]] | None:
+    """The stage type that an artifact's manifest names; None where it is not installed or cannot be imported."""
+    try:
+        found: type[Stage[Any]] = load(STAGES, uses)
+    except (KeyError, UsageError):
+        return None
+    return found
+
+
 def stage_classes() -> Mapping[str, type[Stage[Any]]]:
     """Every installed stage type, imported."""
     return {name: load(STAGES, name) for name in names(STAGES)}

@@ -34,12 +34,19 @@ class StageResult:
     """How one stage of a run ended."""
 
     planned: PlannedStage
+    shows_metrics: bool
     state: str  # "cached", "done", "failed"; "run" where the run stopped before it
     seconds: float = 0.0
     artifact: Artifact | None = None
     error: str | None = None
 
+    @property
+    def results(self) -> dict[str, float] | None:
+        """The artifact's metrics, where the stage says that they are results of the run."""
+        return dict(self.artifact.manifest.metrics) if self.shows_metrics and self.artifact is not None else None
+
     def to_json(self) -> dict[str, Any]:
+        """One entry of `stages` in what `tessera run --json` prints."""
         planned = self.planned
         row: dict[str, Any] = {
             "name": planned.name,
@@ -52,8 +59,8 @@ class StageResult:
             "seconds": round(self.seconds, 3),
             "artifact": self.artifact.address if self.artifact else None,
         }
-        if planned.kind == "metrics" and self.artifact is not None:
-            row["metrics"] = dict(self.artifact.manifest.metrics)
+        if self.results is not None:
+            row["metrics"] = self.results
         if self.error is not None:
             row["error"] = self.error
         return row
@@ -96,7 +103,9 @@ def run(
     """
     started = time.monotonic()
     working = _Run(pipeline, store, display, address)
-    working.result.stages = [StageResult(planned, planned.state, artifact=planned.artifact) for planned in plan.stages]
+    for planned in plan.stages:
+        shows_metrics = pipeline.stages[planned.name].stage.shows_metrics
+        working.result.stages.append(StageResult(planned, shows_metrics, planned.state, artifact=planned.artifact))
     status = FAILED
     try:
         for result in working.result.stages:
@@ -148,8 +157,7 @@ class _Run:
         metrics = {
             f"{stage.planned.name}.{key}": value
             for stage in self.result.stages
-            if stage.artifact is not None and stage.planned.kind == "metrics"
-            for key, value in stage.artifact.manifest.metrics.items()
+            for key, value in (stage.results or {}).items()
         }
         self.tracker.finish(status, metrics)
         if self.tracker.run_id is not None:
@@ -190,7 +198,7 @@ class _Run:
         status = FAILED
         try:
             artifact = self._write(planned, entry, inputs, settings, tracked)
-            tracked.log_output(planned.name, artifact)
+            tracked.log_output(planned.name, artifact, entry.stage.tracked_as)
             status = FINISHED
         except BaseException as error:
             if not isinstance(error, Exception) or stopped_by(error) is not None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from pipeline.config import registry
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ PROBE_SECONDS = 3.0
 FLUSH_SECONDS = 2.0  # metrics of a training loop travel in batches: a remote server costs milliseconds a call
 FLUSH_COUNT = 500  # MLflow takes at most 1000 metrics a call
 PARAMS_A_CALL, PARAM_LENGTH, KEY_LENGTH, DIGEST_LENGTH = 100, 500, 250, 36  # 6000, 250 and 36 are MLflow's limits
-MODEL_KIND = "encoder"  # artifacts of this kind are models in MLflow's terms, all others are datasets
 FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
 
 # Set unless the user has set them. MLflow's own defaults retry a dead server for many minutes.
@@ -145,9 +145,11 @@ class StageTracker:
                     client.log_batch(self.run_id, metrics=waiting[first : first + FLUSH_COUNT])
 
     def log_inputs(self, inputs: Mapping[str, Artifact], sources: Mapping[str, tuple[str, str]]) -> None:
-        """Say what the stage reads: encoders as models, other artifacts and sources as datasets.
+        """Say what the stage reads: artifacts as what their stage types say they are, sources as datasets.
 
-        `sources` maps the dotted path of a source to (address, content digest).
+        Args:
+            inputs: dotted field path -> artifact.
+            sources: dotted field path -> (address, content digest).
         """
         if not self._live:
             return
@@ -156,7 +158,7 @@ class StageTracker:
         with self._tracker.guarded() as client:
             models, datasets = [], []
             for path, artifact in inputs.items():
-                model = self._find_model(client, artifact) if artifact.kind == MODEL_KIND else None
+                model = self._find_model(client, artifact) if _tracked_as(artifact) == "model" else None
                 if model is not None:
                     models.append(LoggedModelInput(model))
                 else:
@@ -166,14 +168,14 @@ class StageTracker:
             if models or datasets:
                 client.log_inputs(self.run_id, datasets=datasets, models=models)
 
-    def log_output(self, name: str, artifact: Artifact) -> None:
-        """Say what the stage made, with its results and its preview."""
+    def log_output(self, name: str, artifact: Artifact, tracked_as: str) -> None:
+        """Say what the stage made, as its type's `tracked_as` has it, with its metrics and its preview."""
         if not self._live:
             return
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
         with self._tracker.guarded() as client:
-            if artifact.kind == MODEL_KIND:
+            if tracked_as == "model":
                 model = client.create_logged_model(
                     self._tracker.experiment_id,
                     name=re.sub(r"[^\w.-]", "_", name),
@@ -191,7 +193,7 @@ class StageTracker:
             client.set_tag(self.run_id, "tessera.artifact", artifact.address)
             if manifest.preview:
                 with tempfile.TemporaryDirectory() as folder:
-                    picture = Path(folder) / manifest.preview
+                    picture = Path(folder) / Path(manifest.preview).name
                     picture.write_bytes(artifact.read(manifest.preview))
                     client.log_artifact(self.run_id, str(picture))
 
@@ -298,6 +300,12 @@ def _connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
             if found is None:
                 raise
             return client, found.experiment_id
+
+
+def _tracked_as(artifact: Artifact) -> str:
+    """What an artifact is in MLflow's terms; a dataset where its stage type is not installed here."""
+    made_by = registry.stage_class(artifact.manifest.uses)
+    return made_by.tracked_as if made_by is not None else "dataset"
 
 
 def _dataset(artifact: Artifact, context: str) -> Any:

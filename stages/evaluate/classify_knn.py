@@ -46,6 +46,7 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
     kind = "metrics"
     packages = ("timm",)
     uses_ray = False
+    shows_metrics = True
     Config = ClassifyKnnConfig
 
     def run(self, context: Context) -> Outcome:

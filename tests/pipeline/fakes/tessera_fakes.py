@@ -111,6 +111,7 @@ class EncoderConfig(StageConfig):
 
 class FakeEncoder(Stage[EncoderConfig]):
     kind, uses_ray, Config = "encoder", False, EncoderConfig
+    tracked_as, exports = "model", ("encoder.safetensors", "encoder.json", "*.safetensors")
 
     def run(self, context: Context) -> Outcome:
         note(f"run {context.name}")
@@ -127,6 +128,7 @@ class ScoreConfig(StageConfig):
 
 class Score(Stage[ScoreConfig]):
     kind, uses_ray, Config = "metrics", False, ScoreConfig
+    shows_metrics = True
 
     def run(self, context: Context) -> Outcome:
         note(f"run {context.name}")
