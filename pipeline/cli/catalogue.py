@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fnmatch
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import registry
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, ConfigError, UsageError
 from pipeline.store.artifact import Artifact, Damage
 from pipeline.store.store import ArtifactStore
@@ -144,42 +142,3 @@ def verify(catalogue: Catalogue, display: RunDisplay) -> dict[str, Any]:
         "damaged": [{"artifact": d.artifact, "file": d.file, "reason": d.reason} for d in damages],
         "notes": [{"file": d.file, "reason": d.reason} for d in records],
     }
-
-
-def export(artifact: Artifact, folder: str) -> list[Path]:
-    """Copy the files that an artifact's stage type offers for export, under their plain names, into a folder.
-
-    All of its files where the type is not installed here. Each is checked against the manifest.
-
-    Raises:
-        UsageError: the type exports nothing, or a file of that name is there already.
-    """
-    names = _exported(artifact)
-    target = Path(folder)
-    if taken := [name for name in names if (target / name).exists()]:
-        raise UsageError(f"{target} holds {', '.join(taken)} already (name another folder, or remove them)")
-    copied = []
-    for name in names:
-        path = target / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(artifact.read(name))
-        copied.append(path)
-    return copied
-
-
-def _exported(artifact: Artifact) -> list[str]:
-    """Logical names in the order of the type's patterns; a plain name counts also where the artifact lacks it."""
-    held = [entry.name for entry in artifact.manifest.files]
-    made_by = registry.stage_class(artifact.manifest.uses)
-    if made_by is None:
-        return held
-    if not made_by.exports:
-        offering = [name for name, found in registry.stage_classes().items() if found.exports]
-        raise UsageError(
-            f"{artifact.name}: a stage of type {artifact.manifest.uses} exports nothing "
-            f"(name the artifact of a stage that uses {' or '.join(offering)})"
-        )
-    found: dict[str, None] = {}
-    for pattern in made_by.exports:
-        found |= dict.fromkeys(fnmatch.filter(held, pattern) or ([] if "*" in pattern else [pattern]))
-    return list(found)
