@@ -35,15 +35,17 @@ class Artifact:
 
     @property
     def kind(self) -> str:
+        """What sort of thing it is: the folder above its own."""
         return self.manifest.kind
 
     @property
     def fingerprint(self) -> str:
+        """What tells it from others of its kind: its folder's name."""
         return self.manifest.fingerprint
 
     @property
     def name(self) -> str:
-        """ "kind/fingerprint"."""
+        """Kind and fingerprint with a slash between them."""
         return self.manifest.name
 
     @property
@@ -72,7 +74,11 @@ class Artifact:
         return (entry for entry in self.manifest.files if is_shard(entry.name))
 
     def file(self, name: str) -> FileEntry:
-        """The entry of a file by its logical name. Raises: ArtifactMissing."""
+        """The entry of a file by its logical name.
+
+        Raises:
+            ArtifactMissing: the artifact holds no such file.
+        """
         try:
             return self.manifest.file(name)
         except KeyError:
@@ -80,7 +86,11 @@ class Artifact:
             raise ArtifactMissing(f"artifact {self.name} has no file {name} (it holds {held or 'nothing'})") from None
 
     def read(self, name: str) -> builtins.bytes:
-        """All of one file, checked against the manifest. Raises: ArtifactDamaged."""
+        """All of one file, checked against the manifest.
+
+        Raises:
+            ArtifactDamaged: the file is missing, or is not what the manifest says.
+        """
         entry = self.file(name)
         data = self.objects.get(f"{self.name}/{entry.stored}")
         if data is None:
@@ -92,9 +102,12 @@ class Artifact:
         return data
 
     def local(self, name: str) -> Path:
-        """A local path of one file, verified once a machine. Read only: it may be the store's own file.
+        """A local path of one file, checked against the manifest once on every machine.
 
-        Raises: ArtifactDamaged.
+        The file must not be changed: it may be the store's own.
+
+        Raises:
+            ArtifactDamaged: the file is missing, or is not what the manifest says.
         """
         return local_copy(self.objects, self.name, self.file(name))
 
@@ -105,7 +118,11 @@ def is_shard(name: str) -> bool:
 
 
 def load(objects: Objects, kind: str, fingerprint: str) -> Artifact | None:
-    """The artifact of a folder; None without a manifest. Raises: ArtifactDamaged when the manifest is broken."""
+    """The artifact of a folder; None without a manifest.
+
+    Raises:
+        ArtifactDamaged: the manifest itself is broken.
+    """
     data = objects.get(f"{kind}/{fingerprint}/{MANIFEST}")
     if data is None:
         return None

@@ -27,17 +27,19 @@ from pipeline.store.objects import Objects, StoredObject
 
 @dataclass(frozen=True)
 class Finished:
-    """A data file that an attempt has put in place."""
+    """A data file that an attempt has put in its place."""
 
     entry: FileEntry
     tag: str  # of the stored file when it was written
     columns: dict[str, str]  # of a table
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain fields, for JSON."""
         return {"entry": self.entry.model_dump(mode="json"), "tag": self.tag, "columns": self.columns}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Finished:
+        """Read what `to_dict` wrote."""
         return cls(FileEntry.model_validate(raw["entry"]), str(raw["tag"]), dict(raw["columns"]))
 
 
@@ -51,6 +53,7 @@ class Attempt:
 
     @property
     def folder(self) -> str:
+        """Where it keeps what it knows of itself, relative to the store."""
         return f"{attempts_folder(self.artifact)}/{self.id}"
 
     def exists(self) -> bool:
@@ -73,13 +76,15 @@ class Attempt:
         return Lease(self.objects, f"{self.artifact}.{self.id}")
 
     def record_file(self, finished: Finished) -> None:
+        """Keep the entry of a data file that is in its place."""
         self._put(f"files/{finished.entry.name}.json", finished.to_dict())
 
     def record(self, key: str, value: dict[str, Any]) -> None:
+        """Keep a small JSON value of the stage's; the same key again replaces it."""
         self._put(f"records/{safe_name(key)}.json", {"key": key, "value": plain(value, key)})
 
     def shard(self, name: str) -> Finished | None:
-        """A shard that this attempt has finished, or taken over."""
+        """A shard that this attempt has finished or taken over; None when it has not."""
         data = self.objects.get(f"{self.folder}/files/{name}.json")
         own = _parse([data]) if data else []
         return Finished.from_dict(own[0]) if own else self.adopted()[0].get(name)
@@ -90,6 +95,7 @@ class Attempt:
         return {**self.adopted()[0], **{finished.entry.name: finished for finished in own}}
 
     def records(self) -> dict[str, dict[str, Any]]:
+        """All records by key, those that were taken over included."""
         return {**self.adopted()[1], **{raw["key"]: raw["value"] for raw in self._all("records")}}
 
     def adopted(self) -> tuple[dict[str, Finished], dict[str, dict[str, Any]]]:
@@ -128,6 +134,7 @@ _ADOPTED: dict[tuple[str, str], tuple[dict[str, Finished], dict[str, dict[str, A
 
 
 def attempts_folder(artifact: str) -> str:
+    """Where the attempts of an artifact are, relative to the store."""
     return f"{artifact}.progress/.attempts"
 
 
@@ -171,13 +178,13 @@ def live_attempts(objects: Objects, artifact: str, besides: str = "") -> list[At
 
 
 def _intact(objects: Objects, artifact: str, shards: list[Finished]) -> list[Finished]:
-    """Those whose stored file is there and unchanged; files with another tag are read."""
+    """The shards whose stored file is there and unchanged. A file is read only when its tag is another one."""
     listing = {found.path: found for found in objects.walk(artifact)}
     return [shard for shard in shards if not stored_reason(objects, artifact, shard, listing)]
 
 
 def stored_reason(objects: Objects, artifact: str, finished: Finished, listing: dict[str, StoredObject]) -> str:
-    """Why a finished file is not (any more) what its writer put in place, or ""."""
+    """Why a finished file is not what its writer put in its place, or ""."""
     path = f"{artifact}/{finished.entry.stored}"
     found = listing.get(path)
     if found is None:
@@ -188,14 +195,14 @@ def stored_reason(objects: Objects, artifact: str, finished: Finished, listing: 
 
 
 def safe_name(key: str) -> str:
-    """A file name for any text: itself where that is possible, else told apart by its hash."""
+    """A file name for any text: the text itself where it can be one, else a readable start and the text's hash."""
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", key):
         return key
     return re.sub(r"[^A-Za-z0-9_-]", "_", key)[:60] + "-" + hashlib.sha256(key.encode()).hexdigest()[:12]
 
 
 def _parse(blobs: Iterable[bytes | None]) -> list[dict[str, Any]]:
-    """What can be read of them; a file cut short by a power cut counts as never written."""
+    """The JSON objects among `blobs`. A file that a power cut left unfinished counts as never written."""
     found = []
     for data in blobs:
         try:

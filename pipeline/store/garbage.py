@@ -1,6 +1,6 @@
 """Collects garbage: what a killed run left behind and, when asked, artifacts that no pipeline needs.
 
-Nothing is removed that a lease or a live attempt protects: the collector takes the artifact's lease while it deletes.
+What is leased, and what a live attempt writes, stays. The collector holds an artifact's lease while it deletes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,15 @@ def collect(
     older_than: timedelta,
     dry_run: bool,
 ) -> list[Removed]:
-    """See `ArtifactStore.gc`."""
+    """Remove what no artifact needs; see `ArtifactStore.gc`.
+
+    Args:
+        objects: the store's files.
+        folders: (kind, fingerprint) of every folder in an artifact's place, committed or not.
+        keep: (kind, fingerprint) of the artifacts that are needed; None keeps all.
+        older_than: what was touched more recently stays.
+        dry_run: only list what would go.
+    """
     before = time.time() - older_than.total_seconds()
     removed: list[Removed] = []
     for kind, fingerprint in folders:
@@ -54,7 +62,7 @@ def collect(
 
 
 def delete_artifact(objects: Objects, name: str) -> None:
-    """Everything of one artifact; the manifest first."""
+    """Delete everything of one artifact, the manifest first: without it nobody reads the rest."""
     objects.delete([f"{name}/{MANIFEST}"])
     objects.delete([memo_path(name)])
     objects.delete_folder(name)
@@ -94,7 +102,7 @@ def _collect_artifact(
 def _garbage(
     objects: Objects, kind: str, fingerprint: str, keep: set[tuple[str, str]] | None, before: float
 ) -> Iterator[tuple[Removed, list[str]]]:
-    """(what, its objects; none: the whole folder) to remove of one artifact's folders."""
+    """What to remove of one artifact's folders: (item, its objects). No objects means the whole folder."""
     name = f"{kind}/{fingerprint}"
     files, progress = objects.walk(name), objects.walk(f"{name}.progress")
     size = sum(found.size for found in files + progress)
@@ -141,7 +149,7 @@ def _collect_leases(objects: Objects, dry_run: bool) -> list[Removed]:
     if not dry_run:
         for item, _ in removed:
             lease = Lease(objects, item.path.removeprefix(".tessera/leases/").removesuffix(".json"))
-            if lease.try_acquire():  # taken over and given back: the same care as anybody who wants it
+            if lease.try_acquire():  # taken over and given back: deleting the file could hit a new holder
                 lease.release()
     return [item for item, _ in removed]
 

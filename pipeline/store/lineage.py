@@ -1,6 +1,6 @@
 """Which artifact came from which: back to the sources, and forward to everything made from it.
 
-The manifests are the record; MLflow shows the same, but nothing here needs it.
+All of it is read from the manifests. MLflow shows the same, but nothing here needs it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ class LineageNode:
     address: str = ""
     created: str = ""
     rows: int = 0
-    missing: bool = False  # a manifest names it, but it is not in the store (any more)
+    missing: bool = False  # a manifest names it, but it is not in the store
 
     def to_json(self) -> dict[str, Any]:
+        """One entry of `nodes` in what `tessera lineage --json` prints."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     def __str__(self) -> str:
@@ -50,6 +51,7 @@ class Link:
     field: str
 
     def to_json(self) -> dict[str, str]:
+        """One entry of `edges` in what `tessera lineage --json` prints."""
         return {"from": self.source, "to": self.target, "field": self.field}
 
 
@@ -62,6 +64,7 @@ class Graph:
 
     @classmethod
     def of(cls, artifacts: Iterable[Artifact]) -> Graph:
+        """The graph of these artifacts, with the inputs and sources that their manifests name."""
         graph = cls()
         for artifact in artifacts:
             manifest, own = artifact.manifest, artifact.name
@@ -86,13 +89,15 @@ class Graph:
         return graph
 
     def into(self, node: str) -> list[Link]:
+        """The links that end at a node."""
         return [link for link in self.links if link.target == node]
 
     def out_of(self, node: str) -> list[Link]:
+        """The links that start at a node."""
         return [link for link in self.links if link.source == node]
 
     def around(self, node: str) -> Graph:
-        """The part of the graph that `node` came from, and the part that came from it, without their siblings."""
+        """The node, all that it was made from, and all that was made from it; nothing beside these."""
         kept: list[Link] = []
         for step, end in ((self.into, "source"), (self.out_of, "target")):
             waiting, seen = [node], set()
@@ -108,6 +113,7 @@ class Graph:
         return Graph({id: self.nodes[id] for id in ids}, kept)
 
     def to_json(self) -> dict[str, Any]:
+        """What `tessera lineage --json` prints, without the target."""
         return {
             "nodes": [node.to_json() for node in self.nodes.values()],
             "edges": [link.to_json() for link in self.links],

@@ -1,10 +1,11 @@
-"""The artifact store: begin -> write -> commit; find, check and verify; discard and collect garbage.
+"""The artifact store: begin, write and commit an artifact; find, check and verify it; discard it, collect garbage.
 
     <address>/<kind>/<fingerprint>/            data files, and manifest.json: written last, in one atomic step
     <address>/<kind>/<fingerprint>.progress/   what survives a kill while the artifact is computed
-    <address>/.tessera/                        leases, memos, history, scratch: nothing an artifact needs
+    <address>/.tessera/                        leases, memos, records, scratch: nothing that an artifact needs
 
-Without a valid manifest there is no artifact. A crash at any moment leaves a whole artifact or garbage, never a half.
+Without a valid manifest there is no artifact. A crash at any moment leaves a whole artifact, or garbage that nobody
+takes for one.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ RECORDS = ".tessera/records"
 
 
 class ArtifactStore:
-    """All artifacts at one address: a folder, `file://`, `s3://bucket/prefix`, `gs://` or `az://`. Picklable.
+    """All artifacts at one address: a folder, `file://`, `s3://bucket/prefix`, `gs://` or `az://`.
 
-    Opening touches nothing: a local folder is made by the first write. Every failure is a StoreError.
+    Can be pickled. Opening it reads and writes nothing; a local folder is made by the first write. Every failure is a
+    StoreError.
     """
 
     def __init__(self, address: str | os.PathLike[str]) -> None:
@@ -61,12 +63,16 @@ class ArtifactStore:
         return f"ArtifactStore({self.address!r})"
 
     def find(self, kind: str, fingerprint: str) -> Artifact | None:
-        """The committed artifact, or None. Raises: ArtifactDamaged when its manifest is broken."""
+        """The committed artifact, or None.
+
+        Raises:
+            ArtifactDamaged: its manifest is broken.
+        """
         _require_names(kind, fingerprint)
         return load(self.objects, kind, fingerprint)
 
     def check(self, artifact: Artifact) -> list[Damage]:
-        """Damaged files, seen cheaply: sizes, and the content of files that were touched since they were last read."""
+        """Damaged files, by their sizes, and by the content of files that were touched since they were last read."""
         return integrity.check(artifact)
 
     def verify(self, artifact: Artifact, report_progress: ProgressCallback | None = None) -> list[Damage]:
@@ -79,7 +85,7 @@ class ArtifactStore:
             try:
                 artifact = load(self.objects, kind, fingerprint)
             except ArtifactDamaged:
-                continue  # `damaged` names it
+                continue  # `damaged` lists it
             if artifact is not None:
                 yield artifact
 
@@ -92,14 +98,18 @@ class ArtifactStore:
                 yield Damage(error.artifact, error.file, error.reason)
 
     def begin(self, kind: str, fingerprint: str) -> ArtifactWriter:
-        """A writer that continues what dead attempts have finished. Take the lease first, to be alone."""
+        """A writer that continues what dead attempts have finished.
+
+        Take the artifact's lease first where nobody else should write it at the same time.
+        """
         _require_names(kind, fingerprint)
         return ArtifactWriter(*attempts.begin(self.objects, f"{kind}/{fingerprint}"))
 
     def discard(self, kind: str, fingerprint: str) -> None:
-        """Delete an artifact and its unfinished remains: the manifest first, so that no half is ever readable.
+        """Delete an artifact and its unfinished remains, the manifest first: without it nobody reads the rest.
 
-        Raises: StoreError while another process holds its lease.
+        Raises:
+            StoreError: another process holds its lease.
         """
         _require_names(kind, fingerprint)
         name = f"{kind}/{fingerprint}"
@@ -111,10 +121,12 @@ class ArtifactStore:
     def gc(
         self, keep: set[tuple[str, str]] | None = None, *, older_than: timedelta, dry_run: bool = False
     ) -> list[Removed]:
-        """Remove what no artifact needs and nobody has touched for `older_than`; `dry_run` only lists it.
+        """Remove what no artifact needs and nobody has touched for a while. What is being written stays.
 
-        With `keep`, artifacts that are not in it go too. What is being written, by a live process or under a lease,
-        stays.
+        Args:
+            keep: (kind, fingerprint) of the artifacts that are needed; all others go too. None keeps them all.
+            older_than: what was touched more recently stays.
+            dry_run: only list what would go.
         """
         return garbage.collect(self.objects, self._folders(), keep, older_than=older_than, dry_run=dry_run)
 
@@ -158,7 +170,11 @@ class ArtifactStore:
         return shutil.disk_usage(folder).free
 
     def probe_writable(self) -> None:
-        """Write, commit twice (the second must fail), read and delete a small file. Raises: StoreError."""
+        """Write a small file, read it, try to create it a second time (which must fail), and delete it.
+
+        Raises:
+            StoreError: one of these does not work as it should.
+        """
         path = f".tessera/probe-{uuid.uuid4().hex[:12]}"
         self.objects.put(path, b"tessera", create=True)
         try:

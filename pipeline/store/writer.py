@@ -1,4 +1,4 @@
-"""Writes one artifact: files under content names, then the manifest, which in one atomic step makes them one."""
+"""Writes one artifact: its files, each named after its content, then the manifest, in one atomic step."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _CHECKED: set[tuple[str, str]] = set()  # attempts that this process has seen in
 
 
 class ArtifactWriter:
-    """Where an artifact grows. Picklable: Ray tasks on any node that reaches the store write shards through it.
+    """Where an artifact is written. Can be pickled: Ray tasks on any node that reaches the store write through it.
 
-    Putting the same name again replaces the earlier file. Nothing is readable before `commit`.
+    Putting the same name again replaces the earlier file. Nothing can be read before `commit`.
     """
 
     def __init__(self, attempt: Attempt, lease: Lease | None = None) -> None:
@@ -56,38 +56,44 @@ class ArtifactWriter:
 
     @property
     def name(self) -> str:
-        """ "kind/fingerprint"."""
+        """Kind and fingerprint with a slash between them."""
         return self._attempt.artifact
 
     @property
     def progress_folder(self) -> Path:
-        """A local folder that survives a kill, and goes when the artifact is committed."""
+        """A local folder that survives a kill, and is deleted when the artifact is committed."""
         folder = local_progress_folder(self._objects, self.name)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     @property
     def progress_address(self) -> str:
-        """The same on storage that all nodes share: fit for Ray Train's `storage_path`."""
+        """The same on storage that all nodes share, for Ray Train's `storage_path`."""
         if self._objects.folder is not None:
             return str(self.progress_folder)
         return self._objects.join(f"{self.name}.progress")
 
     @property
     def scratch(self) -> Path:
-        """A folder of this process for files that nobody needs afterwards."""
+        """A local folder for files that nobody needs afterwards; each process has its own."""
         if self._scratch is None or not self._scratch.is_dir():
             self._scratch = _make_scratch(self._attempt)
             weakref.finalize(self, _remove_own, self._scratch, os.getpid())
         return self._scratch
 
     def shard_done(self, index: int, suffix: str = ".parquet") -> FileEntry | None:
-        """The entry of a shard that is finished already, by this attempt or a dead one."""
+        """The entry of a shard that this attempt, or a dead one before it, has finished; None otherwise."""
         finished = self._attempt.shard(shard_name(index, suffix))
         return finished.entry if finished else None
 
     def put_table(self, index: int, table: pa.Table, *, meta: Mapping[str, Any] | None = None) -> FileEntry:
-        """One shard of the artifact's table as Parquet: zstd, statistics, row groups of about 64 MiB."""
+        """Write one shard of the artifact's table as Parquet: zstd, statistics, row groups of about 64 MiB.
+
+        Args:
+            index: the shard's number.
+            table: its rows.
+            meta: small values to keep with the file's entry in the manifest.
+        """
         import pyarrow.parquet as pq
 
         self._require_attempt()
@@ -111,7 +117,14 @@ class ArtifactWriter:
     def put_file(
         self, name: str, data: bytes | Path, *, rows: int | None = None, meta: Mapping[str, Any] | None = None
     ) -> FileEntry:
-        """One file under a logical name ("encoder.safetensors", "pictures/best.png"); a Path is copied."""
+        """Write one file.
+
+        Args:
+            name: its logical name, as in "curves.json" or "pictures/best.png".
+            data: the content, or a local file to copy.
+            rows: how many rows it holds, where it is a table.
+            meta: small values to keep with the file's entry in the manifest.
+        """
         self._require_attempt()
         _require_file_name(name)
         size, digest = (len(data), hashlib.sha256(data).hexdigest()) if isinstance(data, bytes) else _measure(data)
@@ -137,10 +150,18 @@ class ArtifactWriter:
         return self._attempt.records()
 
     def commit(self, fields: Mapping[str, Any] | None = None, *, replace: bool = False, **more: Any) -> Artifact:
-        """Write the manifest; `fields` are Manifest's (counts, metrics, config, inputs, ...).
+        """Write the manifest, which makes the files an artifact.
 
-        When another run has committed the same artifact meanwhile, its artifact is returned and ours is deleted;
-        `replace` puts ours in its place (recomputing on purpose). Raises: StoreError when a file is missing.
+        When another run has committed the same artifact meanwhile, that one is returned and the files of this writer
+        are deleted.
+
+        Args:
+            fields: of the manifest: counts, metrics, config, inputs, ...
+            replace: take the place of an artifact that is there already.
+            more: further fields of the manifest.
+
+        Raises:
+            StoreError: a file is missing or was changed.
         """
         files = self._attempt.files()
         taken = not replace and self._objects.get(f"{self.name}/{MANIFEST}") is not None
@@ -166,7 +187,7 @@ class ArtifactWriter:
         return artifact
 
     def close(self) -> None:
-        """Give up without committing: the next attempt continues what this one finished."""
+        """Stop without committing; the next attempt continues what this one has finished."""
         if self._lease is not None:
             self._lease.release()
         if self._scratch is not None:
@@ -194,7 +215,12 @@ class ArtifactWriter:
         return Manifest.model_validate(plain({**created, **fields, **fixed}))
 
     def _adopt(self) -> Artifact:
-        """The artifact that another run committed first. Raises: ArtifactDamaged, or StoreError when there is none."""
+        """The artifact that another run committed first.
+
+        Raises:
+            ArtifactDamaged: its manifest is broken.
+            StoreError: there is none.
+        """
         artifact = load(self._objects, self.kind, self.fingerprint)
         if artifact is None:
             raise StoreError(
@@ -205,11 +231,11 @@ class ArtifactWriter:
         return artifact
 
     def _clean_up(self, artifact: Artifact) -> None:
-        """Remove what only this attempt needed, and all leftovers when nobody else is writing."""
+        """Remove what only this attempt needed and, when nobody else is writing, all other remains."""
         self.close()
         wanted = {entry.stored for entry in artifact.manifest.files} | {MANIFEST}
         others = attempts.live_attempts(self._objects, self.name, besides=self._attempt.id)
-        if others:  # they may have put files of the same name: the last one sweeps
+        if others:  # they may need a file that this attempt has put too; the last one to finish removes the rest
             self._attempt.delete()
             return
         prefix = f"{self.name}/"
@@ -220,7 +246,7 @@ class ArtifactWriter:
             shutil.rmtree(local_progress_folder(self._objects, self.name), ignore_errors=True)
 
     def _require_attempt(self) -> None:
-        """The first write of a process looks whether it reaches the store that the driver means."""
+        """Check, at the first write of a process, that it reaches the store in which the attempt was begun."""
         key = (self._objects.address, self._attempt.id)
         if key in _CHECKED:
             return
@@ -233,10 +259,12 @@ class ArtifactWriter:
 
 
 def shard_name(index: int, suffix: str = ".parquet") -> str:
+    """The logical name of a shard: "part-00003.parquet"."""
     return f"part-{index:05d}{suffix}"
 
 
 def stored_name(name: str, sha256: str) -> str:
+    """What a file is called in the artifact's folder: its logical name with the start of its hash in it."""
     path = PurePosixPath(name)
     return str(path.with_name(f"{path.stem}.{sha256[:12]}{path.suffix}"))
 
@@ -295,7 +323,7 @@ def _measure(file: Path) -> tuple[int, str]:
 
 
 def _settled(artifact: Artifact, listing: dict[str, StoredObject]) -> dict[str, str]:
-    """Tags of files that are old enough for their tag to be trusted."""
+    """The tags of the files that are old enough for their tag to be trusted."""
     tags = {}
     for entry in artifact.manifest.files:
         found = listing[f"{artifact.name}/{entry.stored}"]
