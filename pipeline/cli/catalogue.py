@@ -1,4 +1,4 @@
-"""The artifacts that a command is about: those of a pipeline, or everything in a store; found also when damaged."""
+"""The artifacts that a command is about: those of a pipeline, or all of a store, the damaged ones included."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ if TYPE_CHECKING:
 
 
 class Catalogue:
-    """Artifacts by pipeline, by name, or all of them."""
+    """The artifacts of a pipeline, or without one of a whole store."""
 
     def __init__(self, store: ArtifactStore, pipeline: Pipeline | None) -> None:
         self.store, self.pipeline = store, pipeline
 
     @cached_property
     def current(self) -> dict[str, tuple[str, str]]:
-        """Stage -> (kind, fingerprint) as the pipeline stands now. Raises: ConfigError when a source is gone."""
+        """Stage -> (kind, fingerprint), as the pipeline is now.
+
+        Raises:
+            ConfigError: a source is missing.
+        """
         if self.pipeline is None:
             return {}
         from pipeline.plan.plan import make_plan
@@ -32,7 +36,7 @@ class Catalogue:
 
     @cached_property
     def earlier(self) -> dict[str, tuple[str, str]]:
-        """Stage -> (kind, fingerprint) as the pipeline was when it last ran: known without its sources."""
+        """Stage -> (kind, fingerprint), as the pipeline was when it last ran. Needs no source."""
         if self.pipeline is None:
             return {}
         from pipeline.plan.history import recall
@@ -45,10 +49,10 @@ class Catalogue:
 
     @cached_property
     def known(self) -> dict[str, tuple[str, str]]:
-        """`current` where that can be told, else `earlier`."""
+        """`current`, or `earlier` where a source is missing."""
         try:
             return self.current
-        except ConfigError:  # the file itself was in order: a source is away, the artifacts made of it are not
+        except ConfigError:  # the file itself is right, so a source is missing; its artifacts may still be there
             return self.earlier
 
     def names(self) -> list[tuple[str, str]]:
@@ -60,7 +64,7 @@ class Catalogue:
         return list(dict.fromkeys([*self.known.values(), *self.earlier.values()]))
 
     def artifacts(self) -> list[Artifact]:
-        """Those whose manifest is in order."""
+        """The artifacts with a valid manifest."""
         return [artifact for name in self.names() if isinstance(artifact := self.look(*name), Artifact)]
 
     def look(self, kind: str, fingerprint: str) -> Artifact | Damage | None:
@@ -73,7 +77,10 @@ class Catalogue:
     def one(self, target: str) -> Artifact:
         """The artifact that `target` names: a stage, kind/fingerprint or the start of it, or an address.
 
-        Raises: ArtifactMissing, ArtifactDamaged, UsageError when several fit.
+        Raises:
+            ArtifactMissing: there is none.
+            ArtifactDamaged: its manifest is broken.
+            UsageError: several artifacts have a name that begins like this.
         """
         if target in self.known:
             artifact = self.store.find(*self.known[target])

@@ -1,6 +1,6 @@
-"""A pipeline file becomes a validated pipeline: YAML with `extends` and `--set` in, typed stages in order out.
+"""Loads a pipeline file: from YAML with `extends` and `--set` to validated stages in the order in which they run.
 
-Every rule that a file breaks is reported at once, with file, line and dotted path. Nothing here touches a store.
+Every rule that a file breaks is reported at once, with file, line and dotted path. No store is opened.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class Pipeline:
     document: Node = field(repr=False, default=Node({}, Place("")))
 
     def plain(self) -> dict[str, Any]:
-        """The whole pipeline as one mapping, `extends` and overrides applied: what a file without them would say."""
+        """The whole pipeline as one mapping, as a file without `extends` and overrides would have it."""
         return {key: value for key, value in self.document.plain().items() if key != "extends"}
 
     def problem(self, path: Sequence[Key] | str, rule: str, remedy: str = "") -> Problem:
-        """A broken rule found later (a missing source), placed at the file and line that set it."""
+        """A broken rule that is found after loading (a missing source), with the file and line of its value."""
         keys = path.split(".") if isinstance(path, str) else path
         place = self.document.place_of(keys)
         return Problem(".".join(map(str, keys)), rule, remedy, place.file, place.line)
@@ -75,8 +75,14 @@ def load_pipeline(
 ) -> Pipeline:
     """Read and validate a pipeline file.
 
-    `overrides` are `a.b.c=value` as after `--set`; `store` beats the file's; `stage_types` takes the place of the
-    installed ones. Raises: ConfigError with every problem of the file.
+    Args:
+        path: of the file.
+        overrides: `a.b.c=value`, as after `--set`.
+        store: takes the place of the file's.
+        stage_types: take the place of the installed ones.
+
+    Raises:
+        ConfigError: with every problem of the file.
     """
     file = Path(path)
     complaints = Complaints()
@@ -141,7 +147,11 @@ class _Types:
         return sorted(self.given) if self.given is not None else registry.names(registry.STAGES)
 
     def load(self, name: str) -> type[Stage[Any]]:
-        """Raises UsageError where it cannot be imported."""
+        """A stage type.
+
+        Raises:
+            UsageError: it cannot be imported.
+        """
         found: type[Stage[Any]] = self.given[name] if self.given is not None else registry.load(registry.STAGES, name)
         return found
 
@@ -213,8 +223,10 @@ def _stage(name: str, node: Node, types: _Types, complaints: Complaints) -> Pipe
 
 
 def _validated(stage_type: type[Stage[Any]], node: Node) -> Any:
-    """The config. A key that was set to null over an extended file, and that this type does not have, is dropped:
-    that is how a small difference takes away what another method or stage type had no use for."""
+    """The config. A key is dropped when it was set to null on top of an extended file, and this type has no such key.
+
+    So a file that extends another one can remove a setting that its own method or stage type does not have.
+    """
     try:
         return stage_type.Config.model_validate(node.plain())
     except ValidationError as error:
@@ -244,7 +256,7 @@ def _without(node: Node, path: tuple[Key, ...]) -> Node:
 
 
 def _check_edges(stages: dict[str, PipelineStage], root: Node, types: _Types, complaints: Complaints) -> None:
-    """Every edge leads to a stage of the right kind, and none of them in a ring."""
+    """Complain about edges that lead to no stage, to one of the wrong kind, or around in a ring."""
     node = root.child("stages")
     written: dict[str, Node] = node.value if node is not None and isinstance(node.value, dict) else {}
     for stage in stages.values():
@@ -292,7 +304,10 @@ def _rings(stages: dict[str, PipelineStage]) -> list[list[str]]:
 
 
 def _in_order(stages: dict[str, PipelineStage]) -> dict[str, PipelineStage]:
-    """Inputs first; otherwise as the file has them. graphlib's order would go by depth, not by the file."""
+    """The stages, each after its inputs, and otherwise in the file's order.
+
+    graphlib orders by depth instead, which would move stages of a file that is in order already.
+    """
     ordered: dict[str, PipelineStage] = {}
 
     def place(stage: PipelineStage) -> None:

@@ -1,7 +1,7 @@
 """Executes a plan: stage after stage, each from finished artifacts to one committed artifact.
 
-Ray, MLflow and everything heavy start with the first stage that really has to run: a pipeline that is all cached costs
-its plan and nothing more. What was committed stays committed, however the run ends.
+Ray, MLflow and everything heavy are imported and started with the first stage that has to run: a pipeline that is all
+cached takes the time of its plan. What was committed stays committed, however the run ends.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class StageResult:
-    """How one stage of a run ended."""
+    """How one stage of a run ended. `shows_metrics` is its type's."""
 
     planned: PlannedStage
     shows_metrics: bool
@@ -86,20 +86,29 @@ class RunResult:
 
 
 class RunFailed(StageFailed):
-    """A stage stopped the run; `result` says what was reached, the cause hangs on `__cause__`."""
+    """A stage stopped the run. `result` says how far the run came, and `__cause__` is the stage's error."""
 
     def __init__(self, stage: str, cause: BaseException, result: RunResult) -> None:
         self.stage, self.result = stage, result
-        self.is_bug = on_purpose(cause) is None  # then a reader needs the traceback
+        self.is_bug = on_purpose(cause) is None  # then the user needs the traceback
         super().__init__(f"stage '{stage}' failed: {explain(cause)}")
 
 
 def run(
     pipeline: Pipeline, plan: Plan, store: ArtifactStore, display: RunDisplay, *, address: str | None = None
 ) -> RunResult:
-    """Execute what the plan says must run. `address` names a Ray cluster; without one a local Ray serves.
+    """Execute what the plan says must run. Every artifact that is committed stays, whatever happens later.
 
-    Raises: RunFailed, and what the caller's own interrupt raises; every artifact committed so far stays.
+    Args:
+        pipeline: as loaded.
+        plan: of this pipeline.
+        store: where its artifacts are.
+        display: shows the progress.
+        address: of a Ray cluster; without one a local Ray is started.
+
+    Raises:
+        RunFailed: a stage failed.
+        KeyboardInterrupt, SystemExit: the run was interrupted.
     """
     started = time.monotonic()
     working = _Run(pipeline, store, display, address)
@@ -123,7 +132,7 @@ def run(
 
 
 class _Run:
-    """What the stages of one run share: the Ray they use, the MLflow run they belong to, the artifacts so far."""
+    """One run, with what its stages share: Ray, the MLflow run, the artifacts so far."""
 
     def __init__(self, pipeline: Pipeline, store: ArtifactStore, display: RunDisplay, address: str | None) -> None:
         self.pipeline, self.store, self.display, self.address = pipeline, store, display, address
@@ -133,7 +142,7 @@ class _Run:
         self.cluster: Cluster | None = None
 
     def execute(self, result: StageResult) -> None:
-        """Adopt or compute one stage; its lease makes a second run of the same pipeline wait for the first."""
+        """Compute one stage, unless another run has done so meanwhile: its lease makes a second run wait."""
         planned = result.planned
         started = time.monotonic()
         self.display.begin(planned.name, planned.reasons)
@@ -171,7 +180,7 @@ class _Run:
         self.display.say(f"waiting for {holder}, which computes it already")
 
     def _adopt(self, planned: PlannedStage) -> Artifact | None:
-        """The artifact another run has made since the plan; what is damaged, or forced anew, makes way."""
+        """The artifact, if another run has made it since the plan. A damaged one, and one to replace, is deleted."""
         try:
             artifact = self.store.find(planned.kind, planned.fingerprint)
         except ArtifactDamaged:
@@ -279,7 +288,10 @@ class _Run:
 
 
 def stopped_by(error: BaseException) -> BaseException | None:
-    """The interrupt behind an error: cleaning up after Ctrl-C or SIGTERM goes wrong where Ray got it as well."""
+    """The interrupt behind an error; None when there is none.
+
+    When Ray receives the same Ctrl-C or SIGTERM, cleaning up raises other errors on top of it.
+    """
     while (error.__context__ or error.__cause__) is not None:
         error = error.__context__ or error.__cause__  # type: ignore[assignment]
         if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -288,8 +300,8 @@ def stopped_by(error: BaseException) -> BaseException | None:
 
 
 def on_purpose(error: BaseException) -> TesseraError | None:
-    """The error that a stage raised on purpose, wherever Ray has wrapped it; None for a bug."""
-    if isinstance(getattr(error, "cause", None), BaseException):  # Ray's wrapper: it poses as its cause
+    """The TesseraError that a stage raised, also where Ray has wrapped it; None for a bug."""
+    if isinstance(getattr(error, "cause", None), BaseException):  # Ray's wrapper, which has its cause's type too
         return on_purpose(error.cause)  # type: ignore[attr-defined]
     if isinstance(error, TesseraError):
         return error
@@ -297,7 +309,7 @@ def on_purpose(error: BaseException) -> TesseraError | None:
 
 
 def explain(error: BaseException) -> str:
-    """One sentence for what stopped a stage: its own message, or a bug's first line without Ray's page of traceback."""
+    """What stopped a stage, in one sentence: the error's own message, or the first line of a bug's."""
     if (known := on_purpose(error)) is not None:
         return str(known)
     while isinstance(cause := getattr(error, "cause", None), BaseException):

@@ -1,7 +1,7 @@
-"""MLflow: one run for a pipeline run, one nested run for every stage that is executed, with what went in and came out.
+"""MLflow: one run for a pipeline run, and a nested run for every stage that is executed, with its inputs and output.
 
-Only the driver talks to MLflow, through its client and an explicit URI; workers report to the driver. The store is the
-record: when MLflow is away, one warning says so and the run goes on without it.
+Only the driver talks to MLflow, through its client and an explicit URI; workers report to the driver. No result depends
+on it: when MLflow cannot be reached, one warning says so and the run goes on without it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
 
 PROBE_SECONDS = 3.0
-FLUSH_SECONDS = 2.0  # metrics of a training loop travel in batches: a remote server costs milliseconds a call
+FLUSH_SECONDS = 2.0  # metrics of a training loop are sent in batches: a call to a remote server takes milliseconds
 FLUSH_COUNT = 500  # MLflow takes at most 1000 metrics a call
 PARAMS_A_CALL, PARAM_LENGTH, KEY_LENGTH, DIGEST_LENGTH = 100, 500, 250, 36  # 6000, 250 and 36 are MLflow's limits
 FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
@@ -44,9 +44,9 @@ QUIET = {
 
 
 class Tracker:
-    """The MLflow side of one pipeline run. Nothing it does can fail the run: the first error switches it off.
+    """The MLflow side of one pipeline run. No error of MLflow's fails the run: the first one ends the tracking.
 
-    `start` imports MLflow and, for a database file, creates it under a lock, so that runs started together do not race.
+    `start` imports MLflow. It creates a database file under a lock, so that runs that start together make only one.
     """
 
     def __init__(self, uri: str | None, experiment: str, warn: Callable[[str], None]) -> None:
@@ -59,7 +59,7 @@ class Tracker:
         self._begun = False
 
     def start(self, name: str, tags: Mapping[str, str]) -> None:
-        """Open the parent run. Only the first call does anything: what is away at the start is not asked again."""
+        """Open the parent run. Only the first call does anything: a server that was away is not asked again."""
         if self.uri is None or self._begun:
             return
         self._begun = True
@@ -78,7 +78,7 @@ class Tracker:
         return run
 
     def finish(self, status: str, metrics: Mapping[str, float]) -> None:
-        """Close the parent run; its metrics are the results table, `stage.metric`."""
+        """Close the parent run. Its metrics are the results of the stages, each called `stage.metric`."""
         if self._client is not None and self.run_id is not None:
             with self.guarded() as client:
                 client.log_batch(self.run_id, metrics=_metrics(metrics, 0))
@@ -86,7 +86,7 @@ class Tracker:
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[MlflowClient]:
-        """Whatever MLflow raises inside is told once; afterwards this run goes untracked."""
+        """The client, for calls that may fail: the first failure is a warning, and ends the tracking of this run."""
         try:
             yield self._client
         except Exception as error:
@@ -99,10 +99,12 @@ class Tracker:
 
     @property
     def client(self) -> MlflowClient | None:
+        """MLflow's client; None when this run is not tracked, and after an error."""
         return self._client
 
     @property
     def experiment_id(self) -> str:
+        """The id of the experiment that the run belongs to; "" when it is not tracked."""
         return self._experiment_id
 
     def _create_run(self, name: str, tags: Mapping[str, str]) -> str:
@@ -112,7 +114,7 @@ class Tracker:
 
 
 class StageTracker:
-    """The nested run of one stage; inert when tracking is off or away."""
+    """The nested run of one stage. Its methods do nothing when the run is not tracked."""
 
     def __init__(self, tracker: Tracker) -> None:
         self.run_id: str | None = None
@@ -121,6 +123,7 @@ class StageTracker:
         self._flushed = time.monotonic()
 
     def log_settings(self, settings: Mapping[str, Any]) -> None:
+        """Log a stage's settings as MLflow's parameters."""
         from mlflow.entities import Param
 
         params = [Param(_key(key), value[:PARAM_LENGTH]) for key, value in flatten(settings).items()]
@@ -137,6 +140,7 @@ class StageTracker:
             self.flush()
 
     def flush(self) -> None:
+        """Send the metrics that are waiting."""
         waiting, self._waiting = self._waiting, []
         self._flushed = time.monotonic()
         if waiting and self._live:
@@ -198,6 +202,7 @@ class StageTracker:
                     client.log_artifact(self.run_id, str(picture))
 
     def finish(self, status: str) -> None:
+        """Close the nested run."""
         self.flush()
         if self._live:
             with self._tracker.guarded() as client:
@@ -217,9 +222,10 @@ class StageTracker:
 
 
 def absolute_uri(uri: str) -> str:
-    """The tracking address with a database file's path made absolute, so that it means the same from any folder.
+    """The tracking address, with a database file's path made absolute: then it means the same in any folder.
 
-    Raises: UsageError for MLflow's file store, which MLflow 3 refuses.
+    Raises:
+        UsageError: it is a file store, which MLflow 3 refuses.
     """
     if uri.startswith("sqlite:///"):
         return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
@@ -236,16 +242,17 @@ def masked(uri: str) -> str:
 
 
 def how_to_open(uri: str) -> str:
-    """What the user types, or opens, to see the runs."""
+    """The command that shows the runs, or the address to open."""
     return masked(uri) if uri.startswith("http") else f"mlflow ui --backend-store-uri {masked(uri)}"
 
 
 def database_file(uri: str) -> Path | None:
+    """The file of an SQLite address; None for any other address."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as dotted keys, the way `--set` spells them; empty containers stay visible."""
+    """Nested settings as dotted keys, as in `--set`; an empty list or mapping is a value."""
     flat: dict[str, str] = {}
     for key, value in settings.items():
         path = f"{prefix}{key}"
@@ -259,7 +266,11 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def probe(uri: str) -> None:
-    """Raise OSError when nobody listens at a server's address: MLflow itself would retry for long."""
+    """Check that something listens at a server's address; MLflow itself would try again for a long time.
+
+    Raises:
+        OSError: nothing does.
+    """
     if uri.startswith(("http://", "https://")):
         parts = urlsplit(uri)
         port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -267,7 +278,11 @@ def probe(uri: str) -> None:
 
 
 def try_out(uri: str) -> None:
-    """Reach the address and write to it, leaving nothing but an experiment's tag. Raises: whatever is wrong."""
+    """Write a tag of an experiment called `doctor`, and nothing else.
+
+    Raises:
+        Exception: what MLflow or its database raises when that fails.
+    """
     client, experiment = _connect(uri, "doctor")
     client.set_experiment_tag(experiment, "tessera.doctor", str(int(time.time())))
 
@@ -291,7 +306,7 @@ def _connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
         found = client.get_experiment_by_name(experiment)
         if found is not None:
             return client, found.experiment_id
-        # A server knows where its pictures go; beside a database the place is named, or it is the current folder.
+        # A server knows where to keep pictures. With a database the place must be named, or it is the current folder.
         place = None if uri.startswith("http") else str((database or Path(".tessera/_")).absolute().parent / "mlflow")
         try:
             return client, client.create_experiment(experiment, artifact_location=place)
