@@ -1,7 +1,7 @@
-"""The errors that Tessera raises on purpose. Everything else that escapes is a bug.
+"""The errors that Tessera raises on purpose. Any other exception that reaches the user is a bug.
 
     TesseraError                 exit code 1
-    ├── UsageError               exit code 2   the command line or its target is wrong
+    ├── UsageError               exit code 2   the command line, or what it names, is wrong
     │   └── ConfigError          exit code 2   a pipeline file breaks a rule: file, line, dotted path, rule, remedy
     ├── StoreError                             the store cannot be reached, read or written
     │   ├── ArtifactMissing                    nothing is committed under that kind and fingerprint
@@ -47,14 +47,14 @@ class Problem:
 
 
 class ConfigError(UsageError):
-    """One or more broken rules, all reported at once."""
+    """A pipeline file breaks one or more rules, all reported at once."""
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = problems
         super().__init__("\n".join(str(problem) for problem in problems))
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[list[Problem]]]:
-        return type(self), (self.problems,)  # an error crosses from Ray's workers to the driver
+        return type(self), (self.problems,)  # an error is pickled on its way from Ray's workers to the driver
 
 
 class StoreError(TesseraError):

@@ -2,8 +2,8 @@
 
 A field typed `Input["boxes"]` is an edge of the pipeline: its value in YAML is the name of another stage.
 A field typed `Source` is a path or address outside the store: its *content* belongs to the fingerprint.
-Nothing else declares the graph. Config classes must import fast (no torch, no Ray at module level):
-planning a pipeline, and re-running a cached one, reads them and nothing more.
+Nothing else declares the graph. A module with a config class must import fast (no torch, no Ray at module level),
+because planning a pipeline imports it, also when everything is cached.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 from typing_extensions import TypeAliasType
 
+from pipeline.progress import ProgressCallback
+
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
     from pipeline.store.objects import Objects
@@ -30,6 +32,7 @@ __all__ = [
     "Input",
     "NoFingerprint",
     "Outcome",
+    "ProgressCallback",
     "Resources",
     "Settings",
     "Source",
@@ -82,14 +85,14 @@ NoFingerprint = NoFingerprintMark()  # use: `log_every: Annotated[int, NoFingerp
 
 
 class Settings(BaseModel):
-    """Base of everything inside a config: unknown keys are errors, values do not change once validated."""
+    """Base of everything inside a config. Unknown keys are errors, and values cannot be changed."""
 
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
         validate_default=True,
         arbitrary_types_allowed=False,
-        ser_json_inf_nan="constants",  # or infinity would dump, and fingerprint, as null
+        ser_json_inf_nan="constants",  # else infinity would be null in a dump, and in the fingerprint
     )
     # Entry-point group of the classes that may stand in for this one, chosen by the key `name`; None: only itself.
     variant_group: ClassVar[str | None] = None
@@ -122,16 +125,16 @@ class Context:
     name: str  # the stage's name in the pipeline
     fingerprint: str
     inputs: Mapping[str, Artifact]  # dotted field path -> finished artifact: {"images": ..., "method.neighbors": ...}
-    output: ArtifactWriter  # where the artifact grows; `output.progress` survives a kill, `output.scratch` does not
+    output: ArtifactWriter  # where the artifact grows; its `progress_folder` survives a kill, its `scratch` does not
     resources: Resources
     log_metrics: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None  # to MLflow, by the driver
-    progress: Callable[[float, float, str], None] = lambda done, total, unit: None  # drives the progress bar
+    report_progress: ProgressCallback = lambda done, total, unit: None  # drives the progress bar
     say: Callable[[str], None] = print  # one line for the user
 
 
 @dataclass(frozen=True)
 class Feed:
-    """An input as planning knows it: what will be read, and what that is made from."""
+    """An input as the plan knows it: which artifact will be read, and what that one is made from."""
 
     stage: str  # its name in the pipeline
     kind: str
@@ -146,7 +149,7 @@ class Outcome:
     metrics: dict[str, float] = field(default_factory=dict)  # the results table shows these
     counts: dict[str, int] = field(default_factory=dict)  # e.g. {"images": 52, "unreadable": 1}
     problems: list[dict[str, str]] = field(default_factory=list)  # bad input by name: {"key": ..., "reason": ...}
-    notes: dict[str, Any] = field(default_factory=dict)  # anything JSON-able worth keeping, e.g. the measured recall
+    notes: dict[str, Any] = field(default_factory=dict)  # other facts, in JSON's types, e.g. the measured recall
     preview: str | None = None  # file name, inside the artifact, of the picture that shows it
 
 
@@ -161,15 +164,22 @@ class Stage(ABC, Generic[C]):
     version: ClassVar[int] = 1  # raise it when the same config and inputs give a different artifact
     packages: ClassVar[tuple[str, ...]] = ()  # distributions whose version belongs to the fingerprint
     uses_ray: ClassVar[bool] = True  # the runner starts or joins Ray before `run`
+    shows_metrics: ClassVar[bool] = False  # its metrics are results: `tessera run` lists them, the parent run logs them
+    tracked_as: ClassVar[Literal["dataset", "model"]] = "dataset"  # what its artifact is in MLflow's terms
+    exports: ClassVar[tuple[str, ...]] = ()  # names of the files that `tessera export` copies, or patterns (*.json)
     Config: ClassVar[type[StageConfig]]
 
     def __init__(self, config: C) -> None:
         self.config = config
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
-        """Inputs that do not belong together, found before anything runs: (field path, what is wrong, what to do).
+        """Inputs that do not belong together, found before anything runs. Most stages have nothing to check.
 
-        `feeds` has what feeds this stage by field path. Most stages have nothing to check.
+        Args:
+            feeds: dotted field path -> what feeds this stage there.
+
+        Yields:
+            (field path, what is wrong, what to do).
         """
         yield from ()
 
@@ -177,8 +187,10 @@ class Stage(ABC, Generic[C]):
     def run(self, context: Context) -> Outcome:
         """Write the artifact's files through `context.output`; the runner commits them.
 
-        Running again after a kill must continue from what `context.output` already holds.
-        Raises: any TesseraError whose message names the rule, the place and the remedy.
+        When it is run again after a kill, it must continue from what `context.output` already holds.
+
+        Raises:
+            TesseraError: with a message that names the rule, the place and the remedy.
         """
 
 
@@ -227,7 +239,7 @@ def field_name(name: str, info: FieldInfo) -> str:
 
 
 def arms(annotation: Any, marks: tuple[Any, ...] = ()) -> list[tuple[Any, tuple[Any, ...]]]:
-    """The plain types an annotation allows, each with the marks on it: `Annotated`, unions and aliases opened."""
+    """The plain types that an annotation allows, each with its marks: `Annotated`, unions and aliases are opened."""
     if isinstance(annotation, TypeAliasType):
         return arms(annotation.__value__, marks)
     if get_origin(annotation) is Annotated:
@@ -246,7 +258,7 @@ def _marked(model: BaseModel, mark: type[M], prefix: str = "") -> Iterator[tuple
 def _walk(
     annotation: Any, inherited: tuple[Any, ...], value: Any, mark: type[M], path: str
 ) -> Iterator[tuple[str, list[M], Any]]:
-    """Follow value and annotation together, so that a mark reaches what it was put on and nothing beside it."""
+    """Go through value and annotation together, so that a mark applies to what it was put on and to nothing else."""
     allowed = arms(annotation, inherited)
     if mark is NoFingerprintMark and (marks := _of(mark, allowed)):
         yield path, marks, value
@@ -270,7 +282,7 @@ def _of(mark: type[M], allowed: list[tuple[Any, tuple[Any, ...]]]) -> list[M]:
 
 
 def _inside(allowed: list[tuple[Any, tuple[Any, ...]]], *, mapping: bool) -> tuple[Any, tuple[Any, ...]]:
-    """The annotation of a container's items, and the marks that were put on the container as a whole."""
+    """The annotation of a container's items, and the marks of the container as a whole."""
     parts: list[Any] = []
     outer: list[Any] = []
     for annotation, marks in allowed:

@@ -1,0 +1,1 @@
+"""The `tessera` command. May import every other room of `pipeline`; none of them imports this one."""

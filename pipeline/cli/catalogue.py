@@ -1,4 +1,4 @@
-"""The artifacts that a command is about: those of a pipeline, or everything in a store; found also when damaged."""
+"""The artifacts that a command is about: those of a pipeline, or all of a store, the damaged ones included."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, ConfigError, UsageError
 from pipeline.store.artifact import Artifact, Damage
-from pipeline.store.manifest import Manifest
 from pipeline.store.store import ArtifactStore
 
 if TYPE_CHECKING:
     from pipeline.config.load import Pipeline
     from pipeline.run.display import RunDisplay
 
-ENCODER_FILES = ("encoder.safetensors", "encoder.json")
-
 
 class Catalogue:
-    """Artifacts by pipeline, by name, or all of them."""
+    """The artifacts of a pipeline, or without one of a whole store."""
 
     def __init__(self, store: ArtifactStore, pipeline: Pipeline | None) -> None:
         self.store, self.pipeline = store, pipeline
 
     @cached_property
     def current(self) -> dict[str, tuple[str, str]]:
-        """Stage -> (kind, fingerprint) as the pipeline stands now. Raises: ConfigError when a source is gone."""
+        """Stage -> (kind, fingerprint), as the pipeline is now.
+
+        Raises:
+            ConfigError: a source is missing.
+        """
         if self.pipeline is None:
             return {}
         from pipeline.plan.plan import make_plan
@@ -35,7 +36,7 @@ class Catalogue:
 
     @cached_property
     def earlier(self) -> dict[str, tuple[str, str]]:
-        """Stage -> (kind, fingerprint) as the pipeline was when it last ran: known without its sources."""
+        """Stage -> (kind, fingerprint), as the pipeline was when it last ran. Needs no source."""
         if self.pipeline is None:
             return {}
         from pipeline.plan.history import recall
@@ -48,10 +49,10 @@ class Catalogue:
 
     @cached_property
     def known(self) -> dict[str, tuple[str, str]]:
-        """`current` where that can be told, else `earlier`."""
+        """`current`, or `earlier` where a source is missing."""
         try:
             return self.current
-        except ConfigError:  # the file itself was in order: a source is away, the artifacts made of it are not
+        except ConfigError:  # the file itself is right, so a source is missing; its artifacts may still be there
             return self.earlier
 
     def names(self) -> list[tuple[str, str]]:
@@ -63,7 +64,7 @@ class Catalogue:
         return list(dict.fromkeys([*self.known.values(), *self.earlier.values()]))
 
     def artifacts(self) -> list[Artifact]:
-        """Those whose manifest is in order."""
+        """The artifacts with a valid manifest."""
         return [artifact for name in self.names() if isinstance(artifact := self.look(*name), Artifact)]
 
     def look(self, kind: str, fingerprint: str) -> Artifact | Damage | None:
@@ -76,7 +77,10 @@ class Catalogue:
     def one(self, target: str) -> Artifact:
         """The artifact that `target` names: a stage, kind/fingerprint or the start of it, or an address.
 
-        Raises: ArtifactMissing, ArtifactDamaged, UsageError when several fit.
+        Raises:
+            ArtifactMissing: there is none.
+            ArtifactDamaged: its manifest is broken.
+            UsageError: several artifacts have a name that begins like this.
         """
         if target in self.known:
             artifact = self.store.find(*self.known[target])
@@ -126,9 +130,9 @@ def rows(catalogue: Catalogue) -> list[dict[str, Any]]:
 def verify(catalogue: Catalogue, display: RunDisplay) -> dict[str, Any]:
     """What `artifacts verify --json` prints: how many artifacts were read, and every damaged file.
 
-    `notes` names damaged files among the store's own notes. They are made anew, and no artifact needs them.
+    `notes` names damaged records and memos of the store. They are made anew, and no artifact needs them.
     """
-    notes = list(catalogue.store.damaged_notes())  # first: a plan replaces those it meets
+    records = list(catalogue.store.damaged_records())  # first: a plan replaces those it meets
     damages: list[Damage] = []
     checked = 0
     for kind, fingerprint in catalogue.names():
@@ -143,29 +147,5 @@ def verify(catalogue: Catalogue, display: RunDisplay) -> dict[str, Any]:
     return {
         "checked": checked,
         "damaged": [{"artifact": d.artifact, "file": d.file, "reason": d.reason} for d in damages],
-        "notes": [{"file": d.file, "reason": d.reason} for d in notes],
+        "notes": [{"file": d.file, "reason": d.reason} for d in records],
     }
-
-
-def export(artifact: Artifact, folder: str) -> list[Path]:
-    """Copy an encoder's files, under their plain names, into a folder; each is checked against the manifest.
-
-    Raises: UsageError when the artifact is no encoder or a file of that name is there already.
-    """
-    if artifact.kind != "encoder":
-        raise UsageError(f"{artifact.name} is an artifact of kind {artifact.kind}, expected encoder")
-    names = [*ENCODER_FILES, *(name for name in _names(artifact.manifest) if name not in ENCODER_FILES)]
-    target = Path(folder)
-    if taken := [name for name in names if (target / name).exists()]:
-        raise UsageError(f"{target} holds {', '.join(taken)} already (name another folder, or remove them)")
-    target.mkdir(parents=True, exist_ok=True)
-    copied = []
-    for name in names:
-        (target / name).write_bytes(artifact.read(name))
-        copied.append(target / name)
-    return copied
-
-
-def _names(manifest: Manifest) -> list[str]:
-    """Files that make up the encoder: weights and their descriptions, not pictures, tables or curves."""
-    return [entry.name for entry in manifest.files if entry.name.endswith(".safetensors")]

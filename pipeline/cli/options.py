@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and what they stand for. Imports nothing but typer."""
+"""Arguments and options that several commands share, and what they mean. Imports nothing heavier than typer."""
 
 from __future__ import annotations
 
@@ -50,6 +50,16 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard 
 
 
 def open_catalogue(config: str | None, overrides: list[str] | None, store: str | None) -> Catalogue:
+    """The artifacts that a command is about.
+
+    Args:
+        config: a pipeline file; None for all artifacts of the store.
+        overrides: of the pipeline file, as after `--set`.
+        store: an address; None for the pipeline's, or the default.
+
+    Raises:
+        UsageError: neither a pipeline nor a store is named, and the default store is not there.
+    """
     from pipeline.cli.catalogue import Catalogue
     from pipeline.config.load import DEFAULT_STORE, load_pipeline
     from pipeline.store.store import ArtifactStore
@@ -67,11 +77,12 @@ def open_catalogue(config: str | None, overrides: list[str] | None, store: str |
 
 
 def split_names(options: list[str] | None) -> list[str]:
+    """The names in a repeated option, each of whose values may hold several, separated by commas."""
     return [name for option in options or () for name in option.split(",") if name]
 
 
 def config_and_targets(names: list[str]) -> tuple[str | None, list[str]]:
-    """The pipeline file among the arguments, wherever it stands, and the others."""
+    """The pipeline file among the arguments, whichever it is, and the other arguments."""
     configs = [name for name in names if name.endswith((".yaml", ".yml"))]
     if len(configs) > 1:
         raise UsageError(f"one pipeline file at a time: {', '.join(configs)}")
@@ -79,10 +90,11 @@ def config_and_targets(names: list[str]) -> tuple[str | None, list[str]]:
 
 
 def store_of(targets: list[str]) -> str | None:
-    """The store that an artifact's address names: the address without kind/fingerprint."""
+    """The store in an artifact's address: what stands before kind and fingerprint. None where there is nothing."""
     first = targets[0].rstrip("/") if targets else ""
     return first.rsplit("/", 2)[0] if first.count("/") >= 2 else None
 
 
 def print_json(value: Any) -> None:
+    """Print one JSON value on standard output."""
     print(json.dumps(value, indent=1, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""The tables that commands end with, on standard output."""
+"""The tables with which commands show their results, on standard output."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ STATE_STYLES |= {"fail": "red"}
 
 
 def stdout() -> Console:
-    """Where results go. A pipe has no width: there nothing is folded."""
+    """The console for results. In a pipe, which has no width, long lines are not folded."""
     return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table of plain strings; a cell that is a state is coloured. Long cells are folded, never cut."""
+    """Print a table of plain strings. Cells that name a state are coloured; long cells are folded and not cut."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -41,7 +41,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 
 
 def print_plan(plan: dict[str, Any]) -> None:
-    """The plan's JSON as a table."""
+    """Print a plan's JSON as a table."""
     rows = [
         (stage["name"], stage["uses"], stage["state"], ", ".join(stage["reasons"]), stage["fingerprint"][:12])
         for stage in plan["stages"]
@@ -52,7 +52,7 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 
 def print_results(result: dict[str, Any]) -> None:
-    """The run's JSON as tables: where every artifact is, then the metrics."""
+    """Print a run's JSON as tables: where every artifact is, then the results."""
     rows = [
         (stage["name"], stage["state"], duration(stage["seconds"]) if stage["seconds"] else "", stage["artifact"] or "")
         for stage in result["stages"]
@@ -68,7 +68,7 @@ def print_results(result: dict[str, Any]) -> None:
 
 
 def print_closing(result: dict[str, Any], store: str, tracking: str | None) -> None:
-    """Where everything is, and what to type next."""
+    """Print where the artifacts and the tracked runs are."""
     done = sum(stage["state"] == "done" for stage in result["stages"])
     if not done:
         print(f"all {len(result['stages'])} stages are cached")
@@ -78,7 +78,7 @@ def print_closing(result: dict[str, Any], store: str, tracking: str | None) -> N
 
 
 def print_artifacts(rows: Sequence[dict[str, Any]]) -> None:
-    """`artifacts ls` as a table."""
+    """Print what `artifacts ls` has found."""
     cells = [
         (
             r["stage"],
@@ -95,7 +95,7 @@ def print_artifacts(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def print_artifact(artifact: Artifact) -> None:
-    """An artifact's manifest in words."""
+    """Print an artifact's manifest in words."""
     m, say = artifact.manifest, partial(stdout().print, markup=False, soft_wrap=True)
     say(f"{artifact.name}, made by stage '{m.stage}' ({m.uses}, version {m.version})")
     say(f"  at        {artifact.address}")
@@ -133,9 +133,9 @@ def print_artifact(artifact: Artifact) -> None:
 
 
 def print_damages(report: dict[str, Any]) -> None:
-    """`artifacts verify` as a table, or one sentence."""
-    for note in report["notes"]:
-        print(f"the store's note {note['file']} was damaged: {note['reason']}; it is made anew, no artifact needs it")
+    """Print what `artifacts verify` has found: a table, or one sentence."""
+    for record in report["notes"]:
+        print(f"the store's {record['file']} was damaged: {record['reason']}; it is made anew, no artifact needs it")
     if report["damaged"]:
         rows = [(damage["artifact"], damage["file"], damage["reason"]) for damage in report["damaged"]]
         print_table("damaged", ("artifact", "file", "reason"), rows)
@@ -147,7 +147,7 @@ def print_damages(report: dict[str, Any]) -> None:
 
 
 def print_removed(removed: Sequence[Removed], *, dry_run: bool) -> None:
-    """`artifacts gc` as a table."""
+    """Print what `artifacts gc` has removed."""
     if removed:
         cells = [(row.path, size(row.bytes), row.reason) for row in removed]
         print_table("would go" if dry_run else "removed", ("what", "size", "reason"), cells)
@@ -155,13 +155,13 @@ def print_removed(removed: Sequence[Removed], *, dry_run: bool) -> None:
 
 
 def print_checks(checks: Sequence[dict[str, str]]) -> None:
-    """`doctor` as a table."""
+    """Print what `doctor` has found."""
     rows = [(check["name"], check["state"], check["detail"], check["remedy"]) for check in checks]
     print_table("doctor", ("check", "state", "found", "remedy"), rows)
 
 
 def when(created: str) -> str:
-    """An ISO time of UTC as the reader's clock shows it."""
+    """An ISO time of UTC in the user's time zone."""
     return datetime.fromisoformat(created).astimezone().strftime("%Y-%m-%d %H:%M") if created else "at an unknown time"
 
 
@@ -173,8 +173,10 @@ def commit(git: Any) -> str:
 
 
 def shortened(text: str) -> str:
+    """A text, cut off where it is too long for a line."""
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def number(value: float) -> str:
+    """A number with four decimals, or none when it is whole."""
     return f"{value:.4f}" if isinstance(value, float) and not value.is_integer() else f"{value:g}"

@@ -29,14 +29,22 @@ WORDS = {
 def add_problems(
     error: ValidationError, config: type[Settings], node: Node, path: tuple[Key, ...], complaints: Complaints
 ) -> None:
-    """One complaint for each broken rule of a stage; `path` is the stage's own, `node` what was written there."""
+    """Add one complaint for each broken rule of a stage.
+
+    Args:
+        error: what pydantic found.
+        config: the stage type's config class.
+        node: what was written for the stage, without `uses`.
+        path: of the stage in the file.
+        complaints: where they go.
+    """
     found: dict[tuple[Key, ...], list[ErrorDetails]] = {}
     for details in error.errors(include_url=False, include_context=False):
         found.setdefault(_yaml_path(details["loc"], details["type"], node.plain()), []).append(details)
     for where, several in found.items():
         through_union = len(several) > 1 or len(several[0]["loc"]) > len(where)
         if through_union and any(other[: len(where)] == where and len(other) > len(where) for other in found):
-            continue  # the arm of a union that was not meant: the arm that was says more, further in
+            continue  # an alternative of a union that was not meant: the one that was meant has more to say, below
         first = several[0]
         model, info = _field_at(config, node.plain(), where)
         if first["type"] == "extra_forbidden":
@@ -52,7 +60,7 @@ def add_problems(
 
 
 def _yaml_path(location: tuple[Key, ...], kind: str, data: Any) -> tuple[Key, ...]:
-    """Pydantic's location without the names of union arms and validators that it puts between the keys."""
+    """Pydantic's location without what it puts between the keys: the names of unions' alternatives and validators."""
     path: list[Key] = []
     for i, key in enumerate(location):
         in_mapping = isinstance(data, dict) and key in data

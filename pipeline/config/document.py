@@ -1,7 +1,7 @@
 """YAML as a tree that knows where every value was written, with `extends` and `--set` applied.
 
-Reads plain data only (YAML 1.2 scalars, no tags); what the keys mean is config.py's business. Problems are
-collected, not raised one by one, so that a file is complained about once and completely.
+Reads plain data only (YAML 1.2 scalars, no tags); what the keys mean is for load.py to say. Problems are collected and
+not raised one by one, so that the user gets to know all of them at once.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ MAX_NODES = 50_000  # aliases can multiply a small file without end
 
 @dataclass(frozen=True)
 class Place:
+    """Where a value was written."""
+
     file: str
     line: int | None = None  # 1-based; None for an override, which is its own place
 
@@ -45,7 +47,7 @@ class Node:
         return self.value
 
     def place_of(self, path: Iterable[Key]) -> Place:
-        """Where `path` was written, or the nearest thing above it that was."""
+        """Where `path` was written or, if it was not, the nearest value above it."""
         node = self
         for key in path:
             child = node.child(key)
@@ -55,6 +57,7 @@ class Node:
         return node.place
 
     def child(self, key: Key) -> Node | None:
+        """The value under a key, or at an index; None when there is none."""
         if isinstance(self.value, dict):
             return self.value.get(str(key))
         if isinstance(self.value, list) and str(key).isdigit() and int(key) < len(self.value):
@@ -63,16 +66,17 @@ class Node:
 
 
 class Complaints(list[Problem]):
-    """Problems gathered while reading; `add` is the short way to write one."""
+    """The problems of a file, collected while it is read."""
 
     def add(self, path: Iterable[Key] | str, rule: str, remedy: str = "", place: Place | None = None) -> None:
+        """Add one problem; see `Problem` for what its fields mean."""
         dotted = path if isinstance(path, str) else ".".join(map(str, path))
         where = place or Place("")
         self.append(Problem(dotted, rule, remedy, where.file, where.line))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The remedy for a name that does not exist: the one that was probably meant, or all there are."""
+    """The remedy for a name that does not exist: the one that was probably meant, or all that there are."""
     names = sorted(map(str, known))
     close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
     if close:
@@ -100,7 +104,14 @@ for _tag, _pattern, _first in (
 
 
 def parse(text: str, file: str, complaints: Complaints, *, line: bool = True) -> Node:
-    """The document in `text`; broken YAML, doubled keys, unknown tags and endless aliases become complaints."""
+    """The document in `text`. Broken YAML, repeated keys, unknown tags and endless aliases become complaints.
+
+    Args:
+        text: YAML.
+        file: what to call it in complaints.
+        complaints: where they go.
+        line: whether line numbers mean something to the user (not in a `--set` value).
+    """
     empty = Node(None, Place(file, 1 if line else None))
     try:
         root = yaml.compose(text, Loader=_Loader)
@@ -193,7 +204,11 @@ NOT_INHERITED = ("name", "description", "extends")  # they say which file this i
 
 
 def read(file: Path, complaints: Complaints) -> Node:
-    """The document in `file` over the ones it extends. Raises OSError or UnicodeDecodeError for `file` itself."""
+    """The document in `file`, on top of the ones that it extends.
+
+    Raises:
+        OSError, UnicodeDecodeError: `file` itself cannot be read.
+    """
     return _read(file, complaints, ())
 
 
@@ -233,9 +248,9 @@ def _read(file: Path, complaints: Complaints, chain: tuple[Path, ...]) -> Node:
 
 
 def merge(base: Node, over: Node) -> Node:
-    """`over` on top of `base`: mappings merge key by key, everything else replaces, lists too.
+    """`over` on top of `base`: mappings are merged key by key; everything else, lists too, is replaced.
 
-    A mapping whose `uses` differs is another type of stage: it replaces the old one whole.
+    A mapping with another `uses` is another type of stage, and replaces the old one as a whole.
     """
     if isinstance(base.value, dict) and isinstance(over.value, dict):
         old, new = base.child("uses"), over.child("uses")
@@ -252,10 +267,16 @@ def merge(base: Node, over: Node) -> Node:
 
 
 def override(root: Node, text: str, complaints: Complaints, top_level: Iterable[str]) -> Node:
-    """`root` with one `--set a.b.c=value` applied. The value is YAML; a list item is named by its index.
+    """The document with one `--set a.b.c=value` applied. The value is YAML; an item of a list is named by its index.
 
-    Keys below a stage may be new (a field that was left at its default); whether the stage has such a field is
-    for its config to say. A stage or a top-level key that does not exist is a complaint here.
+    Keys below a stage may be new, for a field that was left at its default; whether there is such a field is checked
+    with the stage's config. A stage or a top-level key that does not exist is a complaint here.
+
+    Args:
+        root: the document.
+        text: what follows `--set`.
+        complaints: where they go.
+        top_level: the keys that a pipeline may have.
     """
     place = Place(f"--set {text}")
     dotted, equals, value_text = text.partition("=")

@@ -1,6 +1,6 @@
-"""A pipeline file becomes a validated pipeline: YAML with `extends` and `--set` in, typed stages in order out.
+"""Loads a pipeline file: from YAML with `extends` and `--set` to validated stages in the order in which they run.
 
-Every rule that a file breaks is reported at once, with file, line and dotted path. Nothing here touches a store.
+Every rule that a file breaks is reported at once, with file, line and dotted path. No store is opened.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,11 @@ class Pipeline:
     document: Node = field(repr=False, default=Node({}, Place("")))
 
     def plain(self) -> dict[str, Any]:
-        """The whole pipeline as one mapping, `extends` and overrides applied: what a file without them would say."""
+        """The whole pipeline as one mapping, as a file without `extends` and overrides would have it."""
         return {key: value for key, value in self.document.plain().items() if key != "extends"}
 
     def problem(self, path: Sequence[Key] | str, rule: str, remedy: str = "") -> Problem:
-        """A broken rule found later (a missing source), placed at the file and line that set it."""
+        """A broken rule that is found after loading (a missing source), with the file and line of its value."""
         keys = path.split(".") if isinstance(path, str) else path
         place = self.document.place_of(keys)
         return Problem(".".join(map(str, keys)), rule, remedy, place.file, place.line)
@@ -74,8 +75,14 @@ def load_pipeline(
 ) -> Pipeline:
     """Read and validate a pipeline file.
 
-    `overrides` are `a.b.c=value` as after `--set`; `store` beats the file's; `stage_types` takes the place of the
-    installed ones. Raises: ConfigError with every problem of the file.
+    Args:
+        path: of the file.
+        overrides: `a.b.c=value`, as after `--set`.
+        store: takes the place of the file's.
+        stage_types: take the place of the installed ones.
+
+    Raises:
+        ConfigError: with every problem of the file.
     """
     file = Path(path)
     complaints = Complaints()
@@ -140,7 +147,11 @@ class _Types:
         return sorted(self.given) if self.given is not None else registry.names(registry.STAGES)
 
     def load(self, name: str) -> type[Stage[Any]]:
-        """Raises UsageError where it cannot be imported."""
+        """A stage type.
+
+        Raises:
+            UsageError: it cannot be imported.
+        """
         found: type[Stage[Any]] = self.given[name] if self.given is not None else registry.load(registry.STAGES, name)
         return found
 
@@ -212,8 +223,10 @@ def _stage(name: str, node: Node, types: _Types, complaints: Complaints) -> Pipe
 
 
 def _validated(stage_type: type[Stage[Any]], node: Node) -> Any:
-    """The config. A key that was set to null over an extended file, and that this type does not have, is dropped:
-    that is how a small difference takes away what another method or stage type had no use for."""
+    """The config. A key is dropped when it was set to null on top of an extended file, and this type has no such key.
+
+    So a file that extends another one can remove a setting that its own method or stage type does not have.
+    """
     try:
         return stage_type.Config.model_validate(node.plain())
     except ValidationError as error:
@@ -243,7 +256,7 @@ def _without(node: Node, path: tuple[Key, ...]) -> Node:
 
 
 def _check_edges(stages: dict[str, PipelineStage], root: Node, types: _Types, complaints: Complaints) -> None:
-    """Every edge leads to a stage of the right kind, and none of them in a ring."""
+    """Complain about edges that lead to no stage, to one of the wrong kind, or around in a ring."""
     node = root.child("stages")
     written: dict[str, Node] = node.value if node is not None and isinstance(node.value, dict) else {}
     for stage in stages.values():
@@ -269,30 +282,32 @@ def _check_edges(stages: dict[str, PipelineStage], root: Node, types: _Types, co
 
 
 def _rings(stages: dict[str, PipelineStage]) -> list[list[str]]:
-    """Cycles of two stages or more, each in the order in which data would flow, starting at the file's first."""
-    rings: dict[frozenset[str], list[str]] = {}
-    done: set[str] = set()
+    """Rings of two stages or more, the shortest first.
 
-    def visit(name: str, trail: list[str]) -> None:
-        if name in trail:
-            ring = trail[trail.index(name) :][::-1]  # the trail walks from a stage to its inputs
-            if len(ring) > 1:
-                start = min(range(len(ring)), key=lambda i: list(stages).index(ring[i]))
-                rings.setdefault(frozenset(ring), ring[start:] + ring[:start])
-            return
-        if name in done or name not in stages:
-            return
-        for feeder in stages[name].inputs.values():
-            visit(feeder, [*trail, name])
-        done.add(name)
-
-    for name in stages:
-        visit(name, [])
-    return list(rings.values())
+    Each is in the order in which data would flow, starting with the stage that the file has first. One ring is found
+    for every edge that has to go before the stages can be put in order.
+    """
+    feeders = {name: dict.fromkeys(stage.inputs.values()) for name, stage in stages.items()}
+    for name, own in feeders.items():
+        own.pop(name, None)  # a stage that reads itself has a complaint of its own
+    rings: list[list[str]] = []
+    while True:
+        try:
+            TopologicalSorter(feeders).prepare()
+        except CycleError as error:
+            ring: list[str] = error.args[1][:-1]  # the last stage repeats the first
+            start = min(range(len(ring)), key=lambda i: list(stages).index(ring[i]))
+            rings.append(ring[start:] + ring[:start])
+            del feeders[rings[-1][1]][rings[-1][0]]
+        else:
+            return sorted(rings, key=len)
 
 
 def _in_order(stages: dict[str, PipelineStage]) -> dict[str, PipelineStage]:
-    """Inputs first; otherwise as the file has them."""
+    """The stages, each after its inputs, and otherwise in the file's order.
+
+    graphlib orders by depth instead, which would move stages of a file that is in order already.
+    """
     ordered: dict[str, PipelineStage] = {}
 
     def place(stage: PipelineStage) -> None:

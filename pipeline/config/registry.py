@@ -1,5 +1,7 @@
-"""Classes that packages offer under an entry-point group: stage types in `tessera.stages`, and named variants of
-settings (methods) in the group their base class names. Looked up by name; imported only when a pipeline uses them.
+"""Classes that are found by name: what packages register under an entry-point group, and classes by their path.
+
+Stage types are in the group `tessera.stages`; named variants of settings (methods) in the group that their base class
+names. A class is imported only when a pipeline uses it.
 """
 
 from __future__ import annotations
@@ -17,13 +19,17 @@ STAGES = "tessera.stages"
 
 
 def names(group: str) -> list[str]:
-    """What is registered in a group, sorted."""
+    """The names that are registered in a group, sorted."""
     return sorted(_entries(group))
 
 
 def load(group: str, name: str) -> Any:
-    """The class registered under `name`. Raises: KeyError for an unknown name, UsageError where its module cannot
-    be imported."""
+    """The class that is registered under `name`.
+
+    Raises:
+        KeyError: the name is not registered.
+        UsageError: the class cannot be imported.
+    """
     entry = _entries(group)[name]
     try:
         return entry.load()
@@ -49,13 +55,22 @@ def imported(path: str) -> Any:
         ) from error
 
 
+def stage_class(uses: str) -> type[Stage[Any]] | None:
+    """The stage type that an artifact's manifest names; None where it is not installed or cannot be imported."""
+    try:
+        found: type[Stage[Any]] = load(STAGES, uses)
+    except (KeyError, UsageError):
+        return None
+    return found
+
+
 def stage_classes() -> Mapping[str, type[Stage[Any]]]:
     """Every installed stage type, imported."""
     return {name: load(STAGES, name) for name in names(STAGES)}
 
 
 def variant(annotation: Any, value: Any) -> type[Settings] | None:
-    """The settings class that a mapping under a field of this annotation is read with, as far as it can be told."""
+    """The settings class for the mapping `value` under a field with this annotation; None where it cannot be told."""
     for arm, _ in arms(annotation):
         if not (isinstance(arm, type) and issubclass(arm, Settings)):
             continue

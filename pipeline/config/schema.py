@@ -1,5 +1,7 @@
-"""The JSON schema of a pipeline file, for editors: every installed stage type with its settings, and within them the
-settings of every installed method, chosen by `name`.
+"""The JSON schema of a pipeline file, for editors.
+
+It has every installed stage type with its settings and, in them, the settings of every installed method, chosen by
+`name`.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ MODE: JsonSchemaMode = "validation"
 
 
 def pipeline_schema(stage_types: Mapping[str, type[Stage[Any]]] | None = None) -> dict[str, Any]:
-    """The schema; `stage_types` takes the place of the installed ones.
+    """The schema, for the installed stage types unless others are given.
 
-    What an extended file may supply is not required here: a stage without `uses` is a difference, checked by
-    `tessera plan` only.
+    What an extended file may supply is not required: a stage without `uses` changes one of an extended file, and only
+    `tessera plan` can check it.
     """
     types = stage_types if stage_types is not None else registry.stage_classes()
     variants = {base: _loaded(base) for base in _variant_bases(types[name].Config for name in sorted(types))}
@@ -71,7 +73,7 @@ def pipeline_schema(stage_types: Mapping[str, type[Stage[Any]]] | None = None) -
 
 
 def _chosen_by(key: str, refs: Mapping[str, dict[str, Any]], required: bool) -> dict[str, Any]:
-    """A mapping whose `key` says which of the schemas holds for the rest of it."""
+    """The schema of a mapping whose `key` says which of the schemas the rest of it follows."""
     schema: dict[str, Any] = {
         "type": "object",
         "properties": {key: {"enum": sorted(refs)}},
@@ -84,7 +86,7 @@ def _chosen_by(key: str, refs: Mapping[str, dict[str, Any]], required: bool) -> 
 
 
 def _variant_bases(configs: Iterable[type[BaseModel]]) -> list[type[Settings]]:
-    """Every settings class with named variants that a field can hold, however deep, variants' own fields included."""
+    """Every settings class with named variants that a field can hold, at any depth, also within variants."""
     bases: dict[type[Settings], None] = {}
     todo, seen = list(configs), set()
     while todo:

@@ -1,6 +1,6 @@
-"""What makes an artifact what it is: the identity of a stage, and the hash over it that names the artifact.
+"""What an artifact depends on: the identity of a stage, and the hash over it that names the artifact.
 
-Pure functions. The identity is kept beside the fingerprint (history.py), so that a plan can say what differs.
+Pure functions. history.py keeps the identity beside the fingerprint, so that a plan can say what has changed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic_core import to_jsonable_python
 
 from pipeline.stage import Stage, edges, sources, unfingerprinted
 
-FORMAT = 1  # raise it when the meaning of an identity changes: every artifact is then made anew
+FORMAT = 1  # raise it when the meaning of an identity changes: then every artifact is computed again
 HEX_DIGITS = 24
 
 
@@ -33,7 +33,7 @@ class Identity(TypedDict):
 
 
 def settings(config: BaseModel) -> dict[str, Any]:
-    """All of a config in JSON's types, as YAML would name it; a subclass in a field keeps its own fields."""
+    """All of a config in JSON's types, with YAML's names; a subclass in a field keeps its own fields."""
     plain: dict[str, Any] = _plain(config.model_dump(by_alias=True, serialize_as_any=True))
     return plain
 
@@ -41,7 +41,14 @@ def settings(config: BaseModel) -> dict[str, Any]:
 def identity(
     uses: str, stage: Stage[Any], source_digests: Mapping[str, str], input_fingerprints: Mapping[str, str]
 ) -> Identity:
-    """`source_digests` and `input_fingerprints` are by dotted field path, one for every source and edge."""
+    """The identity of a stage.
+
+    Args:
+        uses: its type's name.
+        stage: with its config.
+        source_digests: dotted field path -> digest, for every source.
+        input_fingerprints: dotted field path -> fingerprint, for every edge.
+    """
     config: BaseModel = stage.config
     ignored = unfingerprinted(config)
 
@@ -68,7 +75,7 @@ def fingerprint(identity: Identity) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Pydantic's own JSON mode would give a set in an order that differs from process to process."""
+    """The value in JSON's types, with sets sorted: pydantic's order of a set differs from process to process."""
     if isinstance(value, dict):
         return {str(to_jsonable_python(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -90,7 +97,7 @@ def _version(distribution: str) -> str:
 
 
 def _remove(dumped: Any, path: list[str]) -> None:
-    """Take a value out. In a list its place stays, as null: the path of the edge beside it says which one it was."""
+    """Take a value out. In a list null takes its place, so that the paths of the other items stay what they are."""
     *parents, last = path
     for key in parents:
         if isinstance(dumped, list):

@@ -1,4 +1,4 @@
-"""What a stage of a pipeline was when it was last run, and how that differs from what it is now: a plan's reasons."""
+"""How a stage differs from what it was when it was last run: the reasons that a plan gives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEW_FORMAT = "fingerprints are made in a new way"
 
 
 class Entry(TypedDict):
-    """One stage of one pipeline as it was last run or found cached by a run."""
+    """One stage of one pipeline, as a run last computed it or found it cached."""
 
     fingerprint: str
     identity: Identity
@@ -38,17 +38,25 @@ def recall(store: ArtifactStore, pipeline: str, stage: str) -> Entry | None:
 
 
 def remember(store: ArtifactStore, pipeline: str, stage: str, entry: Entry) -> None:
-    """Keep the state of a stage whose artifact is there. Losing it costs a plan its reasons, never a result."""
+    """Keep the state of a stage whose artifact is there. Without it a plan lacks reasons, and nothing else."""
     with contextlib.suppress(StoreError):
         if recall(store, pipeline, stage) != entry:
             store.write_record(_record(pipeline, stage), dict(entry))
 
 
 def differences(stage: str, old: Entry, new: Entry) -> list[str]:
-    """Why the fingerprint is another one, in a reader's words; at least one reason when the fingerprints differ.
+    """Why a stage has another fingerprint, in the user's words.
 
-    "stages.superpixels.region_size 20 -> 16", "input scenes changed", "source data/scenes changed",
+    For example "stages.superpixels.region_size 20 -> 16", "input scenes changed", "source data/scenes changed",
     "version 1 -> 2", "opencv-contrib-python-headless 5.0 -> 5.1".
+
+    Args:
+        stage: its name.
+        old: what it was when it last ran.
+        new: what it is now.
+
+    Returns:
+        At least one reason when the fingerprints differ.
     """
     before, now = old["identity"], new["identity"]
     if before["format"] != now["format"]:
@@ -76,7 +84,7 @@ def differences(stage: str, old: Entry, new: Entry) -> list[str]:
 
 
 def _changed(old: Any, new: Any, path: str) -> list[str]:
-    """Leaves that differ between two settings, in the new one's order."""
+    """The values that differ between two settings, in the order of the new ones."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*new, *(key for key in old if key not in new)]
         return [
@@ -89,9 +97,10 @@ def _changed(old: Any, new: Any, path: str) -> list[str]:
 
 
 def _as_written(entry: Entry, newer: Entry) -> Any:
-    """An entry's settings with the names of stages and the addresses back in their places.
+    """An entry's settings, with the names of stages and the addresses of sources put back in their places.
 
-    A name that changed while what it stands for did not is no difference: the newer one is put in both.
+    A stage that was renamed, or a source that was moved, and is otherwise the same, makes no difference: the newer
+    name is put into both entries.
     """
     settings = copy.deepcopy(entry["identity"]["settings"])
     for names, newer_names, ours, theirs in (
@@ -99,7 +108,7 @@ def _as_written(entry: Entry, newer: Entry) -> Any:
         (entry["sources"], newer["sources"], entry["identity"]["sources"], newer["identity"]["sources"]),
     ):
         for path, name in names.items():
-            if path in ours:  # not in a field that never counts
+            if path in ours:  # it is missing where the field does not belong to the fingerprint
                 same = ours[path] == theirs.get(path)
                 _put(settings, path.split("."), newer_names.get(path, name) if same else name)
     return settings
@@ -124,7 +133,7 @@ _UNSET = _Unset()
 
 
 def _shown(value: Any) -> str:
-    """As YAML would have it, on one line and not too long."""
+    """As YAML would write it, on one line that is not too long."""
     if isinstance(value, bool) or value is None:
         text = {True: "true", False: "false", None: "null"}[value]
     elif isinstance(value, dict):
@@ -137,6 +146,6 @@ def _shown(value: Any) -> str:
 
 
 def _record(pipeline: str, stage: str) -> str:
-    """A name free of what a pipeline's name may hold (spaces, slashes), and of collisions."""
+    """A record's name without spaces and slashes, which a pipeline's name may hold, and without collisions."""
     tail = hashlib.sha256(f"{pipeline}\0{stage}".encode()).hexdigest()[:12]
     return f"history-{re.sub(r'[^a-z0-9_-]+', '-', f'{pipeline}-{stage}'.lower())[:60]}-{tail}"

@@ -6,14 +6,15 @@ Selections, all by stage name:
   run where the cache lacks it; side branches are left alone.
 - `force`: run these although they are cached. What is downstream keeps its fingerprint, so it stays cached.
 
-A plan lists the selected stages, and the stages that those which must run read. It opens no source file and no
-artifact that was not touched, and imports neither Ray nor torch nor MLflow.
+A plan lists the selected stages and, of those that must run, the stages they read. Making one opens no source file
+and no artifact that was not touched, and imports neither Ray nor torch nor MLflow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from pipeline.config.document import nearest
@@ -26,7 +27,7 @@ from pipeline.stage import Feed
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 
-Progress = Callable[[str, int, int], None]  # (source's address, files read, files to read)
+ReadingCallback = Callable[[str, float, float, str], None]  # a source's address, then as in ProgressCallback
 
 
 @dataclass
@@ -45,6 +46,7 @@ class PlannedStage:
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)  # path -> {address, digest, files, bytes}
 
     def to_json(self) -> dict[str, Any]:
+        """One entry of `stages` in what `tessera plan --json` prints."""
         keys = ("name", "uses", "kind", "fingerprint", "state", "reasons", "inputs")
         return {key: getattr(self, key) for key in keys}
 
@@ -66,6 +68,7 @@ class Plan:
 
     @property
     def to_run(self) -> list[PlannedStage]:
+        """The stages that are not cached."""
         return [stage for stage in self.stages if stage.state == "run"]
 
     def to_json(self) -> dict[str, Any]:
@@ -79,19 +82,29 @@ def make_plan(
     only: Collection[str] = (),
     from_: Collection[str] = (),
     force: Collection[str] = (),
-    progress: Progress | None = None,
+    report_reading: ReadingCallback | None = None,
 ) -> Plan:
     """Plan a run of a pipeline, or of the part of it that `only` and `from_` select together.
 
-    Raises: UsageError for a selection that cannot be, ConfigError that names every stage whose source is missing or
-    empty or whose inputs do not belong together, StoreError when the store cannot be read.
+    Args:
+        pipeline: as loaded.
+        store: where its artifacts are.
+        only: names of stages, see above.
+        from_: likewise.
+        force: likewise.
+        report_reading: called while sources are read.
+
+    Raises:
+        UsageError: the selection is not possible.
+        ConfigError: names every stage whose source is missing or empty, or whose inputs do not belong together.
+        StoreError: the store cannot be read.
     """
     _check_names(pipeline, {"--only": only, "--from": from_, "--force": force})
     chosen = _selection(pipeline, only, from_)
     if outside := [name for name in force if name not in chosen]:
         raise UsageError(f"--force {outside[0]}: the stage is not part of what is to run (add it to --only or --from)")
     needed = _upstream(pipeline, chosen)
-    digests = _source_digests(pipeline, store, needed, progress)
+    digests = _source_digests(pipeline, store, needed, report_reading)
     planned: dict[str, PlannedStage] = {}
     for name in pipeline.stages:
         if name in needed:
@@ -131,7 +144,7 @@ def _planned(
 
 
 def _look_up(store: ArtifactStore, kind: str, name: str) -> tuple[Artifact | None, list[str]]:
-    """(the artifact if a manifest is there, the names of its damaged files)."""
+    """The artifact, if there is a valid manifest, and the names of its damaged files."""
     try:
         artifact = store.find(kind, name)
     except ArtifactDamaged as error:
@@ -149,18 +162,14 @@ def _reasons(pipeline: Pipeline, store: ArtifactStore, planned: PlannedStage) ->
 
 
 def _source_digests(
-    pipeline: Pipeline, store: ArtifactStore, names: Iterable[str], progress: Progress | None
+    pipeline: Pipeline, store: ArtifactStore, names: Iterable[str], report_reading: ReadingCallback | None
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Stage -> field path -> what its source holds. One error for all sources that are not as they should be."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     problems: list[Problem] = []
     for name in names:
         for path, address in pipeline.stages[name].sources.items():
-
-            def report(done: int, total: int, address: str = address) -> None:
-                if progress is not None:
-                    progress(address, done, total)
-
+            report = partial(report_reading, address) if report_reading is not None else None
             try:
                 found.setdefault(name, {})[path] = as_json(source_digest(address, store, report), address)
             except SourceError as error:
@@ -172,7 +181,11 @@ def _source_digests(
 
 
 def _check_inputs(pipeline: Pipeline, planned: dict[str, PlannedStage]) -> None:
-    """Asks every stage whether its inputs fit each other. Raises: ConfigError."""
+    """Ask every stage whether its inputs belong together.
+
+    Raises:
+        ConfigError: they do not.
+    """
     feeds: dict[str, Feed] = {}
     problems: list[Problem] = []
     for name, stage in planned.items():

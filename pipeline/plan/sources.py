@@ -1,7 +1,7 @@
 """What a source holds, as a digest of its content: the part of a fingerprint that comes from outside the store.
 
-A memo in the store leads from a listing (paths, sizes, times or etags) to the digest, so that a plan stats a
-source without opening a file; after a change only the files that look different are read again.
+The store remembers which listing (paths, sizes, times or etags) led to which digest. So a plan lists a source without
+opening a file, and after a change only the files that look different are read again.
 """
 
 from __future__ import annotations
@@ -10,21 +10,20 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import SourceError, StoreError
+from pipeline.progress import ProgressCallback
 from pipeline.store.objects import Objects, file_tag, mask
 
 if TYPE_CHECKING:
     from pipeline.store.store import ArtifactStore
 
-ATTEMPTS = 3  # a source that is being written settles, or is refused
-
-Progress = Callable[[int, int], None]  # (files read, files to read)
+ATTEMPTS = 3  # how often a source that changes while it is read is read again
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,19 @@ class SourceDigest:
     bytes: int
 
 
-def source_digest(address: str, store: ArtifactStore, progress: Progress | None = None) -> SourceDigest:
+def source_digest(address: str, store: ArtifactStore, report_progress: ProgressCallback | None = None) -> SourceDigest:
     """The digest of a file, a folder or a bucket prefix. Names that begin with a dot are not part of a source.
 
     The digest depends on the files' relative paths and contents alone: a copy elsewhere has the same one, and so
-    has a single file under another name. `store` keeps the memo.
-    Raises: SourceError when nothing is there, when there is no file in it, or when it changes while it is read.
+    has a single file under another name.
+
+    Args:
+        address: a path, or an address of a bucket.
+        store: keeps what was found.
+        report_progress: called for every file that is read.
+
+    Raises:
+        SourceError: nothing is there, there is no file in it, or it changes while it is read.
     """
     source = _open(address)
     name = f"source-{hashlib.sha256(source.address.encode()).hexdigest()[:24]}"
@@ -55,7 +61,7 @@ def source_digest(address: str, store: ArtifactStore, progress: Progress | None 
     for _ in range(ATTEMPTS):
         listing = source.settled()
         stale = [path for path, entry in listing.items() if tags.get(path) != entry.tag]
-        contents |= _hash_all(source, stale, progress)
+        contents |= _hash_all(source, stale, report_progress)
         tags |= {path: listing[path].tag for path in stale}
         if source.look() == listing:
             break
@@ -65,8 +71,8 @@ def source_digest(address: str, store: ArtifactStore, progress: Progress | None 
     for path in sorted(listing):
         digest.update(f"{path}\0{contents[path]}\n".encode())
     found = SourceDigest(digest.hexdigest(), len(listing), sum(entry.size for entry in listing.values()))
-    with contextlib.suppress(StoreError):  # without the memo the next plan reads the source again, and no harm done
-        # The files first: whoever finds the short record may rely on the long one.
+    with contextlib.suppress(StoreError):  # without these records the next plan reads the source again, nothing else
+        # The long record first: when the short one is found, the long one is there too.
         store.write_record(f"{name}-files", {path: [tags[path], contents[path]] for path in listing})
         short = {"digest": found.digest, "files": found.files, "bytes": found.bytes}
         store.write_record(name, {"address": source.address, "listing": _listing_digest(listing), **short})
@@ -80,7 +86,7 @@ class _Entry:
 
 
 class _Local:
-    """A file or folder on this machine. Links are followed: what they lead to is what a stage would read."""
+    """A file or folder on this machine. Links are followed, as a stage would follow them."""
 
     def __init__(self, address: str, path: Path) -> None:
         self.written, self.path = address, path
@@ -104,7 +110,7 @@ class _Local:
         return found
 
     def settled(self) -> dict[str, _Entry]:
-        """The listing, once the clock has moved past its newest time: a later write cannot get the same time then."""
+        """The listing, made after the clock has passed the newest time in it: a later change gets another time."""
         listing = self.look()
         coarse = self.newest_ns % 1_000_000_000 == 0  # a file system that keeps whole seconds
         wait = self.newest_ns / 1e9 + (2.0 if coarse else 0.05) - time.time()
@@ -122,11 +128,11 @@ class _Local:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if any("\udc80" <= letter <= "\udcff" for letter in entry.name):  # how Python keeps other bytes
+                if any("\udc80" <= letter <= "\udcff" for letter in entry.name):  # Python's form of other bytes
                     raise SourceError(f"{entry.path!r}: a file's name must be UTF-8 (rename it)")
                 if entry.is_dir():
                     stat = entry.stat()
-                    if (stat.st_dev, stat.st_ino) not in above:  # a link to a folder above it has no end
+                    if (stat.st_dev, stat.st_ino) not in above:  # following a link to a folder above would not end
                         within = (*above, (stat.st_dev, stat.st_ino))
                         yield from self._walk(entry.path, f"{prefix}{entry.name}/", within)
                 elif entry.is_file() or not os.path.exists(entry.path):  # no pipes, no sockets
@@ -138,7 +144,7 @@ class _Local:
 
 
 class _Bucket:
-    """An object, or everything under a prefix, in a bucket. Etags change with every write: nothing to wait for."""
+    """An object in a bucket, or everything under a prefix. Every write changes an etag, so nothing has to settle."""
 
     def __init__(self, objects: Objects) -> None:
         self.objects, self.address = objects, objects.address
@@ -188,8 +194,8 @@ def _open(address: str) -> _Local | _Bucket:
     return _Local(address, objects.folder) if objects.folder is not None else _Bucket(objects)
 
 
-def _hash_all(source: _Local | _Bucket, paths: list[str], progress: Progress | None) -> dict[str, str]:
-    """Content digests, read side by side. A file that vanished meanwhile is left to the next listing."""
+def _hash_all(source: _Local | _Bucket, paths: list[str], report_progress: ProgressCallback | None) -> dict[str, str]:
+    """Digests by path, of files that are read in parallel; "" for a file that was deleted meanwhile."""
 
     def read(path: str) -> tuple[str, str]:
         try:
@@ -205,8 +211,8 @@ def _hash_all(source: _Local | _Bucket, paths: list[str], progress: Progress | N
     with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
         for path, digest in pool.map(read, paths):
             found[path] = digest
-            if progress is not None:
-                progress(len(found), len(paths))
+            if report_progress is not None:
+                report_progress(len(found), len(paths), "files")
     return found
 
 

@@ -1,8 +1,9 @@
-"""Ray for a run: starts a private local one, or joins the cluster of an address; the only file that calls `ray.init`.
+"""Ray for a run: starts a local one, or joins the cluster at an address. The only file that calls `ray.init`.
 
-What a local Ray inherits is decided here, before Ray is imported: no re-creation of the driver's `uv run` environment
-(it would upload the working folder with its data to every worker), no usage statistics, no dashboard, a bounded object
-store, a short temporary folder (its Unix sockets may not pass 107 bytes), and a token that lives as long as the run.
+What a local Ray inherits is decided here, before Ray is imported. It does not re-create the driver's `uv run`
+environment (for that it would upload the working folder with its data to every worker), sends no usage statistics,
+has no dashboard, and keeps a bounded object store. Its temporary folder has a short path, because paths of Unix
+sockets are limited to 107 bytes, and its access token is valid for this run only.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ OBJECT_STORE_LIMIT = 2 * GIB  # shards travel through it a few at a time; the re
 OBJECT_STORE_SHARE = 0.3
 LONGEST_TEMP_DIR = 60  # Ray adds about 45 bytes of session and socket names to it, and the limit is 107
 PROBE_SECONDS = 5.0
-# Ray gives up where one of its agents needs more than 15 s to come up, a constant of its binary. A busy machine takes
-# that long the first time, while the agents' code comes from disk.
+# Ray gives up when one of its agents needs more than 15 s to start, which cannot be configured. A busy machine may need
+# that long the first time, when the agents' code has to be read from disk.
 LOCAL_STARTS = 3
 KEEP_LOGS_SECONDS = 24 * 3600.0
 
@@ -42,10 +43,10 @@ QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_LOG_LEVEL": "WARNING",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_worker_niceness": "0",  # at Ray's 15 they wait for every other process of a busy machine
+    "RAY_worker_niceness": "0",  # with Ray's own 15, workers wait for every other process of a busy machine
     "RAY_DISABLE_IMPORT_WARNING": "1",
-    # glibc's malloc gives every image-sized buffer of a Ray worker back to the system, and page faults then take a
-    # tenth of selective search's time; a plain process adapts by itself. In bytes, read when a process starts.
+    # In a Ray worker, glibc's malloc returns every image-sized buffer to the system, and the page faults that follow
+    # take a tenth of selective search's time. A plain process adapts by itself. Bytes, read when a process starts.
     "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
     "MALLOC_TOP_PAD_": str(16 << 20),
@@ -68,9 +69,10 @@ class Cluster:
 
 
 def start(address: str | None = None) -> Cluster:
-    """Join the cluster at `address` (or `RAY_ADDRESS`), or start a local Ray that dies with this process.
+    """Join the cluster at `address` (or `RAY_ADDRESS`), or start a local Ray that ends with this process.
 
-    Raises: ClusterError when the address does not answer or Ray does not come up.
+    Raises:
+        ClusterError: the address does not answer, or Ray does not start.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     prepare_environment()
@@ -89,14 +91,14 @@ def start(address: str | None = None) -> Cluster:
         with contextlib.suppress(Exception):
             ray.shutdown()
         raise ClusterError(_explain(address, error)) from error
-    # Ray's own progress is our bars' job; it warns of their absence once a process.
+    # The run's own bars show the progress; Ray warns in every process that its bars are off.
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     return Cluster(address, resources.get("CPU", 0.0), resources.get("GPU", 0.0), nodes, session)
 
 
 def _connect(options: dict[str, object], *, attempts: int) -> Any:
-    """`ray.init`, again where Ray did not come up in its time."""
+    """`ray.init`, tried again when Ray did not start within the time that it allows itself."""
     import ray
 
     while True:
@@ -110,7 +112,7 @@ def _connect(options: dict[str, object], *, attempts: int) -> Any:
 
 
 def stop(cluster: Cluster, *, keep_logs: bool = False) -> None:
-    """Leave the cluster; a local Ray ends, and its session folder goes unless its logs may explain a failure."""
+    """Leave the cluster. A local Ray ends, and its session folder is deleted unless its logs may explain a failure."""
     import ray
 
     ray.shutdown()
@@ -122,7 +124,7 @@ def prepare_environment() -> None:
     """Set what Ray reads from the environment; call it before anything imports ray."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    # Ray never turns token auth on for an explicit address: a token that was handed to us says that it is wanted.
+    # Ray does not turn token authentication on for an explicit address; a token in the environment says that it should.
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
@@ -142,9 +144,10 @@ def object_store_bytes() -> int:
 
 
 def temp_dir() -> Path:
-    """A short folder of this user's own for Ray's sockets, logs and spilled objects; `RAY_TMPDIR` names another place.
+    """This user's folder for Ray's sockets, logs and spilled objects, below `RAY_TMPDIR` or /tmp.
 
-    Raises: ClusterError when the path is too long for a Unix socket.
+    Raises:
+        ClusterError: the path is too long for a Unix socket.
     """
     base = Path(os.environ.get("RAY_TMPDIR") or ("/tmp" if sys.platform != "win32" else tempfile.gettempdir()))
     folder = base.absolute() / f"tessera-{os.getuid()}"
@@ -157,7 +160,7 @@ def temp_dir() -> Path:
 
 @contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Keep what this process does on SIGTERM: Ray puts a handler of its own in its place."""
+    """Keep this process's handler of SIGTERM, which Ray replaces by its own."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -168,15 +171,12 @@ def _own_sigterm() -> Iterator[None]:
 
 
 def _remove_remains(folder: Path) -> None:
-    """Sessions of runs that were killed: spilled objects go at once, their logs after a day."""
+    """Clear sessions of runs that were killed: delete spilled objects at once, and logs after a day."""
+    import psutil
+
     for session in folder.glob("session_*_*"):
         pid = session.name.rpartition("_")[2]
-        if (
-            session.is_symlink()
-            or not pid.isdigit()
-            or Path(f"/proc/{pid}").exists()
-            or not Path("/proc/self").exists()
-        ):
+        if session.is_symlink() or not pid.isdigit() or psutil.pid_exists(int(pid)):
             continue
         with contextlib.suppress(OSError):
             old = time.time() - session.stat().st_mtime > KEEP_LOGS_SECONDS
@@ -206,7 +206,7 @@ def _local_options() -> dict[str, object]:
 
 
 def _reachable(address: str) -> str:
-    """The address, after somebody answered there: Ray itself would wait for minutes."""
+    """The address, once something has answered there; Ray itself would wait for minutes."""
     if address == "auto":
         return address
     if "://" in address:

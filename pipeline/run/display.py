@@ -1,4 +1,4 @@
-"""What the terminal shows while a run works: bars and lines, on standard error, so that a pipe carries results only."""
+"""What the terminal shows during a run: bars and lines, on standard error, because standard output is for results."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class RunDisplay:
             self._progress.stop()
 
     def begin(self, stage: str, reasons: Sequence[str]) -> None:
-        """A stage starts to work."""
+        """A stage starts."""
         self._stage, self._started = stage, time.monotonic()
         self._line_at = self._started
         self.line(f"[bold]{escape(stage)}[/]" + (f": {escape(', '.join(reasons))}" if reasons else ""))
@@ -56,7 +56,7 @@ class RunDisplay:
             self._task = self._progress.add_task(escape(stage), total=None, unit="")
 
     def progress(self, done: float, total: float, unit: str) -> None:
-        """How far the stage is; `total` 0 says that nobody knows."""
+        """How far the stage is; a `total` of 0 means that it is not known."""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=int(done), total=int(total) or None, unit=unit)
         elif self._progress is None and time.monotonic() - self._line_at >= LINE_EVERY:
@@ -64,7 +64,7 @@ class RunDisplay:
             self.say(f"{done:g} of {total:g} {unit}, {duration(self._line_at - self._started)}")
 
     def watch(self, title: str, done: float, total: float, unit: str) -> None:
-        """A bar for work that is no stage; it shows itself only while it lasts."""
+        """How far work is that belongs to no stage; its bar is shown only while it lasts."""
         if self._stage != title:
             self._stage, self._started, self._line_at = title, time.monotonic(), time.monotonic()
             if self._progress is not None:
@@ -74,7 +74,7 @@ class RunDisplay:
         self.progress(done, total, unit)
 
     def end(self, outcome: str, style: str = "green") -> None:
-        """The stage is through."""
+        """The stage has ended."""
         if self._progress is not None and self._task is not None:
             self._progress.remove_task(self._task)
         self._task = None
@@ -85,15 +85,17 @@ class RunDisplay:
         self.line(f"  {escape(self._stage)}: {escape(text)}" if self._stage else escape(text))
 
     def warn(self, text: str) -> None:
+        """Something that the user should know, and that does not stop the run."""
         self.line(f"[yellow]warning:[/] {escape(text)}")
 
     def line(self, markup: str) -> None:
+        """One line of rich markup."""
         self._console.print(markup, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def results_only_on_stdout() -> Iterator[None]:
-    """Send what anybody prints meanwhile (Ray's driver, libraries, child processes) to standard error."""
+    """Send what Ray, libraries and child processes print meanwhile to standard error."""
     sys.stdout.flush()
     try:
         descriptor = sys.stdout.fileno()
@@ -113,7 +115,7 @@ def results_only_on_stdout() -> Iterator[None]:
 
 
 def duration(seconds: float) -> str:
-    """3.2 s, 4 min 05 s, 2 h 07 min."""
+    """A time for people: 3.2 s, 4 min 05 s, 2 h 07 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -121,7 +123,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """512 B, 3.4 MiB."""
+    """A number of bytes for people: 512 B, 3.4 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if count < 1024 or unit == "TiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

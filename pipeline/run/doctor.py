@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from pipeline.store.store import ArtifactStore
 
 OK, WARN, FAIL = "ok", "warn", "fail"
-RAY_SECONDS = 90.0  # a local Ray takes 6-8 s; a cluster that hangs must not hang the doctor
+RAY_SECONDS = 90.0  # a local Ray takes 6-8 s; a check must not wait longer for a cluster that hangs
 LOW_DISK, NO_DISK = 20 * cluster.GIB, 1 * cluster.GIB
 LOW_MEMORY = 8 * cluster.GIB  # what the quickstart stays under
 OPEN_FILES = 4096
-# Below these something that Tessera relies on is missing or unsafe (mlflow: path traversal, CVE-2026-53995).
+# Older versions lack something that Tessera relies on, or are unsafe (mlflow: path traversal, CVE-2026-53995).
 OLDEST = {"ray": (2, 60), "mlflow": (3, 17, 2), "torch": (2, 10), "opencv-contrib-python-headless": (5,), "timm": (1,)}
 CLASHES = (
     ("faiss-cpu", "faiss-gpu"),
@@ -46,11 +46,18 @@ class Check:
     remedy: str = ""
 
     def to_json(self) -> dict[str, str]:
+        """One entry of `checks` in what `tessera doctor --json` prints."""
         return asdict(self)
 
 
 def examine(store: ArtifactStore, tracking_uri: str | None, address: str | None) -> Iterator[Check]:
-    """All checks, the quick ones first; none of them raises and none of them hangs."""
+    """All checks, the quick ones first. None of them raises, and none of them hangs.
+
+    Args:
+        store: to write to.
+        tracking_uri: to write to; None when runs are not tracked.
+        address: of the Ray cluster; None for a local Ray.
+    """
     checks: list[Callable[[], Iterator[Check]]] = [
         _versions,
         _clashes,
@@ -170,13 +177,13 @@ def _tracking(uri: str | None) -> Iterator[Check]:
 
 
 def _ray(address: str | None) -> Iterator[Check]:
-    """Start or join Ray in a process of its own, which can be ended when it hangs."""
+    """Start or join Ray in another process, which can be ended when it hangs."""
     command = [sys.executable, "-c", "from pipeline.run.doctor import _ray_probe; _ray_probe()", address or ""]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         output, errors = process.communicate(timeout=RAY_SECONDS)
     except subprocess.TimeoutExpired:
-        process.kill()  # its local Ray dies with it
+        process.kill()  # its local Ray ends with it
         process.communicate()
         remedy = "check --address and RAY_ADDRESS; for a local Ray see its logs under the spill folder"
         yield Check("ray cluster", FAIL, f"no answer within {RAY_SECONDS:.0f} s", remedy)
@@ -197,7 +204,7 @@ def _ray(address: str | None) -> Iterator[Check]:
 
 
 def _ray_probe() -> None:
-    """Body of the process that `_ray` starts: one JSON line on standard output."""
+    """What the process that `_ray` starts does: print one line of JSON."""
     try:
         joined = cluster.start(sys.argv[1] or None)
     except TesseraError as error:

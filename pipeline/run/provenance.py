@@ -12,7 +12,7 @@ from typing import Any
 
 
 def package_versions(extra: tuple[str, ...] = ()) -> dict[str, str]:
-    """Versions of Python, of Tessera's direct dependencies and of what a stage names."""
+    """Versions of Python, of Tessera's direct dependencies and of the packages in `extra`."""
     from importlib import metadata
 
     versions = {"python": platform.python_version()}

@@ -1,7 +1,7 @@
 """Executes a plan: stage after stage, each from finished artifacts to one committed artifact.
 
-Ray, MLflow and everything heavy start with the first stage that really has to run: a pipeline that is all cached costs
-its plan and nothing more. What was committed stays committed, however the run ends.
+Ray, MLflow and everything heavy are imported and started with the first stage that has to run: a pipeline that is all
+cached takes the time of its plan. What was committed stays committed, however the run ends.
 """
 
 from __future__ import annotations
@@ -31,15 +31,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class StageResult:
-    """How one stage of a run ended."""
+    """How one stage of a run ended. `shows_metrics` is its type's."""
 
     planned: PlannedStage
+    shows_metrics: bool
     state: str  # "cached", "done", "failed"; "run" where the run stopped before it
     seconds: float = 0.0
     artifact: Artifact | None = None
     error: str | None = None
 
+    @property
+    def results(self) -> dict[str, float] | None:
+        """The artifact's metrics, where the stage says that they are results of the run."""
+        return dict(self.artifact.manifest.metrics) if self.shows_metrics and self.artifact is not None else None
+
     def to_json(self) -> dict[str, Any]:
+        """One entry of `stages` in what `tessera run --json` prints."""
         planned = self.planned
         row: dict[str, Any] = {
             "name": planned.name,
@@ -52,8 +59,8 @@ class StageResult:
             "seconds": round(self.seconds, 3),
             "artifact": self.artifact.address if self.artifact else None,
         }
-        if planned.kind == "metrics" and self.artifact is not None:
-            row["metrics"] = dict(self.artifact.manifest.metrics)
+        if self.results is not None:
+            row["metrics"] = self.results
         if self.error is not None:
             row["error"] = self.error
         return row
@@ -79,24 +86,35 @@ class RunResult:
 
 
 class RunFailed(StageFailed):
-    """A stage stopped the run; `result` says what was reached, the cause hangs on `__cause__`."""
+    """A stage stopped the run. `result` says how far the run came, and `__cause__` is the stage's error."""
 
     def __init__(self, stage: str, cause: BaseException, result: RunResult) -> None:
         self.stage, self.result = stage, result
-        self.is_bug = on_purpose(cause) is None  # then a reader needs the traceback
+        self.is_bug = on_purpose(cause) is None  # then the user needs the traceback
         super().__init__(f"stage '{stage}' failed: {explain(cause)}")
 
 
 def run(
     pipeline: Pipeline, plan: Plan, store: ArtifactStore, display: RunDisplay, *, address: str | None = None
 ) -> RunResult:
-    """Execute what the plan says must run. `address` names a Ray cluster; without one a local Ray serves.
+    """Execute what the plan says must run. Every artifact that is committed stays, whatever happens later.
 
-    Raises: RunFailed, and what the caller's own interrupt raises; every artifact committed so far stays.
+    Args:
+        pipeline: as loaded.
+        plan: of this pipeline.
+        store: where its artifacts are.
+        display: shows the progress.
+        address: of a Ray cluster; without one a local Ray is started.
+
+    Raises:
+        RunFailed: a stage failed.
+        KeyboardInterrupt, SystemExit: the run was interrupted.
     """
     started = time.monotonic()
     working = _Run(pipeline, store, display, address)
-    working.result.stages = [StageResult(planned, planned.state, artifact=planned.artifact) for planned in plan.stages]
+    for planned in plan.stages:
+        shows_metrics = pipeline.stages[planned.name].stage.shows_metrics
+        working.result.stages.append(StageResult(planned, shows_metrics, planned.state, artifact=planned.artifact))
     status = FAILED
     try:
         for result in working.result.stages:
@@ -114,7 +132,7 @@ def run(
 
 
 class _Run:
-    """What the stages of one run share: the Ray they use, the MLflow run they belong to, the artifacts so far."""
+    """One run, with what its stages share: Ray, the MLflow run, the artifacts so far."""
 
     def __init__(self, pipeline: Pipeline, store: ArtifactStore, display: RunDisplay, address: str | None) -> None:
         self.pipeline, self.store, self.display, self.address = pipeline, store, display, address
@@ -124,7 +142,7 @@ class _Run:
         self.cluster: Cluster | None = None
 
     def execute(self, result: StageResult) -> None:
-        """Adopt or compute one stage; its lease makes a second run of the same pipeline wait for the first."""
+        """Compute one stage, unless another run has done so meanwhile: its lease makes a second run wait."""
         planned = result.planned
         started = time.monotonic()
         self.display.begin(planned.name, planned.reasons)
@@ -148,8 +166,7 @@ class _Run:
         metrics = {
             f"{stage.planned.name}.{key}": value
             for stage in self.result.stages
-            if stage.artifact is not None and stage.planned.kind == "metrics"
-            for key, value in stage.artifact.manifest.metrics.items()
+            for key, value in (stage.results or {}).items()
         }
         self.tracker.finish(status, metrics)
         if self.tracker.run_id is not None:
@@ -163,7 +180,7 @@ class _Run:
         self.display.say(f"waiting for {holder}, which computes it already")
 
     def _adopt(self, planned: PlannedStage) -> Artifact | None:
-        """The artifact another run has made since the plan; what is damaged, or forced anew, makes way."""
+        """The artifact, if another run has made it since the plan. A damaged one, and one to replace, is deleted."""
         try:
             artifact = self.store.find(planned.kind, planned.fingerprint)
         except ArtifactDamaged:
@@ -190,7 +207,7 @@ class _Run:
         status = FAILED
         try:
             artifact = self._write(planned, entry, inputs, settings, tracked)
-            tracked.log_output(planned.name, artifact)
+            tracked.log_output(planned.name, artifact, entry.stage.tracked_as)
             status = FINISHED
         except BaseException as error:
             if not isinstance(error, Exception) or stopped_by(error) is not None:
@@ -217,7 +234,7 @@ class _Run:
                 output=output,
                 resources=entry.stage.config.resources,
                 log_metrics=tracked.log_metrics,
-                progress=self.display.progress,
+                report_progress=self.display.progress,
                 say=self.display.say,
             )
         )
@@ -271,7 +288,10 @@ class _Run:
 
 
 def stopped_by(error: BaseException) -> BaseException | None:
-    """The interrupt behind an error: cleaning up after Ctrl-C or SIGTERM goes wrong where Ray got it as well."""
+    """The interrupt behind an error; None when there is none.
+
+    When Ray receives the same Ctrl-C or SIGTERM, cleaning up raises other errors on top of it.
+    """
     while (error.__context__ or error.__cause__) is not None:
         error = error.__context__ or error.__cause__  # type: ignore[assignment]
         if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -280,8 +300,8 @@ def stopped_by(error: BaseException) -> BaseException | None:
 
 
 def on_purpose(error: BaseException) -> TesseraError | None:
-    """The error that a stage raised on purpose, wherever Ray has wrapped it; None for a bug."""
-    if isinstance(getattr(error, "cause", None), BaseException):  # Ray's wrapper: it poses as its cause
+    """The TesseraError that a stage raised, also where Ray has wrapped it; None for a bug."""
+    if isinstance(getattr(error, "cause", None), BaseException):  # Ray's wrapper, which has its cause's type too
         return on_purpose(error.cause)  # type: ignore[attr-defined]
     if isinstance(error, TesseraError):
         return error
@@ -289,7 +309,7 @@ def on_purpose(error: BaseException) -> TesseraError | None:
 
 
 def explain(error: BaseException) -> str:
-    """One sentence for what stopped a stage: its own message, or a bug's first line without Ray's page of traceback."""
+    """What stopped a stage, in one sentence: the error's own message, or the first line of a bug's."""
     if (known := on_purpose(error)) is not None:
         return str(known)
     while isinstance(cause := getattr(error, "cause", None), BaseException):

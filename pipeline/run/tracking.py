@@ -1,13 +1,12 @@
-"""MLflow: one run for a pipeline run, one nested run for every stage that is executed, with what went in and came out.
+"""MLflow: one run for a pipeline run, and a nested run for every stage that is executed, with its inputs and output.
 
-Only the driver talks to MLflow, through its client and an explicit URI; workers report to the driver. The store is the
-record: when MLflow is away, one warning says so and the run goes on without it.
+Only the driver talks to MLflow, through its client and an explicit URI; workers report to the driver. No result depends
+on it: when MLflow cannot be reached, one warning says so and the run goes on without it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import getpass
 import json
 import logging
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from pipeline.config import registry
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,10 +29,9 @@ if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
 
 PROBE_SECONDS = 3.0
-FLUSH_SECONDS = 2.0  # metrics of a training loop travel in batches: a remote server costs milliseconds a call
+FLUSH_SECONDS = 2.0  # metrics of a training loop are sent in batches: a call to a remote server takes milliseconds
 FLUSH_COUNT = 500  # MLflow takes at most 1000 metrics a call
 PARAMS_A_CALL, PARAM_LENGTH, KEY_LENGTH, DIGEST_LENGTH = 100, 500, 250, 36  # 6000, 250 and 36 are MLflow's limits
-MODEL_KIND = "encoder"  # artifacts of this kind are models in MLflow's terms, all others are datasets
 FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
 
 # Set unless the user has set them. MLflow's own defaults retry a dead server for many minutes.
@@ -45,9 +44,9 @@ QUIET = {
 
 
 class Tracker:
-    """The MLflow side of one pipeline run. Nothing it does can fail the run: the first error switches it off.
+    """The MLflow side of one pipeline run. No error of MLflow's fails the run: the first one ends the tracking.
 
-    `start` imports MLflow and, for a database file, creates it under a lock, so that runs started together do not race.
+    `start` imports MLflow. It creates a database file under a lock, so that runs that start together make only one.
     """
 
     def __init__(self, uri: str | None, experiment: str, warn: Callable[[str], None]) -> None:
@@ -60,7 +59,7 @@ class Tracker:
         self._begun = False
 
     def start(self, name: str, tags: Mapping[str, str]) -> None:
-        """Open the parent run. Only the first call does anything: what is away at the start is not asked again."""
+        """Open the parent run. Only the first call does anything: a server that was away is not asked again."""
         if self.uri is None or self._begun:
             return
         self._begun = True
@@ -79,7 +78,7 @@ class Tracker:
         return run
 
     def finish(self, status: str, metrics: Mapping[str, float]) -> None:
-        """Close the parent run; its metrics are the results table, `stage.metric`."""
+        """Close the parent run. Its metrics are the results of the stages, each called `stage.metric`."""
         if self._client is not None and self.run_id is not None:
             with self.guarded() as client:
                 client.log_batch(self.run_id, metrics=_metrics(metrics, 0))
@@ -87,7 +86,7 @@ class Tracker:
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[MlflowClient]:
-        """Whatever MLflow raises inside is told once; afterwards this run goes untracked."""
+        """The client, for calls that may fail: the first failure is a warning, and ends the tracking of this run."""
         try:
             yield self._client
         except Exception as error:
@@ -100,10 +99,12 @@ class Tracker:
 
     @property
     def client(self) -> MlflowClient | None:
+        """MLflow's client; None when this run is not tracked, and after an error."""
         return self._client
 
     @property
     def experiment_id(self) -> str:
+        """The id of the experiment that the run belongs to; "" when it is not tracked."""
         return self._experiment_id
 
     def _create_run(self, name: str, tags: Mapping[str, str]) -> str:
@@ -113,7 +114,7 @@ class Tracker:
 
 
 class StageTracker:
-    """The nested run of one stage; inert when tracking is off or away."""
+    """The nested run of one stage. Its methods do nothing when the run is not tracked."""
 
     def __init__(self, tracker: Tracker) -> None:
         self.run_id: str | None = None
@@ -122,6 +123,7 @@ class StageTracker:
         self._flushed = time.monotonic()
 
     def log_settings(self, settings: Mapping[str, Any]) -> None:
+        """Log a stage's settings as MLflow's parameters."""
         from mlflow.entities import Param
 
         params = [Param(_key(key), value[:PARAM_LENGTH]) for key, value in flatten(settings).items()]
@@ -138,6 +140,7 @@ class StageTracker:
             self.flush()
 
     def flush(self) -> None:
+        """Send the metrics that are waiting."""
         waiting, self._waiting = self._waiting, []
         self._flushed = time.monotonic()
         if waiting and self._live:
@@ -146,9 +149,11 @@ class StageTracker:
                     client.log_batch(self.run_id, metrics=waiting[first : first + FLUSH_COUNT])
 
     def log_inputs(self, inputs: Mapping[str, Artifact], sources: Mapping[str, tuple[str, str]]) -> None:
-        """Say what the stage reads: encoders as models, other artifacts and sources as datasets.
+        """Say what the stage reads: artifacts as what their stage types say they are, sources as datasets.
 
-        `sources` maps the dotted path of a source to (address, content digest).
+        Args:
+            inputs: dotted field path -> artifact.
+            sources: dotted field path -> (address, content digest).
         """
         if not self._live:
             return
@@ -157,7 +162,7 @@ class StageTracker:
         with self._tracker.guarded() as client:
             models, datasets = [], []
             for path, artifact in inputs.items():
-                model = self._find_model(client, artifact) if artifact.kind == MODEL_KIND else None
+                model = self._find_model(client, artifact) if _tracked_as(artifact) == "model" else None
                 if model is not None:
                     models.append(LoggedModelInput(model))
                 else:
@@ -167,14 +172,14 @@ class StageTracker:
             if models or datasets:
                 client.log_inputs(self.run_id, datasets=datasets, models=models)
 
-    def log_output(self, name: str, artifact: Artifact) -> None:
-        """Say what the stage made, with its results and its preview."""
+    def log_output(self, name: str, artifact: Artifact, tracked_as: str) -> None:
+        """Say what the stage made, as its type's `tracked_as` has it, with its metrics and its preview."""
         if not self._live:
             return
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
         with self._tracker.guarded() as client:
-            if artifact.kind == MODEL_KIND:
+            if tracked_as == "model":
                 model = client.create_logged_model(
                     self._tracker.experiment_id,
                     name=re.sub(r"[^\w.-]", "_", name),
@@ -192,11 +197,12 @@ class StageTracker:
             client.set_tag(self.run_id, "tessera.artifact", artifact.address)
             if manifest.preview:
                 with tempfile.TemporaryDirectory() as folder:
-                    picture = Path(folder) / manifest.preview
+                    picture = Path(folder) / Path(manifest.preview).name
                     picture.write_bytes(artifact.read(manifest.preview))
                     client.log_artifact(self.run_id, str(picture))
 
     def finish(self, status: str) -> None:
+        """Close the nested run."""
         self.flush()
         if self._live:
             with self._tracker.guarded() as client:
@@ -216,9 +222,10 @@ class StageTracker:
 
 
 def absolute_uri(uri: str) -> str:
-    """The tracking address with a database file's path made absolute, so that it means the same from any folder.
+    """The tracking address, with a database file's path made absolute: then it means the same in any folder.
 
-    Raises: UsageError for MLflow's file store, which MLflow 3 refuses.
+    Raises:
+        UsageError: it is a file store, which MLflow 3 refuses.
     """
     if uri.startswith("sqlite:///"):
         return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
@@ -235,16 +242,17 @@ def masked(uri: str) -> str:
 
 
 def how_to_open(uri: str) -> str:
-    """What the user types, or opens, to see the runs."""
+    """The command that shows the runs, or the address to open."""
     return masked(uri) if uri.startswith("http") else f"mlflow ui --backend-store-uri {masked(uri)}"
 
 
 def database_file(uri: str) -> Path | None:
+    """The file of an SQLite address; None for any other address."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as dotted keys, the way `--set` spells them; empty containers stay visible."""
+    """Nested settings as dotted keys, as in `--set`; an empty list or mapping is a value."""
     flat: dict[str, str] = {}
     for key, value in settings.items():
         path = f"{prefix}{key}"
@@ -258,7 +266,11 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def probe(uri: str) -> None:
-    """Raise OSError when nobody listens at a server's address: MLflow itself would retry for long."""
+    """Check that something listens at a server's address; MLflow itself would try again for a long time.
+
+    Raises:
+        OSError: nothing does.
+    """
     if uri.startswith(("http://", "https://")):
         parts = urlsplit(uri)
         port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -266,7 +278,11 @@ def probe(uri: str) -> None:
 
 
 def try_out(uri: str) -> None:
-    """Reach the address and write to it, leaving nothing but an experiment's tag. Raises: whatever is wrong."""
+    """Write a tag of an experiment called `doctor`, and nothing else.
+
+    Raises:
+        Exception: what MLflow or its database raises when that fails.
+    """
     client, experiment = _connect(uri, "doctor")
     client.set_experiment_tag(experiment, "tessera.doctor", str(int(time.time())))
 
@@ -279,15 +295,18 @@ def _connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     import mlflow
+    from filelock import FileLock
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # its import sets INFO
     database = database_file(uri)
-    with _locked(database):
+    if database is not None:
+        database.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{database}.lock") if database is not None else contextlib.nullcontext():
         client = mlflow.MlflowClient(uri)
         found = client.get_experiment_by_name(experiment)
         if found is not None:
             return client, found.experiment_id
-        # A server knows where its pictures go; beside a database the place is named, or it is the current folder.
+        # A server knows where to keep pictures. With a database the place must be named, or it is the current folder.
         place = None if uri.startswith("http") else str((database or Path(".tessera/_")).absolute().parent / "mlflow")
         try:
             return client, client.create_experiment(experiment, artifact_location=place)
@@ -298,15 +317,10 @@ def _connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
             return client, found.experiment_id
 
 
-@contextlib.contextmanager
-def _locked(database: Path | None) -> Iterator[None]:
-    if database is None:
-        yield
-        return
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{database}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _tracked_as(artifact: Artifact) -> str:
+    """What an artifact is in MLflow's terms; a dataset where its stage type is not installed here."""
+    made_by = registry.stage_class(artifact.manifest.uses)
+    return made_by.tracked_as if made_by is not None else "dataset"
 
 
 def _dataset(artifact: Artifact, context: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,15 +35,17 @@ class Artifact:
 
     @property
     def kind(self) -> str:
+        """What sort of thing it is: the folder above its own."""
         return self.manifest.kind
 
     @property
     def fingerprint(self) -> str:
+        """What tells it from others of its kind: its folder's name."""
         return self.manifest.fingerprint
 
     @property
     def name(self) -> str:
-        """ "kind/fingerprint"."""
+        """Kind and fingerprint with a slash between them."""
         return self.manifest.name
 
     @property
@@ -53,7 +55,7 @@ class Artifact:
 
     @property
     def rows(self) -> int:
-        """Rows of the table its parts make; 0 when it holds none."""
+        """Rows of the table its shards make; 0 when it holds none."""
         return self.manifest.rows or 0
 
     @property
@@ -68,11 +70,15 @@ class Artifact:
         return f"Artifact({self.address!r})"
 
     def shards(self) -> Iterator[FileEntry]:
-        """The parts of its table, in order."""
-        return (entry for entry in self.manifest.files if is_part(entry.name))
+        """The entries of its table's shards, in order."""
+        return (entry for entry in self.manifest.files if is_shard(entry.name))
 
     def file(self, name: str) -> FileEntry:
-        """The entry of a file by its logical name. Raises: ArtifactMissing."""
+        """The entry of a file by its logical name.
+
+        Raises:
+            ArtifactMissing: the artifact holds no such file.
+        """
         try:
             return self.manifest.file(name)
         except KeyError:
@@ -80,7 +86,11 @@ class Artifact:
             raise ArtifactMissing(f"artifact {self.name} has no file {name} (it holds {held or 'nothing'})") from None
 
     def read(self, name: str) -> builtins.bytes:
-        """All of one file, checked against the manifest. Raises: ArtifactDamaged."""
+        """All of one file, checked against the manifest.
+
+        Raises:
+            ArtifactDamaged: the file is missing, or is not what the manifest says.
+        """
         entry = self.file(name)
         data = self.objects.get(f"{self.name}/{entry.stored}")
         if data is None:
@@ -92,9 +102,12 @@ class Artifact:
         return data
 
     def local(self, name: str) -> Path:
-        """A local path of one file, verified once a machine. Read only: it may be the store's own file.
+        """A local path of one file, checked against the manifest once on every machine.
 
-        Raises: ArtifactDamaged.
+        The file must not be changed: it may be the store's own.
+
+        Raises:
+            ArtifactDamaged: the file is missing, or is not what the manifest says.
         """
         return local_copy(self.objects, self.name, self.file(name))
 
@@ -104,13 +117,17 @@ class Artifact:
         return cache_folder()
 
 
-def is_part(name: str) -> bool:
-    """Whether a logical name is that of a numbered part, "part-00003.parquet"."""
+def is_shard(name: str) -> bool:
+    """Whether a logical name is that of a shard, "part-00003.parquet"."""
     return name.startswith("part-") and name[5:10].isdigit()
 
 
 def load(objects: Objects, kind: str, fingerprint: str) -> Artifact | None:
-    """The artifact of a folder; None without a manifest. Raises: ArtifactDamaged when the manifest is broken."""
+    """The artifact of a folder; None without a manifest.
+
+    Raises:
+        ArtifactDamaged: the manifest itself is broken.
+    """
     data = objects.get(f"{kind}/{fingerprint}/{MANIFEST}")
     if data is None:
         return None
@@ -118,6 +135,3 @@ def load(objects: Objects, kind: str, fingerprint: str) -> Artifact | None:
         return Artifact(objects, Manifest.from_bytes(data, kind, fingerprint))
     except ManifestBroken as error:
         raise ArtifactDamaged(f"{kind}/{fingerprint}", MANIFEST, str(error)) from None
-
-
-Progress = Callable[[float, float, str], None]  # (done, total, unit)

@@ -1,14 +1,14 @@
-"""S3 credentials from where AWS's own tools keep them; obstore itself reads the environment only.
+"""S3 credentials from where AWS's own tools keep them: profiles, SSO, assumed roles, a cloud machine's role.
 
-Found on each machine anew and never written into an address, an artifact or a pickle.
+obstore itself reads the environment only. For the rest it asks boto3, which also renews credentials that expire;
+loading boto3 takes 0.4 s, so it is left alone where the environment answers. Credentials are found on each machine
+anew, and are never written into an address, an artifact or a pickle.
 """
 
 from __future__ import annotations
 
-import configparser
 import os
-import socket
-from pathlib import Path
+from typing import Any
 
 from pipeline.errors import StoreError
 
@@ -19,50 +19,34 @@ _IN_ENVIRONMENT = (
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
 )
-_MACHINE_ROLE = ("169.254.169.254", 80)  # where a cloud machine asks for its own role
 
 
-def s3_options(address: str) -> dict[str, str]:
-    """What to tell obstore beside the environment: keys and region of the profile in ~/.aws, if that is where they are.
+def s3_options(address: str) -> dict[str, Any]:
+    """What to hand to obstore for a bucket, beside what it reads from the environment itself.
 
-    Raises: StoreError at once when there are no credentials anywhere, in place of a minute of retries.
+    Raises:
+        StoreError: there are no credentials anywhere, or they cannot be used, as after an SSO session has expired.
+            Said at once, where obstore would repeat the request for a minute.
     """
     if any(os.environ.get(name) for name in _IN_ENVIRONMENT):
         return {}
-    profile = os.environ.get("AWS_PROFILE", "default")
-    keys = _section("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials", profile)
-    named = profile if profile == "default" else f"profile {profile}"
-    settings = {**_section("AWS_CONFIG_FILE", "~/.aws/config", named), **keys}
-    options = {
-        option: settings[key]
-        for option, key in (
-            ("access_key_id", "aws_access_key_id"),
-            ("secret_access_key", "aws_secret_access_key"),
-            ("session_token", "aws_session_token"),
-            ("region", "region"),
-        )
-        if key in settings and not (option == "region" and os.environ.get("AWS_REGION"))
-    }
-    if "access_key_id" not in options and not _machine_has_role():
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+    from obstore.auth.boto3 import Boto3CredentialProvider
+
+    try:
+        session = boto3.Session()
+        if session.get_credentials() is None:
+            raise StoreError(
+                f"store {address}: there are no credentials for it (set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                "or AWS_PROFILE to a profile of the AWS command line; AWS_SKIP_SIGNATURE=true for a public bucket)"
+            )
+        provider = Boto3CredentialProvider(session)
+        provider()
+    except (BotoCoreError, ClientError) as error:
         raise StoreError(
-            f"store {address}: there are no credentials for it (set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-            "or AWS_PROFILE to a profile in ~/.aws/credentials; AWS_SKIP_SIGNATURE=true for a public bucket)"
-        )
-    return options
-
-
-def _section(variable: str, default: str, section: str) -> dict[str, str]:
-    parser = configparser.ConfigParser(interpolation=None)  # a secret may hold a percent sign
-    try:
-        parser.read(Path(os.environ.get(variable, default)).expanduser())
-    except configparser.Error:
-        return {}
-    return dict(parser[section]) if parser.has_section(section) else {}
-
-
-def _machine_has_role() -> bool:
-    try:
-        socket.create_connection(_MACHINE_ROLE, timeout=1.0).close()
-    except OSError:
-        return False
-    return True
+            f"store {address}: its credentials cannot be used: {error} "
+            "(correct AWS_PROFILE and its profile in ~/.aws; for SSO, sign in again with `aws sso login`)"
+        ) from error
+    region = os.environ.get("AWS_REGION") or session.region_name
+    return {"credential_provider": provider} | ({"region": region} if region else {})

@@ -1,4 +1,4 @@
-"""What a store's failure means to the person in front of it: the rule, the address and the remedy in one sentence."""
+"""What a store's failure means to the user: the broken rule, the address and the remedy in one sentence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.errors import StoreError
 
 @dataclass(frozen=True)
 class Meaning:
-    """What the cause's text shows (a regular expression), which rule that breaks, and what to do."""
+    """A regular expression for the cause's text, the rule that such a cause breaks, and what to do about it."""
 
     pattern: str
     rule: str
@@ -19,7 +19,7 @@ class Meaning:
 
 _ROOM = "free space (`tessera artifacts gc`), or name a store on another disk"
 
-# The first that matches speaks. obstore says "os error 13", Python says "Errno 13".
+# The first entry that matches is used. obstore writes "os error 13", Python writes "Errno 13".
 _LOCAL = (
     Meaning(
         r"\b(os error|Errno) (1|13)\b",
@@ -72,7 +72,14 @@ _ENVIRONMENT = {
 
 
 def explain(error: Exception, address: str, doing: str, path: str) -> StoreError:
-    """The StoreError for a failure of `doing` ("read", "write", ...) with `path` at `address`."""
+    """The StoreError for a failed access to a store.
+
+    Args:
+        error: what obstore or the system raised.
+        address: of the store.
+        doing: what was tried, as a verb: "read", "write", "list", ...
+        path: of the object within the store; "" for the store itself.
+    """
     cause = str(error)
     words = {"doing": doing, "environment": _ENVIRONMENT.get(address.split("://", 1)[0], "")}
     place = f"store {address}: cannot {doing} {path or 'it'}"

@@ -1,11 +1,10 @@
 """Collects garbage: what a killed run left behind and, when asked, artifacts that no pipeline needs.
 
-Nothing is removed that a lease or a live attempt protects: the collector takes the artifact's lease while it deletes.
+What is leased, and what a live attempt writes, stays. The collector holds an artifact's lease while it deletes.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -19,9 +18,8 @@ from pipeline.store.attempt import live_attempts
 from pipeline.store.integrity import memo_path
 from pipeline.store.lease import Holder, Lease, live_holder
 from pipeline.store.manifest import MANIFEST
-from pipeline.store.objects import Found, Objects
-from pipeline.store.owner import Owner
-from pipeline.store.writer import progress_folder, scratch_root
+from pipeline.store.objects import Objects, StoredObject
+from pipeline.store.writer import local_progress_folder, scratch_attempt, scratch_root
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,15 @@ def collect(
     older_than: timedelta,
     dry_run: bool,
 ) -> list[Removed]:
-    """See `ArtifactStore.gc`."""
+    """Remove what no artifact needs; see `ArtifactStore.gc`.
+
+    Args:
+        objects: the store's files.
+        folders: (kind, fingerprint) of every folder in an artifact's place, committed or not.
+        keep: (kind, fingerprint) of the artifacts that are needed; None keeps all.
+        older_than: what was touched more recently stays.
+        dry_run: only list what would go.
+    """
     before = time.time() - older_than.total_seconds()
     removed: list[Removed] = []
     for kind, fingerprint in folders:
@@ -56,13 +62,13 @@ def collect(
 
 
 def delete_artifact(objects: Objects, name: str) -> None:
-    """Everything of one artifact; the manifest first."""
+    """Delete everything of one artifact, the manifest first: without it nobody reads the rest."""
     objects.delete([f"{name}/{MANIFEST}"])
     objects.delete([memo_path(name)])
     objects.delete_folder(name)
     objects.delete_folder(f"{name}.progress")
     if objects.folder is None:
-        shutil.rmtree(progress_folder(objects, name), ignore_errors=True)
+        shutil.rmtree(local_progress_folder(objects, name), ignore_errors=True)
 
 
 def _collect_artifact(
@@ -96,7 +102,7 @@ def _collect_artifact(
 def _garbage(
     objects: Objects, kind: str, fingerprint: str, keep: set[tuple[str, str]] | None, before: float
 ) -> Iterator[tuple[Removed, list[str]]]:
-    """(what, its objects; none: the whole folder) to remove of one artifact's folders."""
+    """What to remove of one artifact's folders: (item, its objects). No objects means the whole folder."""
     name = f"{kind}/{fingerprint}"
     files, progress = objects.walk(name), objects.walk(f"{name}.progress")
     size = sum(found.size for found in files + progress)
@@ -123,7 +129,7 @@ def _garbage(
         yield Removed(f"{name}.progress", size, "its artifact is finished"), []
 
 
-def _old(files: list[Found], before: float) -> list[Found]:
+def _old(files: list[StoredObject], before: float) -> list[StoredObject]:
     return [found for found in files if found.modified <= before]
 
 
@@ -143,7 +149,7 @@ def _collect_leases(objects: Objects, dry_run: bool) -> list[Removed]:
     if not dry_run:
         for item, _ in removed:
             lease = Lease(objects, item.path.removeprefix(".tessera/leases/").removesuffix(".json"))
-            if lease.try_acquire():  # taken over and given back: the same care as anybody who wants it
+            if lease.try_acquire():  # taken over and given back: deleting the file could hit a new holder
                 lease.release()
     return [item for item, _ in removed]
 
@@ -160,11 +166,11 @@ def _collect_memos(objects: Objects, before: float, dry_run: bool) -> list[Remov
 
 
 def _collect_scratch(objects: Objects, before: float, dry_run: bool) -> list[Removed]:
-    """Scratch folders of dead processes, on this machine's disk or in a store that machines share."""
+    """Scratch folders of attempts that no longer live, on this machine's disk or in a store that machines share."""
     removed = []
     root = scratch_root(objects)
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
-        if not folder.is_dir() or _scratch_in_use(folder, before):
+        if not folder.is_dir() or _scratch_in_use(objects, folder, before):
             continue
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         shown = folder.relative_to(objects.folder) if objects.folder is not None else folder
@@ -174,10 +180,11 @@ def _collect_scratch(objects: Objects, before: float, dry_run: bool) -> list[Rem
     return removed
 
 
-def _scratch_in_use(folder: Path, before: float) -> bool:
+def _scratch_in_use(objects: Objects, folder: Path, before: float) -> bool:
+    attempt = scratch_attempt(objects, folder)
+    if attempt is not None and attempt.is_live():
+        return True
     try:
-        alive = Owner.from_dict(json.loads((folder / ".owner.json").read_text())).alive()
-        youngest = max(path.stat().st_mtime for path in [folder, *folder.rglob("*")])
-    except (OSError, ValueError, KeyError, TypeError):
-        alive, youngest = None, folder.stat().st_mtime
-    return alive is True or youngest > before
+        return max(path.stat().st_mtime for path in [folder, *folder.rglob("*")]) > before
+    except FileNotFoundError:  # somebody is writing, or deleting, in it
+        return True

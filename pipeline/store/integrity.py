@@ -1,7 +1,8 @@
-"""Does an artifact still hold what its manifest says? `check` looks, `verify` reads everything again.
+"""Whether an artifact still holds what its manifest says: `check` looks at it, `verify` reads all of it again.
 
-A check trusts a file whose tag (local: inode, size and times; bucket: etag) is the one at which its content was last
-found in order. Those tags are the memo; it lies in the store, and losing it costs one reading.
+A file's tag changes whenever the file does (on a disk: inode, size and times; in a bucket: the etag). A check trusts
+a file that still has the tag with which its content was last found to be right. The memo in the store holds these
+tags; when it is lost, the next check reads the files once.
 """
 
 from __future__ import annotations
@@ -12,21 +13,23 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from pipeline.errors import ArtifactDamaged, StoreError
-from pipeline.store.artifact import Artifact, Damage, Progress, load
+from pipeline.progress import ProgressCallback
+from pipeline.store.artifact import Artifact, Damage, load
 from pipeline.store.local_cache import WRONG_CONTENT, wrong_size
 from pipeline.store.manifest import MANIFEST, FileEntry
-from pipeline.store.objects import GRAIN_NS, Found, Objects
+from pipeline.store.objects import GRAIN_NS, Objects, StoredObject
 from pipeline.store.sealed import SealBroken, seal, unseal
 
 MEMOS = ".tessera/memo"
 
 
 def memo_path(artifact: str) -> str:
+    """Where the memo of an artifact is, relative to the store."""
     return f"{MEMOS}/{artifact}.json"
 
 
 def check(artifact: Artifact) -> list[Damage]:
-    """Cheap when nothing was touched: one listing. Files with an unknown tag are hashed."""
+    """Damaged files. One listing when nothing was touched; files with an unknown tag are read."""
     known = _read_memo(artifact)
     damages, fresh = _compare(artifact, lambda entry, found: known.get(entry.stored) == found.tag, None)
     if fresh != known:
@@ -34,9 +37,9 @@ def check(artifact: Artifact) -> list[Damage]:
     return damages
 
 
-def verify(artifact: Artifact, progress: Progress | None = None) -> list[Damage]:
-    """Hash every file, and read the manifest itself again."""
-    damages, fresh = _compare(artifact, lambda entry, found: False, progress)
+def verify(artifact: Artifact, report_progress: ProgressCallback | None = None) -> list[Damage]:
+    """Damaged files, after reading every file and the manifest again."""
+    damages, fresh = _compare(artifact, lambda entry, found: False, report_progress)
     try:
         again = load(artifact.objects, artifact.kind, artifact.fingerprint)
         if again is None:
@@ -48,9 +51,9 @@ def verify(artifact: Artifact, progress: Progress | None = None) -> list[Damage]
 
 
 def _compare(
-    artifact: Artifact, trusted: Callable[[FileEntry, Found], bool], progress: Progress | None
+    artifact: Artifact, trusted: Callable[[FileEntry, StoredObject], bool], report_progress: ProgressCallback | None
 ) -> tuple[list[Damage], dict[str, str]]:
-    """(damages, tags of the files that are in order and old enough to be trusted by their tag)."""
+    """Damaged files, and the tags of the others that are old enough for their tag to be trusted."""
     prefix = f"{artifact.name}/"
     listing = {found.path.removeprefix(prefix): found for found in artifact.objects.walk(artifact.name)}
     damages, tags, done = [], {}, 0
@@ -62,12 +65,12 @@ def _compare(
         elif found is not None and found.changed_ns < time.time_ns() - GRAIN_NS:
             tags[entry.stored] = found.tag
         done += entry.size
-        if progress is not None:
-            progress(done, artifact.bytes, "bytes")
+        if report_progress is not None:
+            report_progress(done, artifact.bytes, "bytes")
     return damages, tags
 
 
-def _reason(objects: Objects, prefix: str, entry: FileEntry, found: Found | None, trusted: bool) -> str:
+def _reason(objects: Objects, prefix: str, entry: FileEntry, found: StoredObject | None, trusted: bool) -> str:
     if found is None:
         return "it is missing"
     if found.size != entry.size:
@@ -76,7 +79,7 @@ def _reason(objects: Objects, prefix: str, entry: FileEntry, found: Found | None
 
 
 def content_reason(objects: Objects, path: str, entry: FileEntry) -> str:
-    """Why a stored file's content is not the entry's, or ""; reads all of it."""
+    """Why a stored file's content is not what its entry says, or "". Reads all of it."""
     digest, size = hashlib.sha256(), 0
     try:
         for block in objects.stream(path):
@@ -101,7 +104,7 @@ def _read_memo(artifact: Artifact) -> dict[str, str]:
 
 
 def write_memo(artifact: Artifact, tags: dict[str, str]) -> None:
-    """Best effort: planning against a store that cannot be written must work."""
+    """Keep the tags of files that were found to be right. A store that cannot be written goes without."""
     memo = {"manifest": artifact.manifest.checksum, "files": tags}
     with suppress(StoreError):
         artifact.objects.put(memo_path(artifact.name), seal(memo), durable=False)

@@ -1,13 +1,14 @@
-"""Leases: one process computes an artifact, others wait for it. A convenience, not a lock that correctness hangs on.
+"""Leases: one process computes an artifact while others wait for it.
 
-Whoever holds the lease writes a heartbeat. It is taken over when its process is dead (seen at once on the same
-machine) or has not beaten for a minute (seen from another). Should two compute the same artifact after all, the
-store's commit still lets one of them win whole.
+The holder writes a heartbeat into its lease. Another process may take a lease over when the holder is dead. On the
+same machine that is seen at once; from another machine, when there was no heartbeat for a minute.
+
+A lease saves work, and correct artifacts do not depend on it: when two processes compute the same artifact in spite of
+it, the store's commit accepts one of them as a whole.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import threading
 import time
@@ -18,12 +19,15 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from pipeline.errors import StoreError
+from pipeline.store.failures import explain
 from pipeline.store.objects import Conflict, Objects
 from pipeline.store.owner import Owner, this_process
 
 BEAT = 10.0  # seconds between heartbeats
-STALE = 60.0  # seconds without one after which a process on another machine counts as dead
-LONG_DEAD = 900.0  # by the clocks alone: more than two machines' clocks should ever differ
+STALE = 60.0  # seconds without a heartbeat after which a process on another machine counts as dead
+GUARD_POLL = 0.005  # a guard is held for the time of two small file operations
+# Seconds since the last heartbeat, by comparing two machines' clocks: more than such clocks should ever differ.
+LONG_DEAD = 900.0
 
 _HELD: dict[tuple[str, str], str] = {}  # (store address, artifact) -> token of the lease this process holds
 
@@ -41,12 +45,13 @@ class Holder:
         return f"{self.owner}, since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(self.since))}"
 
     def to_bytes(self) -> bytes:
+        """The lease file's content."""
         fields = {"token": self.token, "owner": self.owner.to_dict(), "beat": self.beat, "since": self.since}
         return json.dumps(fields).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Holder | None:
-        """None for what is no lease (a file cut short by a full disk counts as nobody's)."""
+        """Read what `to_bytes` wrote; None for anything else, such as a file that a full disk left unfinished."""
         try:
             raw = json.loads(data)
             return cls(str(raw["token"]), Owner.from_dict(raw["owner"]), float(raw["beat"]), float(raw["since"]))
@@ -54,7 +59,7 @@ class Holder:
             return None
 
     def long_gone(self) -> bool:
-        """Whether the holder is dead for certain, without watching its heartbeat."""
+        """Whether the holder is certainly dead, as far as one look at the lease can tell."""
         alive = self.owner.alive()
         return not alive if alive is not None else time.time() - self.beat > LONG_DEAD
 
@@ -63,6 +68,12 @@ class Lease:
     """The right to compute one artifact. `with store.lease(kind, fingerprint, waiting=print):` waits for it.
 
     After waiting, look again whether the artifact is there: the other process has probably made it.
+
+    Args:
+        objects: the store's files.
+        artifact: "kind/fingerprint", or another name under which processes want to exclude each other.
+        waiting: called once for every holder that is waited for.
+        beat: seconds between heartbeats.
     """
 
     def __init__(
@@ -75,7 +86,7 @@ class Lease:
         self._since = 0.0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self.lost = False  # somebody took it over: this process was thought dead
+        self.lost = False  # whether another process took it over, because this one seemed to be dead
 
     def __enter__(self) -> Lease:
         self.acquire(self._waiting)
@@ -88,17 +99,19 @@ class Lease:
 
     @property
     def held(self) -> bool:
+        """Whether this process holds it."""
         return bool(self._token) and not self.lost
 
     def holder(self) -> Holder | None:
-        """Who holds it now, dead or alive; None when nobody does."""
+        """Who the lease file names, whether alive or dead; None when nobody holds the lease."""
         data = self._objects.get(self._path)
         return Holder.from_bytes(data) if data else None
 
     def acquire(self, waiting: Callable[[Holder], None] | None = None, *, timeout: float | None = None) -> None:
         """Wait until the lease is this process's. `waiting` is called once for every holder that is waited for.
 
-        Raises: StoreError after `timeout` seconds; TimeoutError is not used, so that callers need one except clause.
+        Raises:
+            StoreError: another process held it for `timeout` seconds.
         """
         told, seen, seen_at, start = "", ("", 0.0), time.monotonic(), time.monotonic()
         while not self.try_acquire():
@@ -107,7 +120,7 @@ class Lease:
                 continue
             if (holder.token, holder.beat) != seen:
                 seen, seen_at = (holder.token, holder.beat), time.monotonic()
-            # Seconds without a beat are counted on our own clock: other machines' clocks may be off.
+            # Seconds without a heartbeat are counted on this machine's clock: another machine's may be wrong.
             if holder.owner.alive() is None and time.monotonic() - seen_at > self._stale_after and self._take(holder):
                 break
             if waiting is not None and holder.token != told:
@@ -130,9 +143,9 @@ class Lease:
                 self._objects.put(self._path, mine.to_bytes(), create=True, durable=False)
             except Conflict:
                 holder = self.holder()
-                if holder is None:  # given back meanwhile, or unreadable remains: nobody's
+                if holder is None:  # it was given back meanwhile, or its file cannot be read
                     self._objects.delete([self._path])
-                # A request whose answer was lost is repeated by the client, and finds its own lease.
+                # obstore repeats a request whose answer was lost, and then finds the lease that it made itself.
                 if holder is None or holder.token != mine.token:
                     return False
         self._started(mine)
@@ -166,7 +179,7 @@ class Lease:
         self._thread.start()
 
     def _take(self, dead: Holder) -> bool:
-        """Replace a dead holder; False when somebody else was faster."""
+        """Take the lease of a dead holder; False when another process was faster."""
         mine = self._mine()
         if not self._replace(dead.token, dead.beat, mine):
             return False
@@ -174,19 +187,22 @@ class Lease:
         return True
 
     def _replace(self, token: str, beat: float | None, new: Holder) -> bool:
-        """Overwrite the lease if it still is the one of `token` (and of that beat): one of many callers succeeds."""
+        """Overwrite the lease if its token, and its heartbeat unless `beat` is None, are still these.
+
+        Of several processes that try it at once, one succeeds.
+        """
         with self._guard():
             found = self._objects.get_tagged(self._path)
             holder = Holder.from_bytes(found[0]) if found else None
             if found is None or holder is None or holder.token != token or (beat is not None and holder.beat != beat):
                 return False
             try:
-                if self._objects.folder is not None:  # a disk has no conditional put: the guard stands in for it
+                if self._objects.folder is not None:  # a disk has no conditional put; the guard excludes others
                     self._objects.put(self._path, new.to_bytes(), durable=False)
                 else:
                     self._objects.put_if(self._path, new.to_bytes(), found[1])
             except Conflict:
-                return self.holder() == new  # our own, if only the answer was lost
+                return self.holder() == new  # true when the first answer was lost and the put was repeated
             return True
 
     def _beat(self, stop: threading.Event) -> None:
@@ -201,24 +217,24 @@ class Lease:
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
-        """On a disk: one process at a time between looking at a lease and changing it."""
+        """On a disk, let one process at a time look at a lease and change it."""
         if self._objects.folder is None:
             yield
             return
+        from filelock import FileLock
+
         guard = self._objects.folder / ".tessera" / "leases" / ".guard"
         try:
             guard.parent.mkdir(parents=True, exist_ok=True)
-            file = guard.open("ab")
+            locked = FileLock(guard).acquire(poll_interval=GUARD_POLL)
         except OSError as error:
-            from pipeline.store.failures import explain
-
             raise explain(error, self._objects.address, "write", self._path) from error
-        with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked:
             yield
 
 
 def lease_path(artifact: str) -> str:
+    """Where the lease of an artifact is, relative to the store."""
     return f".tessera/leases/{artifact}.json"
 
 
@@ -228,6 +244,6 @@ def held_token(objects: Objects, artifact: str) -> str:
 
 
 def live_holder(objects: Objects, artifact: str) -> Holder | None:
-    """Who holds the lease on an artifact, unless it is known to be dead. When in doubt it lives."""
+    """Who holds the lease on an artifact; None when nobody does, or when the holder is certainly dead."""
     holder = Lease(objects, artifact).holder()
     return None if holder is None or holder.long_gone() else holder

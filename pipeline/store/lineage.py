@@ -1,6 +1,6 @@
 """Which artifact came from which: back to the sources, and forward to everything made from it.
 
-The manifests are the record; MLflow shows the same, but nothing here needs it.
+All of it is read from the manifests. MLflow shows the same, but nothing here needs it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SOURCE = "source"
 
 
 @dataclass(frozen=True)
-class Node:
+class LineageNode:
     """An artifact ("kind/fingerprint"), or a source outside the store ("source:ADDRESS")."""
 
     id: str
@@ -28,9 +28,10 @@ class Node:
     address: str = ""
     created: str = ""
     rows: int = 0
-    missing: bool = False  # a manifest names it, but it is not in the store (any more)
+    missing: bool = False  # a manifest names it, but it is not in the store
 
     def to_json(self) -> dict[str, Any]:
+        """One entry of `nodes` in what `tessera lineage --json` prints."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     def __str__(self) -> str:
@@ -50,6 +51,7 @@ class Link:
     field: str
 
     def to_json(self) -> dict[str, str]:
+        """One entry of `edges` in what `tessera lineage --json` prints."""
         return {"from": self.source, "to": self.target, "field": self.field}
 
 
@@ -57,15 +59,16 @@ class Link:
 class Graph:
     """Artifacts and sources, and what went into what."""
 
-    nodes: dict[str, Node] = field(default_factory=dict)
+    nodes: dict[str, LineageNode] = field(default_factory=dict)
     links: list[Link] = field(default_factory=list)
 
     @classmethod
     def of(cls, artifacts: Iterable[Artifact]) -> Graph:
+        """The graph of these artifacts, with the inputs and sources that their manifests name."""
         graph = cls()
         for artifact in artifacts:
             manifest, own = artifact.manifest, artifact.name
-            graph.nodes[own] = Node(
+            graph.nodes[own] = LineageNode(
                 own,
                 artifact.kind,
                 manifest.stage,
@@ -77,22 +80,24 @@ class Graph:
             graph.links += [Link(name, own, path) for path, name in manifest.inputs.items()]
             for path, source in manifest.sources.items():
                 address = str(source["address"])
-                graph.nodes[f"{SOURCE}:{address}"] = Node(f"{SOURCE}:{address}", SOURCE, address=address)
+                graph.nodes[f"{SOURCE}:{address}"] = LineageNode(f"{SOURCE}:{address}", SOURCE, address=address)
                 graph.links.append(Link(f"{SOURCE}:{address}", own, path))
         for link in graph.links:
             if link.source not in graph.nodes:
                 kind, _, fingerprint = link.source.partition("/")
-                graph.nodes[link.source] = Node(link.source, kind, fingerprint=fingerprint, missing=True)
+                graph.nodes[link.source] = LineageNode(link.source, kind, fingerprint=fingerprint, missing=True)
         return graph
 
     def into(self, node: str) -> list[Link]:
+        """The links that end at a node."""
         return [link for link in self.links if link.target == node]
 
     def out_of(self, node: str) -> list[Link]:
+        """The links that start at a node."""
         return [link for link in self.links if link.source == node]
 
     def around(self, node: str) -> Graph:
-        """The part of the graph that `node` came from, and the part that came from it, without their siblings."""
+        """The node, all that it was made from, and all that was made from it; nothing beside these."""
         kept: list[Link] = []
         for step, end in ((self.into, "source"), (self.out_of, "target")):
             waiting, seen = [node], set()
@@ -108,6 +113,7 @@ class Graph:
         return Graph({id: self.nodes[id] for id in ids}, kept)
 
     def to_json(self) -> dict[str, Any]:
+        """What `tessera lineage --json` prints, without the target."""
         return {
             "nodes": [node.to_json() for node in self.nodes.values()],
             "edges": [link.to_json() for link in self.links],

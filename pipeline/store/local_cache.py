@@ -1,13 +1,12 @@
-"""What one machine keeps of a store: verified local paths of an artifact's files.
+"""What one machine keeps of a store: local paths of an artifact's files, checked against the manifest.
 
-Files of a local store are used where they are; files of a bucket are downloaded once a machine, named by their
-content. Either is hashed once a machine and then only looked at: all workers share the finding. A cache, never the
-truth: it can be deleted at any time.
+Files of a local store are used where they are. Files of a bucket are downloaded once for a machine and named by their
+content. Each file is hashed once for a machine; all processes share the finding, and afterwards only look at the
+file's size and times. The cache can be deleted at any time.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import tempfile
@@ -20,11 +19,11 @@ from pipeline.errors import ArtifactDamaged, StoreError
 from pipeline.store.manifest import FileEntry
 from pipeline.store.objects import GRAIN_NS, Objects, file_tag
 
-_SEEN: dict[tuple[str, str], str] = {}  # (path, sha256) -> tag: what this process has found in order
+_SEEN: dict[tuple[str, str], str] = {}  # (path, sha256) -> tag: the files that this process knows to be right
 
 
 def cache_folder() -> Path:
-    """`TESSERA_CACHE`, or tessera in the user's cache folder."""
+    """The cache's folder: `TESSERA_CACHE`, or `tessera` in the user's cache folder."""
     chosen = os.environ.get("TESSERA_CACHE")
     base = Path(chosen).expanduser() if chosen else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "tessera"
     return base.expanduser().absolute()
@@ -33,7 +32,9 @@ def cache_folder() -> Path:
 def local_copy(objects: Objects, artifact: str, entry: FileEntry) -> Path:
     """A local path of one file whose content is what the manifest says.
 
-    Raises: ArtifactDamaged when the stored file differs; StoreError when the cache cannot be written.
+    Raises:
+        ArtifactDamaged: the stored file differs from the manifest.
+        StoreError: the cache cannot be written.
     """
     stored = f"{artifact}/{entry.stored}"
     suffix = PurePosixPath(entry.name).suffix
@@ -48,7 +49,7 @@ def local_copy(objects: Objects, artifact: str, entry: FileEntry) -> Path:
             _download(objects, stored, path)
         tag = _tag(path)
         reason = differs(path, entry)
-        if reason and not inside:  # the copy went bad, not necessarily the store
+        if reason and not inside:  # the copy may be damaged while the store is not
             _download(objects, stored, path)
             tag = _tag(path)
             reason = differs(path, entry)
@@ -79,6 +80,7 @@ WRONG_CONTENT = "its content differs from its checksum"
 
 
 def wrong_size(size: int, entry: FileEntry) -> str:
+    """The reason for a damage when a file has another size than its entry."""
     return f"it has {size} bytes, the manifest says {entry.size}"
 
 
@@ -86,8 +88,8 @@ def _cached(entry: FileEntry, suffix: str) -> Path:
     return cache_folder() / "files" / entry.sha256[:2] / f"{entry.sha256}{suffix}"
 
 
-def _note(path: Path, entry: FileEntry) -> Path:
-    """Where this machine notes that a file was found in order, and with which tag."""
+def _memo_path(path: Path, entry: FileEntry) -> Path:
+    """Where this machine keeps the tag with which a file was found to be right."""
     key = hashlib.sha256(f"{path}\n{entry.sha256}".encode()).hexdigest()
     return cache_folder() / "verified" / key[:2] / key
 
@@ -107,7 +109,7 @@ def _known(path: Path, entry: FileEntry) -> bool:
     if _SEEN.get(key) == tag:
         return True
     try:
-        if _note(path, entry).read_text() != tag:
+        if _memo_path(path, entry).read_text() != tag:
             return False
     except OSError:
         return False
@@ -116,22 +118,26 @@ def _known(path: Path, entry: FileEntry) -> bool:
 
 
 def _remember(path: Path, entry: FileEntry, tag: str) -> None:
-    """Note that the file was in order when it had this tag; a file that is too young for that is hashed again."""
+    """Keep the tag with which a file was found to be right.
+
+    Not for a file that changed a moment ago: another change within the same tick of the disk's clock would leave the
+    tag as it is.
+    """
     if not tag or path.stat().st_ctime_ns > time.time_ns() - GRAIN_NS:
         return
-    note = _note(path, entry)
+    memo = _memo_path(path, entry)
     _SEEN[str(path), entry.sha256] = tag
     try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_name(f"{note.name}.{os.getpid()}")
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        temporary = memo.with_name(f"{memo.name}.{os.getpid()}")
         temporary.write_text(tag)
-        temporary.replace(note)
+        temporary.replace(memo)
     except OSError:
         pass  # the next process hashes again
 
 
 def _download(objects: Objects, stored: str, path: Path) -> None:
-    """Fetch into place in one atomic step; a missing object leaves nothing."""
+    """Download a file and put it in its place in one atomic step. A missing object leaves no file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".download-")
@@ -151,15 +157,16 @@ def _download(objects: Objects, stored: str, path: Path) -> None:
 
 @contextmanager
 def _one_at_a_time(key: str) -> Iterator[None]:
-    """One process of this machine downloads or hashes a file; the others wait for its finding."""
+    """Let one process of this machine at a time download or hash a file; the others wait, and use its finding."""
+    from filelock import FileLock
+
     folder = cache_folder() / "locks"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / key[:3]).open("ab")  # 4096 locks are enough, and never need cleaning up
+        locked = FileLock(folder / key[:3]).acquire()  # 4096 locks are enough, and never need cleaning up
     except OSError as error:
         raise _cache_error(error) from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked:
         yield
 
 

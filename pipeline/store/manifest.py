@@ -1,6 +1,6 @@
 """The manifest: what an artifact holds and where it came from. Writing it is what makes a folder an artifact.
 
-It carries a checksum over its own bytes, so that a damaged manifest is never believed, not even in its white space.
+It carries a checksum over its own bytes, so that a change of any of them, even of white space, is noticed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """All of `manifest.json`. Only the first three and `files` are the store's business; the rest is the record."""
+    """All of `manifest.json`.
+
+    The store itself uses the first four fields and `files`; the others record where the artifact came from.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -51,8 +54,8 @@ class Manifest(BaseModel):
     inputs: dict[str, str] = {}  # dotted field path -> "kind/fingerprint"
     sources: dict[str, Any] = {}  # dotted field path -> what the source was
     files: list[FileEntry] = []
-    columns: dict[str, str] = {}  # of the table its parts make: name -> Arrow type
-    rows: int | None = None  # of all parts together
+    columns: dict[str, str] = {}  # of the table its shards make: name -> Arrow type
+    rows: int | None = None  # of all shards together
     counts: dict[str, int] = {}
     metrics: dict[str, float] = {}
     problems: list[dict[str, str]] = []
@@ -73,14 +76,20 @@ class Manifest(BaseModel):
 
     @property
     def name(self) -> str:
+        """Kind and fingerprint with a slash between them: the artifact's folder."""
         return f"{self.kind}/{self.fingerprint}"
 
     @property
     def size(self) -> int:
+        """Bytes of all data files together."""
         return sum(entry.size for entry in self.files)
 
     def file(self, name: str) -> FileEntry:
-        """The entry of a file by its logical or its stored name. Raises KeyError."""
+        """The entry of a file by its logical or its stored name.
+
+        Raises:
+            KeyError: there is no such file.
+        """
         for entry in self.files:
             if name in (entry.name, entry.stored):
                 return entry
@@ -92,7 +101,16 @@ class Manifest(BaseModel):
 
     @classmethod
     def from_bytes(cls, data: bytes, kind: str, fingerprint: str) -> Manifest:
-        """Read back what `to_bytes` wrote, for the folder it lies in. Raises: ManifestBroken with the reason."""
+        """Read what `to_bytes` wrote.
+
+        Args:
+            data: the file's bytes.
+            kind: that the file's folder stands for.
+            fingerprint: likewise.
+
+        Raises:
+            ManifestBroken: with the reason.
+        """
         try:
             raw = unseal(data)
         except SealBroken as error:
@@ -111,9 +129,14 @@ class Manifest(BaseModel):
 
 
 def plain(value: Any, where: str = "manifest") -> Any:
-    """`value` in JSON's own types: numpy scalars and paths unwrapped, NaN and infinity as null.
+    """The same value in JSON's own types: numpy's values and paths converted, NaN and infinity as null.
 
-    Raises: TypeError that names the place of anything else.
+    Args:
+        value: anything that `Outcome` may hold.
+        where: what the error calls it.
+
+    Raises:
+        TypeError: something in it cannot be written as JSON; names the place.
     """
     if value is None or isinstance(value, str | bool | int):
         return value

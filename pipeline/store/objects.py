@@ -1,7 +1,7 @@
-"""Files at an address: one face for a local folder and for a bucket, through obstore.
+"""Files at an address: one interface to a local folder and to a bucket, through obstore.
 
-The store is built on four promises made here: a put is whole or absent, a put with `create` succeeds for one caller
-only, a local put is on the disk when it returns, and every failure is a StoreError that says what to do.
+The store relies on four promises made here. A put writes the whole object or nothing. A put with `create` succeeds
+for one caller only. A local put is on the disk when it returns. Every failure is a StoreError that says what to do.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from pipeline.store.failures import explain
 
 SCHEMES = ("s3", "gs", "az")
 
-# A file that is changed within one tick of the disk's clock keeps its tag: the tag of a file younger than this proves
-# nothing, and its content is read next time too.
+# Two changes of a file within one tick of the disk's clock give it the same tag. So the tag of a file that is younger
+# than this proves nothing, and its content is read again next time.
 GRAIN_NS = 2_000_000_000
 
 
 @dataclass(frozen=True)
-class Found:
+class StoredObject:
     """One object of a listing."""
 
     path: str  # relative to the address
     size: int
     tag: str  # changes whenever the content is written anew
     modified: float  # seconds since the epoch
-    changed_ns: int  # local: last change of the file or its times; 0 in a bucket, whose tags cannot be raced
+    changed_ns: int  # on a disk, the last change of the file or its times; 0 in a bucket, where every put has a new tag
 
 
 class Conflict(Exception):
@@ -45,14 +45,16 @@ class Conflict(Exception):
 
 
 def mask(address: str) -> str:
-    """The address without what could be a secret: for messages and logs."""
+    """The address without what could be a secret, for messages and logs."""
     address = re.sub(r"(?<=://)[^/@]*@", "***@", address)
     return re.sub(r"\?.*$", "?***", address, flags=re.DOTALL)
 
 
 class Objects:
-    """A folder or a bucket prefix. Paths are relative to it, with forward slashes. Picklable; secrets stay at home:
-    credentials come from each process's environment (AWS_*, GOOGLE_*, AZURE_*), never from the address.
+    """A folder or a bucket prefix. Paths are relative to it, with forward slashes.
+
+    Can be pickled. It holds no secrets: every process takes its credentials from its own environment (AWS_*,
+    GOOGLE_*, AZURE_*), never from the address.
     """
 
     def __init__(self, address: str) -> None:
@@ -75,9 +77,19 @@ class Objects:
         return f"{self.address.rstrip('/')}/{path}"
 
     def put(self, path: str, data: bytes | Path, *, create: bool = False, durable: bool = True) -> str:
-        """Write one object, whole or not at all, and return its tag.
+        """Write one object, whole or not at all.
 
-        `create`: raises Conflict when it is there already. `durable`: a local file is synced to the disk first.
+        Args:
+            path: relative to the address.
+            data: the content, or a local file with the content.
+            create: write only if there is no such object yet.
+            durable: return only when a local file is on the disk.
+
+        Returns:
+            The object's tag.
+
+        Raises:
+            Conflict: with `create`, the object is there already.
         """
         import obstore
 
@@ -90,7 +102,7 @@ class Objects:
             except FileNotFoundError:
                 if self.folder is None or not isinstance(data, bytes):
                     raise
-                # Somebody deleted the folder between its making and the file's: gc, or who cleans up after a commit.
+                # The folder was deleted between its creation and the file's, by gc or by a commit that cleaned up.
                 tag = obstore.put(self._client(write=True), path, data, mode=mode)["e_tag"] or ""
             if self.folder is None:
                 return tag
@@ -100,7 +112,7 @@ class Objects:
             return file_tag((self.folder / path).stat())
 
     def put_moved(self, path: str, file: Path) -> str:
-        """Like `put` of a local file that the caller gives away: moved where a move is possible, else copied."""
+        """Like `put` of a local file that is not needed afterwards: it is moved where possible, else copied."""
         if self.folder is not None:
             with self._explained("write", path), suppress(_CrossDevice):
                 target = self.folder / path
@@ -112,8 +124,8 @@ class Objects:
         file.unlink(missing_ok=True)
         return tag
 
-    def head(self, path: str) -> Found | None:
-        """One object as a listing would have it; None when there is no such object."""
+    def head(self, path: str) -> StoredObject | None:
+        """One object as `walk` would list it; None when there is no such object."""
         import obstore
 
         with self._explained("look at", path):
@@ -124,7 +136,11 @@ class Objects:
                 return None
 
     def put_if(self, path: str, data: bytes, tag: str) -> None:
-        """Bucket only: overwrite an object whose tag is still `tag`. Raises Conflict otherwise."""
+        """Overwrite an object if its tag is still `tag`. For buckets only.
+
+        Raises:
+            Conflict: the object was changed or deleted.
+        """
         import obstore
 
         with self._explained("write", path):
@@ -147,7 +163,7 @@ class Objects:
                 return None
 
     def get_tagged(self, path: str) -> tuple[bytes, str] | None:
-        """Content and tag of one moment, for `put_if`."""
+        """Content and tag that belong together, for `put_if`; None when there is no such object."""
         import obstore
 
         if not self._exists():
@@ -168,7 +184,11 @@ class Objects:
             return bytes(obstore.get_range(self._client(), path, start=start, end=end))
 
     def stream(self, path: str) -> Iterator[bytes]:
-        """The content in blocks of a few MiB. Raises FileNotFoundError."""
+        """The content in blocks of a few MiB.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
         import obstore
 
         if self.folder is not None:  # plain reads hash a third faster than a local object stream
@@ -179,8 +199,8 @@ class Objects:
         with self._explained("read", path):
             yield from (bytes(block) for block in obstore.get(self._client(), path).stream(4 << 20))
 
-    def walk(self, prefix: str = "") -> list[Found]:
-        """All objects under a folder, sorted by path. A folder that is not there is empty."""
+    def walk(self, prefix: str = "") -> list[StoredObject]:
+        """All objects under a folder, sorted by path; none when there is no such folder."""
         import obstore
 
         if self.folder is not None:
@@ -205,7 +225,7 @@ class Objects:
             return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
 
     def delete(self, paths: list[str]) -> None:
-        """Delete objects; one that is gone already is no error."""
+        """Delete objects. One that does not exist is no error."""
         import obstore
 
         with self._explained("delete", paths[0] if paths else ""):
@@ -227,13 +247,13 @@ class Objects:
                 shutil.rmtree(self.folder / prefix, ignore_errors=True)
                 if not (self.folder / prefix).exists():
                     return
-            shutil.rmtree(self.folder / prefix)  # says why it cannot
+            shutil.rmtree(self.folder / prefix)  # raises the reason
 
     def _exists(self) -> bool:
         return self.folder is None or self.folder.is_dir()
 
     def _require_bucket(self, error: Exception) -> None:
-        """A missing object is an answer, a missing bucket is a failure; servers report both as 404."""
+        """Raise `error` when it is the bucket that is missing: servers answer 404 for that and for a missing object."""
         if self.folder is None and "NoSuchBucket" in str(error):
             raise error
 
@@ -244,7 +264,7 @@ class Objects:
 
     @contextmanager
     def _explained(self, doing: str, path: str) -> Iterator[None]:
-        """Turns what obstore or the system raises into a StoreError that names the address and the remedy."""
+        """Turn what obstore or the system raises into a StoreError that names the address and the remedy."""
         try:
             yield
         except (StoreError, Conflict, FileNotFoundError) as error:
@@ -262,7 +282,11 @@ class _CrossDevice(Exception):
 
 
 def _normalised(address: str) -> tuple[str, Path | None]:
-    """(address without trailing slash, local folder or None). Raises: StoreError for what is no store's address."""
+    """The address without a trailing slash, and the local folder that it stands for (None for a bucket).
+
+    Raises:
+        StoreError: it is not the address of a store.
+    """
     text = str(address)
     scheme = text.split("://", 1)[0] if "://" in text else ""
     if scheme in ("", "file"):
@@ -294,7 +318,7 @@ _ENVIRONMENT = {
 
 @lru_cache(maxsize=32)
 def _client(address: str, pid: int) -> Any:
-    """The obstore client of an address, one a process (`pid`: a fork may not share its parent's connections)."""
+    """The obstore client of an address. `pid` makes it another one in a fork, which may not share connections."""
     from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
     if "://" not in address:
@@ -306,13 +330,13 @@ def _client(address: str, pid: int) -> Any:
     return kind(parts.netloc, prefix=parts.path.strip("/") or None, retry_config=retry, **options)
 
 
-def _found(meta: Any) -> Found:
+def _found(meta: Any) -> StoredObject:
     tag = meta["e_tag"] or str(meta["last_modified"])
-    return Found(meta["path"], meta["size"], tag, meta["last_modified"].timestamp(), 0)
+    return StoredObject(meta["path"], meta["size"], tag, meta["last_modified"].timestamp(), 0)
 
 
-def _walk(root: Path, folder: Path) -> Iterator[Found]:
-    """Every file under `folder`; those that vanish meanwhile are left out."""
+def _walk(root: Path, folder: Path) -> Iterator[StoredObject]:
+    """Every file under `folder`, without those that are deleted meanwhile."""
     for parent, _, names in os.walk(folder):
         for name in names:
             path = os.path.join(parent, name)
@@ -321,11 +345,11 @@ def _walk(root: Path, folder: Path) -> Iterator[Found]:
             except FileNotFoundError:
                 continue
             relative = os.path.relpath(path, root).replace(os.sep, "/")
-            yield Found(relative, stat.st_size, file_tag(stat), stat.st_mtime, stat.st_ctime_ns)
+            yield StoredObject(relative, stat.st_size, file_tag(stat), stat.st_mtime, stat.st_ctime_ns)
 
 
 def file_tag(stat: os.stat_result) -> str:
-    """Changes whenever a local file is written, replaced or given other times."""
+    """A text that changes whenever a local file is written, replaced or given other times."""
     return f"{stat.st_ino:x}-{stat.st_size:x}-{stat.st_mtime_ns:x}-{stat.st_ctime_ns:x}"
 
 

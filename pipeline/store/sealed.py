@@ -1,7 +1,7 @@
-"""JSON that carries a checksum over its own bytes: what was damaged is never believed, not even in its white space.
+"""JSON that carries a checksum over its own bytes, so that any damage is noticed, even one in white space.
 
-Manifests are sealed, and so are the store's notes (memos, records): a flipped byte in a note may cost a second
-reading of the files it was about, never a wrong fingerprint.
+Manifests are sealed, and so are the store's memos and records. A damaged memo costs a second reading of the files that
+it was about; it never leads to a wrong fingerprint.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-BLANK = "0" * 64  # stands in the checksum's place while the checksum is computed
+BLANK = "0" * 64  # in the checksum's place while the checksum is computed
 
 
 class SealBroken(ValueError):
@@ -19,13 +19,17 @@ class SealBroken(ValueError):
 
 
 def seal(fields: Mapping[str, Any]) -> bytes:
-    """One JSON object of plain types, with the key "checksum" put in front."""
+    """The bytes of one JSON object of plain types, with the key "checksum" added in front."""
     text = json.dumps({"checksum": BLANK, **fields}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     return text.replace(BLANK, hashlib.sha256(text.encode()).hexdigest(), 1).encode()
 
 
 def unseal(data: bytes) -> dict[str, Any]:
-    """What was sealed, with its checksum. Raises: SealBroken."""
+    """The object that was sealed, with its checksum.
+
+    Raises:
+        SealBroken: the bytes are not what `seal` wrote.
+    """
     try:
         raw = json.loads(data)
         checksum = raw["checksum"]

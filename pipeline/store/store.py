@@ -1,10 +1,11 @@
-"""The artifact store: begin -> write -> commit; find, check and verify; discard and collect garbage.
+"""The artifact store: begin, write and commit an artifact; find, check and verify it; discard it, collect garbage.
 
     <address>/<kind>/<fingerprint>/            data files, and manifest.json: written last, in one atomic step
     <address>/<kind>/<fingerprint>.progress/   what survives a kill while the artifact is computed
-    <address>/.tessera/                        leases, memos, history, scratch: nothing an artifact needs
+    <address>/.tessera/                        leases, memos, records, scratch: nothing that an artifact needs
 
-Without a valid manifest there is no artifact. A crash at any moment leaves a whole artifact or garbage, never a half.
+Without a valid manifest there is no artifact. A crash at any moment leaves a whole artifact, or garbage that nobody
+takes for one.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from datetime import timedelta
 from typing import Any
 
 from pipeline.errors import ArtifactDamaged, StoreError
+from pipeline.progress import ProgressCallback
 from pipeline.store import attempt as attempts
 from pipeline.store import garbage, integrity
-from pipeline.store.artifact import Artifact, Damage, Progress, load
+from pipeline.store.artifact import Artifact, Damage, load
 from pipeline.store.garbage import Removed
 from pipeline.store.lease import Holder, Lease, held_token, live_holder
 from pipeline.store.local_cache import cache_folder
@@ -44,13 +46,13 @@ __all__ = [
 ]
 
 RECORDS = ".tessera/records"
-NOTES = (RECORDS, integrity.MEMOS)
 
 
 class ArtifactStore:
-    """All artifacts at one address: a folder, `file://`, `s3://bucket/prefix`, `gs://` or `az://`. Picklable.
+    """All artifacts at one address: a folder, `file://`, `s3://bucket/prefix`, `gs://` or `az://`.
 
-    Opening touches nothing: a local folder is made by the first write. Every failure is a StoreError.
+    Can be pickled. Opening it reads and writes nothing; a local folder is made by the first write. Every failure is a
+    StoreError.
     """
 
     def __init__(self, address: str | os.PathLike[str]) -> None:
@@ -61,17 +63,21 @@ class ArtifactStore:
         return f"ArtifactStore({self.address!r})"
 
     def find(self, kind: str, fingerprint: str) -> Artifact | None:
-        """The committed artifact, or None. Raises: ArtifactDamaged when its manifest is broken."""
+        """The committed artifact, or None.
+
+        Raises:
+            ArtifactDamaged: its manifest is broken.
+        """
         _require_names(kind, fingerprint)
         return load(self.objects, kind, fingerprint)
 
     def check(self, artifact: Artifact) -> list[Damage]:
-        """Damaged files, seen cheaply: sizes, and the content of files that were touched since they were last read."""
+        """Damaged files, by their sizes, and by the content of files that were touched since they were last read."""
         return integrity.check(artifact)
 
-    def verify(self, artifact: Artifact, progress: Progress | None = None) -> list[Damage]:
+    def verify(self, artifact: Artifact, report_progress: ProgressCallback | None = None) -> list[Damage]:
         """Damaged files, by reading every byte."""
-        return integrity.verify(artifact, progress)
+        return integrity.verify(artifact, report_progress)
 
     def artifacts(self) -> Iterator[Artifact]:
         """Every artifact with a valid manifest, by kind and fingerprint."""
@@ -79,7 +85,7 @@ class ArtifactStore:
             try:
                 artifact = load(self.objects, kind, fingerprint)
             except ArtifactDamaged:
-                continue  # `damaged` names it
+                continue  # `damaged` lists it
             if artifact is not None:
                 yield artifact
 
@@ -92,14 +98,18 @@ class ArtifactStore:
                 yield Damage(error.artifact, error.file, error.reason)
 
     def begin(self, kind: str, fingerprint: str) -> ArtifactWriter:
-        """A writer that continues what dead attempts have finished. Take the lease first, to be alone."""
+        """A writer that continues what dead attempts have finished.
+
+        Take the artifact's lease first where nobody else should write it at the same time.
+        """
         _require_names(kind, fingerprint)
-        return ArtifactWriter(attempts.begin(self.objects, f"{kind}/{fingerprint}"))
+        return ArtifactWriter(*attempts.begin(self.objects, f"{kind}/{fingerprint}"))
 
     def discard(self, kind: str, fingerprint: str) -> None:
-        """Delete an artifact and its unfinished remains: the manifest first, so that no half is ever readable.
+        """Delete an artifact and its unfinished remains, the manifest first: without it nobody reads the rest.
 
-        Raises: StoreError while another process holds its lease.
+        Raises:
+            StoreError: another process holds its lease.
         """
         _require_names(kind, fingerprint)
         name = f"{kind}/{fingerprint}"
@@ -111,15 +121,17 @@ class ArtifactStore:
     def gc(
         self, keep: set[tuple[str, str]] | None = None, *, older_than: timedelta, dry_run: bool = False
     ) -> list[Removed]:
-        """Remove what no artifact needs and nobody has touched for `older_than`; `dry_run` only lists it.
+        """Remove what no artifact needs and nobody has touched for a while. What is being written stays.
 
-        With `keep`, artifacts that are not in it go too. What is being written, by a live process or under a lease,
-        stays.
+        Args:
+            keep: (kind, fingerprint) of the artifacts that are needed; all others go too. None keeps them all.
+            older_than: what was touched more recently stays.
+            dry_run: only list what would go.
         """
         return garbage.collect(self.objects, self._folders(), keep, older_than=older_than, dry_run=dry_run)
 
     def read_record(self, name: str) -> dict[str, Any] | None:
-        """A small JSON note of the store's, or None; one that cannot be read counts as not there."""
+        """A small JSON value that the store keeps for itself, or None; one that cannot be read counts as not there."""
         data = self.objects.get(_record_path(name))
         try:
             return dict(unseal(data)["note"]) if data else None
@@ -127,13 +139,13 @@ class ArtifactStore:
             return None
 
     def write_record(self, name: str, value: dict[str, Any]) -> None:
-        """Replace a note in one atomic step."""
+        """Replace a record in one atomic step."""
         data = seal({"note": plain(value, name)})
         self.objects.put(_record_path(name), data, durable=False)
 
-    def damaged_notes(self) -> Iterator[Damage]:
-        """Notes of the store's own (records, memos) that cannot be read. They are made anew; no artifact needs them."""
-        for folder in NOTES:
+    def damaged_records(self) -> Iterator[Damage]:
+        """Records and memos that cannot be read. They are made anew; no artifact needs them."""
+        for folder in (RECORDS, integrity.MEMOS):
             for found in self.objects.walk(folder):
                 try:
                     unseal(self.objects.get(found.path) or b"")
@@ -158,7 +170,11 @@ class ArtifactStore:
         return shutil.disk_usage(folder).free
 
     def probe_writable(self) -> None:
-        """Write, commit twice (the second must fail), read and delete a small file. Raises: StoreError."""
+        """Write a small file, read it, try to create it a second time (which must fail), and delete it.
+
+        Raises:
+            StoreError: one of these does not work as it should.
+        """
         path = f".tessera/probe-{uuid.uuid4().hex[:12]}"
         self.objects.put(path, b"tessera", create=True)
         try:

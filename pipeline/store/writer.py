@@ -1,4 +1,4 @@
-"""Writes one artifact: files under content names, then the manifest, which in one atomic step makes them one."""
+"""Writes one artifact: its files, each named after its content, then the manifest, in one atomic step."""
 
 from __future__ import annotations
 
@@ -17,29 +17,33 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import StoreError
 from pipeline.store import attempt as attempts
-from pipeline.store.artifact import Artifact, is_part, load
+from pipeline.store.artifact import Artifact, is_shard, load
 from pipeline.store.attempt import Attempt, Finished
+from pipeline.store.failures import explain
 from pipeline.store.integrity import write_memo
+from pipeline.store.lease import Lease
 from pipeline.store.local_cache import cache_folder
 from pipeline.store.manifest import MANIFEST, FileEntry, Manifest, plain
-from pipeline.store.objects import GRAIN_NS, Conflict, Found, Objects
+from pipeline.store.objects import GRAIN_NS, Conflict, Objects, StoredObject
 from pipeline.store.owner import this_process
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 ROW_GROUP_BYTES = 64 << 20  # a reader that streams holds one row group in memory
+SCRATCH_MARKER = ".attempt.json"
 _CHECKED: set[tuple[str, str]] = set()  # attempts that this process has seen in the store
 
 
 class ArtifactWriter:
-    """Where an artifact grows. Picklable: Ray tasks on any node that reaches the store write parts through it.
+    """Where an artifact is written. Can be pickled: Ray tasks on any node that reaches the store write through it.
 
-    Putting the same name again replaces the earlier file. Nothing is readable before `commit`.
+    Putting the same name again replaces the earlier file. Nothing can be read before `commit`.
     """
 
-    def __init__(self, attempt: Attempt) -> None:
+    def __init__(self, attempt: Attempt, lease: Lease | None = None) -> None:
         self._attempt = attempt
+        self._lease = lease  # the attempt's own, in the process that began it
         self._objects = attempt.objects
         self.kind, self.fingerprint = attempt.artifact.split("/")
         self._scratch: Path | None = None
@@ -52,40 +56,48 @@ class ArtifactWriter:
 
     @property
     def name(self) -> str:
-        """ "kind/fingerprint"."""
+        """Kind and fingerprint with a slash between them."""
         return self._attempt.artifact
 
     @property
-    def progress(self) -> Path:
-        """A local folder that survives a kill, and goes when the artifact is committed."""
-        folder = progress_folder(self._objects, self.name)
+    def progress_folder(self) -> Path:
+        """A local folder that survives a kill, and is deleted when the artifact is committed."""
+        folder = local_progress_folder(self._objects, self.name)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     @property
     def progress_address(self) -> str:
-        """The same on storage that all nodes share: fit for Ray Train's `storage_path`."""
-        return str(self.progress) if self._objects.folder is not None else self._objects.join(f"{self.name}.progress")
+        """The same on storage that all nodes share, for Ray Train's `storage_path`."""
+        if self._objects.folder is not None:
+            return str(self.progress_folder)
+        return self._objects.join(f"{self.name}.progress")
 
     @property
     def scratch(self) -> Path:
-        """A folder of this process for files that nobody needs afterwards."""
+        """A local folder for files that nobody needs afterwards; each process has its own."""
         if self._scratch is None or not self._scratch.is_dir():
-            self._scratch = _make_scratch(self._objects, self._attempt.id)
+            self._scratch = _make_scratch(self._attempt)
             weakref.finalize(self, _remove_own, self._scratch, os.getpid())
         return self._scratch
 
     def shard_done(self, index: int, suffix: str = ".parquet") -> FileEntry | None:
-        """The entry of a part that is finished already, by this attempt or a dead one."""
-        finished = self._attempt.part(part_name(index, suffix))
+        """The entry of a shard that this attempt, or a dead one before it, has finished; None otherwise."""
+        finished = self._attempt.shard(shard_name(index, suffix))
         return finished.entry if finished else None
 
     def put_table(self, index: int, table: pa.Table, *, meta: Mapping[str, Any] | None = None) -> FileEntry:
-        """One part of the artifact's table as Parquet: zstd, statistics, row groups of about 64 MiB."""
+        """Write one shard of the artifact's table as Parquet: zstd, statistics, row groups of about 64 MiB.
+
+        Args:
+            index: the shard's number.
+            table: its rows.
+            meta: small values to keep with the file's entry in the manifest.
+        """
         import pyarrow.parquet as pq
 
         self._require_attempt()
-        name = part_name(index, ".parquet")
+        name = shard_name(index, ".parquet")
         file = self.scratch / f"{name}.{os.urandom(4).hex()}"
         rows = max(1, min(table.num_rows, ROW_GROUP_BYTES * max(1, table.num_rows) // max(1, table.nbytes)))
         try:
@@ -99,13 +111,20 @@ class ArtifactWriter:
         finally:
             file.unlink(missing_ok=True)
         columns = {field.name: str(field.type) for field in table.schema}
-        self._attempt.note_file(Finished(entry, tag, columns))
+        self._attempt.record_file(Finished(entry, tag, columns))
         return entry
 
     def put_file(
         self, name: str, data: bytes | Path, *, rows: int | None = None, meta: Mapping[str, Any] | None = None
     ) -> FileEntry:
-        """One file under a logical name ("encoder.safetensors", "pictures/best.png"); a Path is copied."""
+        """Write one file.
+
+        Args:
+            name: its logical name, as in "curves.json" or "pictures/best.png".
+            data: the content, or a local file to copy.
+            rows: how many rows it holds, where it is a table.
+            meta: small values to keep with the file's entry in the manifest.
+        """
         self._require_attempt()
         _require_file_name(name)
         size, digest = (len(data), hashlib.sha256(data).hexdigest()) if isinstance(data, bytes) else _measure(data)
@@ -118,23 +137,31 @@ class ArtifactWriter:
             meta=plain(meta or {}, name),
         )
         tag = self._objects.put(f"{self.name}/{entry.stored}", data)
-        self._attempt.note_file(Finished(entry, tag, {}))
+        self._attempt.record_file(Finished(entry, tag, {}))
         return entry
 
     def record(self, key: str, value: dict[str, Any]) -> None:
-        """A small note that survives a kill; the same key again replaces it."""
+        """Keep a small JSON value that survives a kill; the same key again replaces it."""
         self._require_attempt()
-        self._attempt.note_record(key, value)
+        self._attempt.record(key, value)
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """All notes, those of dead attempts included."""
+        """All records by key, those of dead attempts included."""
         return self._attempt.records()
 
     def commit(self, fields: Mapping[str, Any] | None = None, *, replace: bool = False, **more: Any) -> Artifact:
-        """Write the manifest; `fields` are Manifest's (counts, metrics, config, inputs, ...).
+        """Write the manifest, which makes the files an artifact.
 
-        When another run has committed the same artifact meanwhile, its artifact is returned and ours is deleted;
-        `replace` puts ours in its place (recomputing on purpose). Raises: StoreError when a file is missing.
+        When another run has committed the same artifact meanwhile, that one is returned and the files of this writer
+        are deleted.
+
+        Args:
+            fields: of the manifest: counts, metrics, config, inputs, ...
+            replace: take the place of an artifact that is there already.
+            more: further fields of the manifest.
+
+        Raises:
+            StoreError: a file is missing or was changed.
         """
         files = self._attempt.files()
         taken = not replace and self._objects.get(f"{self.name}/{MANIFEST}") is not None
@@ -160,8 +187,9 @@ class ArtifactWriter:
         return artifact
 
     def close(self) -> None:
-        """Give up without committing: the next attempt continues what this one finished."""
-        attempts.LIVE.pop(self._attempt.id, None)
+        """Stop without committing; the next attempt continues what this one has finished."""
+        if self._lease is not None:
+            self._lease.release()
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -169,40 +197,45 @@ class ArtifactWriter:
         unknown = set(fields) - set(Manifest.model_fields)
         if unknown:
             raise TypeError(f"a manifest has no field {', '.join(sorted(unknown))}")
-        parts = sorted(name for name in files if is_part(name))
-        tables = [files[name].columns for name in parts if files[name].columns]
-        for name, columns in zip(parts, tables, strict=False):
+        shards = sorted(name for name in files if is_shard(name))
+        tables = [files[name].columns for name in shards if files[name].columns]
+        for name, columns in zip(shards, tables, strict=False):
             if columns != tables[0]:
-                raise StoreError(f"{self.name}: {name} has other columns than {parts[0]}: {columns}, not {tables[0]}")
-        rows = [files[name].entry.rows for name in parts]
+                raise StoreError(f"{self.name}: {name} has other columns than {shards[0]}: {columns}, not {tables[0]}")
+        rows = [files[name].entry.rows for name in shards]
         fixed = {
             "kind": self.kind,
             "fingerprint": self.fingerprint,
-            "files": [files[name].entry for name in [*parts, *sorted(set(files) - set(parts))]],
+            "files": [files[name].entry for name in [*shards, *sorted(set(files) - set(shards))]],
             "columns": tables[0] if tables else {},
-            "rows": sum(row or 0 for row in rows) if parts else None,
+            "rows": sum(row or 0 for row in rows) if shards else None,
             "attempt": self._attempt.id,
         }
         created = {"created": datetime.now(UTC).isoformat(timespec="seconds")}
         return Manifest.model_validate(plain({**created, **fields, **fixed}))
 
     def _adopt(self) -> Artifact:
-        """The artifact that another run committed first. Raises: ArtifactDamaged, or StoreError when there is none."""
+        """The artifact that another run committed first.
+
+        Raises:
+            ArtifactDamaged: its manifest is broken.
+            StoreError: there is none.
+        """
         artifact = load(self._objects, self.kind, self.fingerprint)
         if artifact is None:
             raise StoreError(
-                f"{self.name} cannot be committed: its unfinished parts are gone from {self._objects.address} "
+                f"{self.name} cannot be committed: its unfinished files are gone from {self._objects.address} "
                 "(deleted while it was computed: by hand, or by `tessera artifacts gc`; run the same command again)"
             )
         self._clean_up(artifact)
         return artifact
 
     def _clean_up(self, artifact: Artifact) -> None:
-        """Remove what only this attempt needed, and all leftovers when nobody else is writing."""
+        """Remove what only this attempt needed and, when nobody else is writing, all other remains."""
         self.close()
         wanted = {entry.stored for entry in artifact.manifest.files} | {MANIFEST}
         others = attempts.live_attempts(self._objects, self.name, besides=self._attempt.id)
-        if others:  # they may have put files of the same name: the last one sweeps
+        if others:  # they may need a file that this attempt has put too; the last one to finish removes the rest
             self._attempt.delete()
             return
         prefix = f"{self.name}/"
@@ -210,10 +243,10 @@ class ArtifactWriter:
         self._objects.delete([path for path in present if path.removeprefix(prefix) not in wanted])
         self._objects.delete_folder(f"{self.name}.progress")
         if self._objects.folder is None:
-            shutil.rmtree(progress_folder(self._objects, self.name), ignore_errors=True)
+            shutil.rmtree(local_progress_folder(self._objects, self.name), ignore_errors=True)
 
     def _require_attempt(self) -> None:
-        """The first write of a process looks whether it reaches the store that the driver means."""
+        """Check, at the first write of a process, that it reaches the store in which the attempt was begun."""
         key = (self._objects.address, self._attempt.id)
         if key in _CHECKED:
             return
@@ -225,37 +258,56 @@ class ArtifactWriter:
         _CHECKED.add(key)
 
 
-def part_name(index: int, suffix: str = ".parquet") -> str:
+def shard_name(index: int, suffix: str = ".parquet") -> str:
+    """The logical name of a shard: "part-00003.parquet"."""
     return f"part-{index:05d}{suffix}"
 
 
 def stored_name(name: str, sha256: str) -> str:
+    """What a file is called in the artifact's folder: its logical name with the start of its hash in it."""
     path = PurePosixPath(name)
     return str(path.with_name(f"{path.stem}.{sha256[:12]}{path.suffix}"))
 
 
-def progress_folder(objects: Objects, artifact: str) -> Path:
-    """Where `ArtifactWriter.progress` is on this machine."""
+def local_progress_folder(objects: Objects, artifact: str) -> Path:
+    """Where `ArtifactWriter.progress_folder` is on this machine."""
     if objects.folder is not None:
         return objects.folder / f"{artifact}.progress"
-    return cache_folder() / "progress" / hashlib.sha256(objects.address.encode()).hexdigest()[:12] / artifact
+    return cache_folder() / "progress" / _short_hash(objects.address) / artifact
 
 
 def scratch_root(objects: Objects) -> Path:
-    """On the store's own disk, so that finished files are moved and not copied."""
-    return objects.folder / ".tessera" / "scratch" if objects.folder is not None else cache_folder() / "scratch"
+    """Where scratch folders are: on the store's own disk, so that finished files are moved and not copied.
+
+    For a bucket, in this machine's cache.
+    """
+    if objects.folder is not None:
+        return objects.folder / ".tessera" / "scratch"
+    return cache_folder() / "scratch" / _short_hash(objects.address)
 
 
-def _make_scratch(objects: Objects, attempt: str) -> Path:
+def _make_scratch(attempt: Attempt) -> Path:
+    root = scratch_root(attempt.objects)
     try:
-        scratch_root(objects).mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f"{attempt}-", dir=scratch_root(objects)))
-        (folder / ".owner.json").write_text(json.dumps(this_process().to_dict()))
+        root.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{attempt.id}-", dir=root))
+        (folder / SCRATCH_MARKER).write_text(json.dumps({"artifact": attempt.artifact, "attempt": attempt.id}))
     except OSError as error:
-        from pipeline.store.failures import explain
-
-        raise explain(error, str(scratch_root(objects)), "write", "a scratch folder") from error
+        raise explain(error, str(root), "write", "a scratch folder") from error
     return folder
+
+
+def scratch_attempt(objects: Objects, folder: Path) -> Attempt | None:
+    """The attempt that a scratch folder belongs to; None when the folder does not say."""
+    try:
+        marker = json.loads((folder / SCRATCH_MARKER).read_text())
+        return Attempt(objects, str(marker["artifact"]), str(marker["attempt"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _remove_own(folder: Path, pid: int) -> None:
@@ -270,8 +322,8 @@ def _measure(file: Path) -> tuple[int, str]:
         return opened.tell(), digest
 
 
-def _settled(artifact: Artifact, listing: dict[str, Found]) -> dict[str, str]:
-    """Tags of files that are old enough for their tag to be trusted."""
+def _settled(artifact: Artifact, listing: dict[str, StoredObject]) -> dict[str, str]:
+    """The tags of the files that are old enough for their tag to be trusted."""
     tags = {}
     for entry in artifact.manifest.files:
         found = listing[f"{artifact.name}/{entry.stored}"]

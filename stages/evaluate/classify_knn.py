@@ -29,6 +29,7 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
     kind = "metrics"
     packages = ("timm",)
     uses_ray = False
+    shows_metrics = True
     Config = ClassifyKnnConfig
 
     def run(self, context: Context) -> Outcome:
@@ -171,7 +172,7 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
 
 def _report(context: Context, before: int, total: int, done: int) -> None:
     """Progress over both splits: `done` images of this one, `before` of the one before it."""
-    context.progress(before + done, total, "images")
+    context.report_progress(before + done, total, "images")
 
 
 def _names(classes: list[str], count: int) -> list[str]:

@@ -30,6 +30,7 @@ class SegmentLinear(Stage[SegmentLinearConfig]):
     kind = "metrics"
     packages = ("timm",)
     uses_ray = False
+    shows_metrics = True
     Config = SegmentLinearConfig
 
     def run(self, context: Context) -> Outcome:

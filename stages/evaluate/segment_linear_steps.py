@@ -92,7 +92,7 @@ class LinearSegmentation:
                 maps[name][done : done + len(crops)] = features
             labels[done : done + len(crops)] = [mask for _, mask in crops]
             done += len(crops)
-            context.progress(done // views, len(chosen), "train images")
+            context.report_progress(done // views, len(chosen), "train images")
         if not done:
             first = self.problems[0]
             raise SourceError(
@@ -124,7 +124,7 @@ class LinearSegmentation:
                 batch_size=config.batch_size,
                 seed=config.seed,
                 device=cache.device,
-                report=lambda done: self.context.progress(before + done, total, f"samples{name}"),
+                report=lambda done: self.context.report_progress(before + done, total, f"samples{name}"),
             )
 
         everything = np.arange(len(labels))
@@ -167,7 +167,7 @@ class LinearSegmentation:
                     if name == "" and image.image_id in picked:
                         shown.append(ShownImage(image.pixels, image.truth, prediction))
             done += len(batch)
-            context.progress(done, len(image_ids), "test images")
+            context.report_progress(done, len(image_ids), "test images")
         if not any(matrix.sum() for matrix in matrices.values()):
             raise SourceError(
                 f"{context.name}: no pixel of the {len(image_ids)} test images has a class, all is void or unreadable "

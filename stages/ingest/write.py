@@ -113,7 +113,7 @@ def write_shards(context: Context, layout: Layout, vocabulary: Vocabulary, shard
             output.record(_record_key(index), summary)
         done.add(summary)
         seen += len(shard)
-        context.progress(seen, total, "images")
+        context.report_progress(seen, total, "images")
     return done
 
 

@@ -106,10 +106,10 @@ def map_images(
         pool = _pool(settings.cpus or cpus, gpus, settings.concurrency, actors=isinstance(process, type))
         total = sum(rows.values())
         done = total - sum(missing.values())
-        context.progress(done, total, "images")
+        context.report_progress(done, total, "images")
         for finished in _compute(job, missing, pool):
             done += finished
-            context.progress(done, total, "images")
+            context.report_progress(done, total, "images")
     return _sum_up(context.output, images, resumed=len(rows) - len(missing))
 
 

@@ -89,12 +89,12 @@ class Neighbors(Stage[NeighborsConfig]):
                     neighbors, similarities = index.search(rows, self.config.k)
                     found.append(neighbors)
                     similarity.append(similarities)
-                    context.progress(first + start + len(rows), total, "images")
+                    context.report_progress(first + start + len(rows), total, "images")
                 columns = [pa.array(ids), _lists(found, self.config.k), _lists(similarity, self.config.k)]
                 table = pa.Table.from_arrays(columns, names=SCHEMAS["neighbors"].names).cast(SCHEMAS["neighbors"])
                 context.output.put_table(shard, table)
             done = first + len(ids)
-            context.progress(done, total, "images")
+            context.report_progress(done, total, "images")
 
 
 Shard = tuple[NDArray[np.int64], NDArray[np.float32]]  # ids (n,), vectors (n, D)

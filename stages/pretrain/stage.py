@@ -16,6 +16,8 @@ class Pretrain(Stage[PretrainConfig]):
 
     kind = "encoder"
     version = 1
+    tracked_as = "model"
+    exports = ("encoder.safetensors", "encoder.json", "*.safetensors")
     Config = PretrainConfig
 
     @property

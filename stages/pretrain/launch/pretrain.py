@@ -25,13 +25,15 @@ def pretrain(config: PretrainConfig, context: Context) -> Outcome:
     if config.backbone is not None:  # the workers' working folder is not the driver's
         config = config.model_copy(update={"backbone": config.backbone.anywhere()})
     if config.resources.workers == 0:
-        checkpoints = CheckpointFolder(context.output.progress / "checkpoints", context.fingerprint, say=context.say)
+        checkpoints = CheckpointFolder(
+            context.output.progress_folder / "checkpoints", context.fingerprint, say=context.say
+        )
         workers = loader_workers(config, torch.get_num_threads())
         training = assemble(
             config, context.inputs, device="cuda" if torch.cuda.is_available() else "cpu", loader_workers=workers
         )
         curves.total = training.total_steps
-        leave_replay = leaver(config, context.inputs, training, str(context.output.progress))
+        leave_replay = leaver(config, context.inputs, training, str(context.output.progress_folder))
         state = train(training, checkpoints, curves.add, leave_replay)
     else:
         final = train_on_ray(config, context, curves)

@@ -26,7 +26,7 @@ class CurveLog:
         self.seen.add(row["step"])
         self.context.log_metrics({k: v for k, v in row.items() if k != "step"}, int(row["step"]))
         if self.total:
-            self.context.progress(row["step"], self.total, "steps")
+            self.context.report_progress(row["step"], self.total, "steps")
 
 
 class Relay:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config import registry
 from tests.pipeline.workshop import Workshop
 
 
@@ -172,19 +173,19 @@ def test_verify_names_a_flipped_byte_in_any_file(done: Workshop) -> None:
             file.write_bytes(good)
 
 
-def test_damaged_notes_of_the_store_are_named_and_change_nothing(done: Workshop) -> None:
+def test_damaged_records_of_the_store_are_named_and_change_nothing(done: Workshop) -> None:
     before = done.json("plan", "p.yaml")
-    notes = sorted((done.folder / "store" / ".tessera").rglob("*.json"))
-    assert len(notes) >= 4 + 4 + 2  # history and memo of four stages, the source's digest and files
-    for note in notes:
-        good = note.read_bytes()
-        flip(note)
+    records = sorted((done.folder / "store" / ".tessera").rglob("*.json"))
+    assert len(records) >= 4 + 4 + 2  # history and memo of four stages, the source's digest and files
+    for record in records:
+        good = record.read_bytes()
+        flip(record)
         report = done.json("artifacts", "verify", "p.yaml")
         assert report["damaged"] == []
-        assert [row["file"].rsplit("/", 1)[1] for row in report["notes"]] == [note.name]
-        flip(note)
+        assert [row["file"].rsplit("/", 1)[1] for row in report["notes"]] == [record.name]
+        flip(record)
         assert done.json("plan", "p.yaml") == before
-        note.write_bytes(good)
+        record.write_bytes(good)
 
 
 def test_a_damaged_artifact_is_planned_and_made_again(done: Workshop) -> None:
@@ -227,10 +228,26 @@ def test_export_copies_plain_names_and_overwrites_nothing(done: Workshop) -> Non
     assert sorted(path.name for path in out.iterdir()) == ["encoder.json", "encoder.safetensors"]
     assert (out / "encoder.safetensors").read_bytes() == bytes([2, 4, 6])
     assert "already" in done.tessera("export", "encoder", "p.yaml", "--to", "out", code=2).stderr
-    assert "expected encoder" in done.tessera("export", "scaled", "p.yaml", "--to", "out2", code=2).stderr
+    refused = done.tessera("export", "scaled", "p.yaml", "--to", "out2", code=2).stderr
+    assert "a stage of type fake_scaled exports nothing (name the artifact of a stage that uses fake_encoder" in refused
     file = next(path for path in files_of(done, "encoder") if path.suffix == ".safetensors")
     flip(file)
     assert file.name in done.tessera("export", "encoder", "p.yaml", "--to", "out3", code=1).stderr
+
+
+def test_artifacts_of_a_type_that_is_not_installed_are_listed_verified_and_exported_whole(
+    done: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "entry_points", lambda group: [])
+    registry._entries.cache_clear()
+    rows = {row["stage"]: row for row in done.json("artifacts", "ls", "--store", "store")}
+    assert len(rows) == 4
+    assert done.json("artifacts", "verify", "--store", "store")["checked"] == 4
+    shown = done.tessera("export", rows["encoder"]["address"], "--to", "out")
+    assert "'fake_encoder' is not installed here: all files are copied" in shown.stderr
+    held = {"encoder.json", "encoder.safetensors", "preview.png"}
+    assert {path.name for path in (done.folder / "out").iterdir()} == held
+    assert len(shown.stdout.splitlines()) == 3
 
 
 def test_lineage_walks_back_to_the_source_and_forward(done: Workshop) -> None:

@@ -72,7 +72,7 @@ class Scaled(Stage[ScaledConfig]):
         values = [self.config.factor * value for value in numbers(context)]
         for step, value in enumerate(values):
             context.log_metrics({"loss/term": value}, step)
-            context.progress(step + 1, len(values), "numbers")
+            context.report_progress(step + 1, len(values), "numbers")
         context.output.put_file("numbers.json", json.dumps(values).encode())
         return Outcome(counts={"numbers": len(values)})
 
@@ -111,6 +111,7 @@ class EncoderConfig(StageConfig):
 
 class FakeEncoder(Stage[EncoderConfig]):
     kind, uses_ray, Config = "encoder", False, EncoderConfig
+    tracked_as, exports = "model", ("encoder.safetensors", "encoder.json", "*.safetensors")
 
     def run(self, context: Context) -> Outcome:
         note(f"run {context.name}")
@@ -127,6 +128,7 @@ class ScoreConfig(StageConfig):
 
 class Score(Stage[ScoreConfig]):
     kind, uses_ray, Config = "metrics", False, ScoreConfig
+    shows_metrics = True
 
     def run(self, context: Context) -> Outcome:
         note(f"run {context.name}")

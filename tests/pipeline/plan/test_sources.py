@@ -211,9 +211,9 @@ def test_a_store_that_cannot_be_written_costs_only_the_memo(scenes: Path, store:
 
 
 def test_progress_counts_what_is_read(scenes: Path, store: ArtifactStore) -> None:
-    seen: list[tuple[int, int]] = []
-    source_digest(str(scenes), store, lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 2), (2, 2)]
+    seen: list[tuple[float, float, str]] = []
+    source_digest(str(scenes), store, lambda done, total, unit: seen.append((done, total, unit)))
+    assert seen == [(1, 2, "files"), (2, 2, "files")]
 
 
 files = st.dictionaries(

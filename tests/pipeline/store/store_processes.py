@@ -1,6 +1,6 @@
 """Processes for the store's fault tests: run as a script, killed by the test or by itself.
 
-Imports nothing heavy and forks before obstore starts its threads, so that a hundred crashes take seconds.
+Forks before obstore starts its threads, and after everything else is imported: so a hundred crashes take seconds.
 """
 
 from __future__ import annotations
@@ -11,24 +11,27 @@ import sys
 import time
 from pathlib import Path
 
+import filelock  # noqa: F401 - the store imports these two when it first needs them
+import psutil  # noqa: F401
+
 from pipeline.store.objects import Objects
 from pipeline.store.store import ArtifactStore
 
-PARTS = 3
+SHARDS = 3
 CHANGES = ("put", "put_moved", "put_if", "delete", "delete_folder")  # every way in which a store changes
 
 
 def content(index: int, who: str = "") -> bytes:
-    return f"part {index} of {who or 'anybody'} ".encode() * 50
+    return f"shard {index} of {who or 'anybody'} ".encode() * 50
 
 
 def write(address: str, kind: str, fingerprint: str, who: str = "", ready: Path | None = None) -> list[str]:
-    """Write and commit one artifact, continuing an earlier attempt; returns what was done, part by part."""
+    """Write and commit one artifact, continuing an earlier attempt; returns what was done, shard by shard."""
     store, done = ArtifactStore(address), []
     with store.lease(kind, fingerprint):
         writer = store.begin(kind, fingerprint)
         done += _fill(writer, who)
-        writer.commit(counts={"parts": PARTS}, notes={"who": who})
+        writer.commit(counts={"shards": SHARDS}, notes={"who": who})
     return done
 
 
@@ -37,12 +40,12 @@ def _fill(writer: object, who: str) -> list[str]:
 
     assert isinstance(writer, ArtifactWriter)
     done = []
-    for index in range(PARTS):
+    for index in range(SHARDS):
         if writer.shard_done(index, ".bin"):
             done.append(f"kept {index}")
             continue
         writer.put_file(f"part-{index:05d}.bin", content(index, who))
-        writer.record(f"part {index}", {"who": who})
+        writer.record(f"shard {index}", {"who": who})
         done.append(f"made {index}")
     writer.put_file("summary.json", f'{{"who": "{who}"}}'.encode())
     return done
@@ -129,7 +132,7 @@ def endless(address: str) -> None:
     for number in range(10_000):
         with store.lease("encoder", f"n{number}"):
             writer = store.begin("encoder", f"n{number}")
-            for index in range(PARTS):
+            for index in range(SHARDS):
                 writer.put_file(f"part-{index:05d}.bin", os.urandom(2 << 20))
             writer.commit()
         print(number, flush=True)

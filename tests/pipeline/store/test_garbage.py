@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -11,9 +10,8 @@ import pytest
 
 from pipeline.store.artifact import Artifact
 from pipeline.store.lease import Holder, lease_path
-from pipeline.store.owner import Owner, machine, this_process
+from pipeline.store.owner import Owner, machine
 from pipeline.store.store import ArtifactStore
-from pipeline.store.writer import scratch_root
 
 NOW = timedelta(0)
 HOUR = timedelta(hours=1)
@@ -55,7 +53,7 @@ def test_uncommitted_leftovers_go_once_they_are_old_and_their_writer_is_gone(sto
     writer = store.begin("encoder", "abc")
     writer.put_file("encoder.bin", b"x")
     writer.record("epoch", {"loss": 1})
-    (writer.progress / "checkpoint").write_bytes(b"y")
+    (writer.progress_folder / "checkpoint").write_bytes(b"y")
     assert collect(store) == []  # this process is still at it
     writer.close()
     assert collect(store, HOUR) == []  # somebody may come back for it
@@ -112,16 +110,20 @@ def test_leases_of_the_dead_memos_of_the_gone_and_their_scratch_go(store: Artifa
     store.objects.put(lease_path("encoder/abc"), Holder("token", DEAD, 0.0, 0.0).to_bytes())
     store.objects.put(".tessera/memo/encoder/abc.json", b"{}")
     store.write_record("history/pipeline", {"kept": True})
-    folders = []
-    for owner in (DEAD, this_process()):
-        folder = scratch_root(store.objects) / f"attempt-{owner.pid}"
-        folder.mkdir(parents=True)
-        (folder / ".owner.json").write_text(json.dumps(owner.to_dict()))
-        (folder / "big").write_bytes(b"x" * 100)
-        folders.append(folder)
-    assert len(collect(store)) == 3
-    assert not folders[0].exists()
-    assert folders[1].exists()
+    dead, live = store.begin("encoder", "dead"), store.begin("encoder", "live")
+    scratch, scratch_in_use = dead.scratch, live.scratch
+    for writer in (dead, live):
+        (writer.scratch / "big").write_bytes(b"x" * 100)
+    assert dead._lease is not None
+    dead._lease.release()  # as when its process was killed: nothing else is cleaned up
+    store.objects.put(lease_path(dead._lease.artifact), Holder("token", DEAD, 0.0, 0.0).to_bytes())
+    assert collect(store, HOUR) == [lease_path("encoder/abc"), lease_path(dead._lease.artifact)]
+    assert scratch.exists()  # somebody may look into it
+    removed = collect(store)
+    assert "encoder/dead" in removed
+    assert len(removed) == 3
+    assert not scratch.exists()
+    assert scratch_in_use.exists()
     assert store.read_record("history/pipeline") == {"kept": True}
     assert store.objects.walk(".tessera/memo") == []
 

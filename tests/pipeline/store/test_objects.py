@@ -113,7 +113,8 @@ def test_missing_credentials_are_named_at_once(tmp_path: Path, monkeypatch: pyte
     for name in AWS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setattr("pipeline.store.credentials._MACHINE_ROLE", ("127.0.0.1", 9))  # nobody answers there
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
     began = time.monotonic()
     with pytest.raises(StoreError, match=r"there are no credentials for it \(set AWS_ACCESS_KEY_ID"):
         ArtifactStore("s3://bucket/no-credentials").find("encoder", "abc")
@@ -131,6 +132,31 @@ def test_credentials_of_a_profile_are_used(s3_server: str, tmp_path: Path, monke
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
     monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
     ArtifactStore("s3://tessera-test/profile").probe_writable()
+
+
+def test_credentials_that_come_from_a_program_are_used(
+    s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in AWS:
+        monkeypatch.delenv(name, raising=False)
+    keys = '{"Version": 1, "AccessKeyId": "testing", "SecretAccessKey": "testing"}'
+    (tmp_path / "keys.json").write_text(keys)
+    (tmp_path / "config").write_text(f"[default]\nregion = us-east-1\ncredential_process = cat {tmp_path}/keys.json\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    ArtifactStore("s3://tessera-test/program").probe_writable()
+
+
+def test_a_profile_that_does_not_exist_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in AWS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(StoreError, match=r"cannot be used: .*nobody.* \(correct AWS_PROFILE"):
+        ArtifactStore("s3://bucket/no-profile").find("encoder", "abc")
 
 
 def test_a_server_without_create_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

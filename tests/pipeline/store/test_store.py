@@ -7,7 +7,9 @@ import math
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,8 +19,10 @@ import pytest
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, StoreError
 from pipeline.store.artifact import Artifact
 from pipeline.store.integrity import content_reason
+from pipeline.store.lease import Holder, lease_path
 from pipeline.store.manifest import FileEntry
 from pipeline.store.objects import Objects
+from pipeline.store.owner import Owner
 from pipeline.store.store import ArtifactStore
 from pipeline.store.writer import ArtifactWriter
 
@@ -36,12 +40,12 @@ def table(index: int, rows: int = 10) -> pa.Table:
     return pa.table({"image_id": pa.array(ids, pa.int64()), "key": [f"image {i}" for i in ids]})
 
 
-def make(store: ArtifactStore, fingerprint: str = "abc", parts: int = 3) -> Artifact:
+def make(store: ArtifactStore, fingerprint: str = "abc", shards: int = 3) -> Artifact:
     writer = store.begin("images", fingerprint)
-    for index in reversed(range(parts)):  # parts finish in any order
+    for index in reversed(range(shards)):  # shards finish in any order
         writer.put_table(index, table(index))
     writer.put_file("preview.png", b"picture")
-    return writer.commit(stage="scenes", uses="ingest", counts={"images": parts * 10}, metrics={"loss": math.nan})
+    return writer.commit(stage="scenes", uses="ingest", counts={"images": shards * 10}, metrics={"loss": math.nan})
 
 
 def spoil(artifact: Artifact, name: str, change: Callable[[bytes], bytes] | None) -> str:
@@ -93,9 +97,9 @@ def test_an_artifact_comes_back_as_it_was_written(store: ArtifactStore) -> None:
 
 def test_nothing_is_left_beside_a_committed_artifact(store: ArtifactStore) -> None:
     writer = store.begin("images", "abc")
-    (writer.progress / "checkpoint").write_bytes(b"halfway")
+    (writer.progress_folder / "checkpoint").write_bytes(b"halfway")
     (writer.scratch / "notes").write_bytes(b"scribble")
-    scratch, progress = writer.scratch, writer.progress
+    scratch, progress = writer.scratch, writer.progress_folder
     writer.put_file("a.bin", b"a first thought")
     writer.put_file("a.bin", b"a")
     artifact = writer.commit()
@@ -234,7 +238,7 @@ def test_a_writer_continues_what_a_dead_one_finished(store: ArtifactStore) -> No
         first.put_table(0, table(0), meta={"source": "a"})
         first.put_table(2, table(2))
         first.put_file("curves.png", b"of the first")
-        first.record("part 0", {"images": 10})
+        first.record("shard 0", {"images": 10})
         first.record("odd/name: ü", {"images": 1})
     # its lease is gone: whoever comes next goes on
     second = store.begin("images", "abc")
@@ -244,14 +248,33 @@ def test_a_writer_continues_what_a_dead_one_finished(store: ArtifactStore) -> No
     assert second.shard_done(1) is None
     assert second.shard_done(2) is not None
     assert second.shard_done(0, ".bin") is None
-    assert second.records() == {"part 0": {"images": 10}, "odd/name: ü": {"images": 1}}
+    assert second.records() == {"shard 0": {"images": 10}, "odd/name: ü": {"images": 1}}
     second.put_table(1, table(1))
     artifact = second.commit()
     assert artifact.rows == 30
     assert [entry.name for entry in artifact.manifest.files] == [f"part-{i:05d}.parquet" for i in range(3)]
 
 
-def test_a_part_that_went_bad_meanwhile_is_not_continued(store: ArtifactStore) -> None:
+def test_without_the_artifacts_lease_an_attempt_lives_as_long_as_one_of_its_own(store: ArtifactStore) -> None:
+    writer = store.begin("images", "abc")
+    writer.put_table(0, table(0))
+    assert writer._lease is not None
+    lease = lease_path(writer._lease.artifact)
+    mine = Holder.from_bytes(store.objects.get(lease) or b"")
+    assert mine is not None
+    for owner, beat, left_alone in (
+        (mine.owner, time.time(), True),
+        (Owner("another machine", "node-7", 123, "456"), time.time(), True),  # nobody here can look
+        (Owner("another machine", "node-7", 123, "456"), time.time() - 3600, False),  # silent for an hour
+    ):
+        store.objects.put(lease, replace(mine, owner=owner, beat=beat).to_bytes())
+        with store.lease("images", "abc"):  # whoever holds this one does not take over what lives
+            assert (store.begin("images", "abc").shard_done(0) is None) == left_alone
+        assert writer._attempt.exists() == left_alone
+    writer.close()
+
+
+def test_a_shard_that_went_bad_meanwhile_is_not_continued(store: ArtifactStore) -> None:
     with store.lease("images", "abc"):
         first = store.begin("images", "abc")
         entries = [first.put_table(index, table(index)) for index in range(3)]
@@ -272,7 +295,7 @@ def test_a_file_that_is_gone_at_the_commit_is_named(store: ArtifactStore) -> Non
     assert store.find("images", "abc") is None
 
 
-def test_two_live_writers_never_share_parts_and_the_second_adopts(store: ArtifactStore) -> None:
+def test_two_live_writers_never_share_files_and_the_second_adopts(store: ArtifactStore) -> None:
     first, second = store.begin("images", "abc"), store.begin("images", "abc")
     first.put_table(0, table(0))
     second.put_table(0, table(5))
@@ -305,7 +328,7 @@ def test_replace_puts_a_new_artifact_in_place_of_the_old(store: ArtifactStore) -
     assert len(store.objects.walk("images")) == 2
 
 
-def test_parts_with_different_columns_are_refused(store: ArtifactStore) -> None:
+def test_shards_with_different_columns_are_refused(store: ArtifactStore) -> None:
     writer = store.begin("images", "abc")
     writer.put_table(0, table(0))
     writer.put_table(1, table(1).drop_columns(["key"]))
@@ -318,7 +341,7 @@ def test_a_writer_that_was_swept_away_says_so(store: ArtifactStore) -> None:
     writer.put_table(0, table(0))
     store.objects.delete_folder("images/abc")
     store.objects.delete_folder("images/abc.progress")
-    with pytest.raises(StoreError, match="its unfinished parts are gone"):
+    with pytest.raises(StoreError, match="its unfinished files are gone"):
         writer.commit()
     stranger = pickle.loads(pickle.dumps(writer))
     from pipeline.store import writer as module
@@ -328,7 +351,7 @@ def test_a_writer_that_was_swept_away_says_so(store: ArtifactStore) -> None:
         stranger.put_table(1, table(1))
 
 
-def test_other_processes_write_parts_through_a_pickled_writer(store: ArtifactStore, tmp_path: Path) -> None:
+def test_other_processes_write_shards_through_a_pickled_writer(store: ArtifactStore, tmp_path: Path) -> None:
     writer = store.begin("images", "abc")
     (tmp_path / "writer").write_bytes(pickle.dumps(writer))
     script = f"""
@@ -336,12 +359,12 @@ import pickle, pyarrow as pa
 writer = pickle.load(open({str(tmp_path / "writer")!r}, "rb"))
 ids = list(range(10, 20))
 writer.put_table(1, pa.table({{"image_id": pa.array(ids, pa.int64()), "key": [f"image {{i}}" for i in ids]}}))
-writer.record("part 1", {{"images": 10}})
+writer.record("shard 1", {{"images": 10}})
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
     assert writer.shard_done(1) is not None
     writer.put_table(0, table(0))
-    assert writer.records() == {"part 1": {"images": 10}}
+    assert writer.records() == {"shard 1": {"images": 10}}
     artifact = writer.commit()
     again = pickle.loads(pickle.dumps(artifact))
     assert again == artifact
@@ -391,7 +414,7 @@ def test_writer_kind_and_addresses(store: ArtifactStore) -> None:
     assert isinstance(writer, ArtifactWriter)
     assert (writer.kind, writer.fingerprint) == ("encoder", "f00d")
     assert writer.progress_address == f"{store.address}/encoder/f00d.progress"
-    assert writer.progress.is_dir()
+    assert writer.progress_folder.is_dir()
     free = store.free_bytes()
     assert (free is None) == store.address.startswith("s3://")
     assert free is None or free > 0

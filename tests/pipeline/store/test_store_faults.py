@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.store.manifest import MANIFEST
 from pipeline.store.store import ArtifactStore
-from tests.pipeline.store.store_processes import PARTS, content, write
+from tests.pipeline.store.store_processes import SHARDS, content, write
 
 ROOT = Path(__file__).resolve().parents[3]
 NOW = timedelta(0)
@@ -38,7 +38,7 @@ def assert_no_half(store: ArtifactStore, kind: str = "encoder") -> int:
     whole = list(store.artifacts())
     for artifact in whole:
         assert store.verify(artifact) == []
-        assert len(list(artifact.shards())) == PARTS
+        assert len(list(artifact.shards())) == SHARDS
     store.gc(older_than=NOW)
     wanted = {f"{a.name}/{entry.stored}" for a in whole for entry in a.manifest.files}
     wanted |= {f"{a.name}/{MANIFEST}" for a in whole}
@@ -63,12 +63,12 @@ def test_a_writer_killed_at_every_single_change_of_the_store(tmp_path: Path) -> 
 
         if continued.find("encoder", "abc") is None:
             done = write(continued.address, "encoder", "abc")
-            assert len(done) == PARTS
-            if noted > 6:  # some parts were noted as finished: they are kept
+            assert len(done) == SHARDS
+            if noted > 6:  # some shards were noted as finished: they are kept
                 assert "kept 0" in done
         artifact = continued.find("encoder", "abc")
         assert artifact is not None
-        assert [artifact.read(entry.name) for entry in artifact.shards()] == [content(i) for i in range(PARTS)]
+        assert [artifact.read(entry.name) for entry in artifact.shards()] == [content(i) for i in range(SHARDS)]
         assert continued.verify(artifact) == []
         assert assert_no_half(continued) == 1
     assert outcomes == {0, 1}  # some died before the commit, some after it
@@ -97,7 +97,7 @@ def test_two_processes_that_commit_at_once_never_mix(tmp_path: Path) -> None:
         store = ArtifactStore(tmp_path / f"race-{number}")
         (artifact,) = store.artifacts()
         who = artifact.manifest.notes["who"]
-        assert [artifact.read(entry.name) for entry in artifact.shards()] == [content(i, who) for i in range(PARTS)]
+        assert [artifact.read(entry.name) for entry in artifact.shards()] == [content(i, who) for i in range(SHARDS)]
         assert artifact.read("summary.json") == f'{{"who": "{who}"}}'.encode()
         assert store.verify(artifact) == []
         assert assert_no_half(store) == 1

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
 from pipeline.errors import ArtifactDamaged
-from pipeline.store.attempt import LIVE
+from pipeline.store.lease import Holder, lease_path
 from pipeline.store.manifest import MANIFEST
+from pipeline.store.owner import Owner, machine
 from pipeline.store.store import ArtifactStore
 from pipeline.store.writer import ArtifactWriter
 
@@ -23,7 +24,7 @@ FINGERPRINTS = ("aaa", "bbb")
 Contents = dict[str, bytes]  # by logical name
 
 
-def part(index: int) -> str:
+def shard(index: int) -> str:
     return f"part-{index:05d}.bin"
 
 
@@ -46,7 +47,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(target=writers, fingerprint=st.sampled_from(FINGERPRINTS))
     def begin(self, fingerprint: str) -> ArtifactWriter:
-        """Continues the parts of dead writers, never those of live ones; the youngest dead one has the last word."""
+        """Continues the shards of dead writers, never those of live ones; the youngest dead one has the last word."""
         writer = self.store.begin("images", fingerprint)
         inherited: Contents = {}
         for attempt in sorted(self.dead[fingerprint]):
@@ -56,14 +57,16 @@ class StoreMachine(RuleBasedStateMachine):
         for index in range(3):
             entry = writer.shard_done(index, ".bin")
             if entry is not None:
-                contents[part(index)] = inherited[part(index)]
-                assert entry.sha256 == hashlib.sha256(inherited[part(index)]).hexdigest()
-            elif part(index) in inherited:
+                contents[shard(index)] = inherited[shard(index)]
+                assert entry.sha256 == hashlib.sha256(inherited[shard(index)]).hexdigest()
+            elif shard(index) in inherited:
                 assert fingerprint in self.committed  # its committer may have swept the file away
         self.live[fingerprint][writer._attempt.id] = contents
         return writer
 
-    @rule(writer=writers, name=st.sampled_from([part(0), part(1), part(2), "summary.json"]), data=st.binary(max_size=9))
+    @rule(
+        writer=writers, name=st.sampled_from([shard(0), shard(1), shard(2), "summary.json"]), data=st.binary(max_size=9)
+    )
     def put(self, writer: ArtifactWriter, name: str, data: bytes) -> None:
         entry = writer.put_file(name, data)
         self.live[writer.fingerprint][writer._attempt.id][name] = data
@@ -86,7 +89,10 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(writer=consumes(writers))
     def die(self, writer: ArtifactWriter) -> None:
         """As a kill looks to everybody else: nothing is cleaned up."""
-        LIVE.pop(writer._attempt.id)
+        assert writer._lease is not None
+        writer._lease.release()
+        lease = Holder("token", Owner(machine(), "here", 2**22 + 1, "1"), 0.0, 0.0)  # no such process
+        self.store.objects.put(lease_path(writer._lease.artifact), lease.to_bytes())
         self.dead[writer.fingerprint][writer._attempt.id] = self.live[writer.fingerprint].pop(writer._attempt.id)
 
     @precondition(lambda self: self.committed)

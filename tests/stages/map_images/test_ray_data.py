@@ -87,7 +87,7 @@ def test_one_output_shard_per_shard_of_images(
     source = images(files(40, _007=b"bad", _031=b"odd"), shards)
     ctx = context("sizes")
     seen: list[float] = []
-    ctx.progress = lambda done, total, unit: seen.append(done / total)
+    ctx.report_progress = lambda done, total, unit: seen.append(done / total)
     summary = map_images(ctx, source, measure, schema=SCHEMA)
     made = ctx.output.commit()
     assert [shard.name for shard in made.shards()] == [shard.name for shard in source.shards()]

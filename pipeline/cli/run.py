@@ -1,0 +1,91 @@
+"""`tessera run` and `tessera plan`: compute what is not cached, or only say what that would be."""
+
+from __future__ import annotations
+
+import traceback
+from typing import TYPE_CHECKING
+
+from pipeline.cli.options import Address, Config, Force, From, Json, Only, Overrides, Store, print_json, split_names
+
+if TYPE_CHECKING:
+    from pipeline.config.load import Pipeline
+    from pipeline.plan.plan import Plan
+    from pipeline.store.store import ArtifactStore
+
+
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    only: Only = None,
+    from_: From = None,
+    force: Force = None,
+    store: Store = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Compute what is not cached, stage by stage."""
+    from pipeline.cli.printing import print_closing, print_results
+    from pipeline.run import runner
+    from pipeline.run.display import RunDisplay, results_only_on_stdout
+
+    pipeline, opened, plan = _planned(config, overrides, only, from_, force, store)
+    try:
+        with results_only_on_stdout(), RunDisplay() as display:
+            result = runner.run(pipeline, plan, opened, display, address=address)
+    except runner.RunFailed as failure:
+        if as_json:
+            print_json(failure.result.to_json())
+        if failure.is_bug:
+            traceback.print_exception(failure.__cause__)
+        raise
+    if as_json:
+        print_json(result.to_json())
+    else:
+        print_results(result.to_json())
+        print_closing(result.to_json(), opened.address, pipeline.tracking)
+
+
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    only: Only = None,
+    from_: From = None,
+    force: Force = None,
+    store: Store = None,
+    as_json: Json = False,
+) -> None:
+    """Say which stages are cached, which must run, and why."""
+    _, _, made = _planned(config, overrides, only, from_, force, store)
+    if as_json:
+        print_json(made.to_json())
+    else:
+        from pipeline.cli.printing import print_plan
+
+        print_plan(made.to_json())
+
+
+def _planned(
+    config: str,
+    overrides: list[str] | None,
+    only: list[str] | None,
+    from_: list[str] | None,
+    force: list[str] | None,
+    store: str | None,
+) -> tuple[Pipeline, ArtifactStore, Plan]:
+    from pipeline.config.load import load_pipeline
+    from pipeline.plan.plan import make_plan
+    from pipeline.run.display import RunDisplay
+    from pipeline.store.store import ArtifactStore
+
+    pipeline = load_pipeline(config, overrides or (), store)
+    opened = ArtifactStore(pipeline.store)
+    with RunDisplay() as display:
+        made = make_plan(
+            pipeline,
+            opened,
+            split_names(only),
+            split_names(from_),
+            split_names(force),
+            lambda source, *progress: display.watch(f"reading {source}", *progress),
+        )
+    return pipeline, opened, made
