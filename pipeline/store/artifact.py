@@ -63,6 +63,19 @@ class Artifact:
         """Size of its data files together."""
         return self.manifest.size
 
+    @classmethod
+    def open(cls, store: str, kind: str, fingerprint: str) -> Artifact:
+        """A committed artifact by the address of its store and its name there.
+
+        Raises:
+            ArtifactMissing: when it is not there.
+            ArtifactDamaged: when its manifest is broken.
+        """
+        artifact = load(Objects(store), kind, fingerprint)
+        if artifact is None:
+            raise ArtifactMissing(f"{kind}/{fingerprint} is not in {store} (run the stage that makes it)")
+        return artifact
+
     def __hash__(self) -> int:
         return hash((self.objects, self.manifest.name, self.manifest.checksum))
 

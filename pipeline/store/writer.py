@@ -81,6 +81,13 @@ class ArtifactWriter:
             weakref.finalize(self, _remove_own, self._scratch, os.getpid())
         return self._scratch
 
+    def leave(self, name: str, data: bytes) -> None:
+        """Put a file at `progress_address`, for a person to look at after a failure.
+
+        It survives the process, and is deleted when the artifact is committed.
+        """
+        self._objects.put(f"{self.name}.progress/{name}", data)
+
     def shard_done(self, index: int, suffix: str = ".parquet") -> FileEntry | None:
         """The entry of a shard that this attempt, or a dead one before it, has finished; None otherwise."""
         finished = self._attempt.shard(shard_name(index, suffix))

@@ -33,7 +33,7 @@ def pretrain(config: PretrainConfig, context: Context) -> Outcome:
             config, context.inputs, device="cuda" if torch.cuda.is_available() else "cpu", loader_workers=workers
         )
         curves.total = training.total_steps
-        leave_replay = leaver(config, context.inputs, training, str(context.output.progress_folder))
+        leave_replay = leaver(config, context.inputs, training, context.output)
         state = train(training, checkpoints, curves.add, leave_replay)
     else:
         final = train_on_ray(config, context, curves)

@@ -46,7 +46,7 @@ def train_on_ray(config: PretrainConfig, context: Context, rows: CurveLog) -> Pa
             "config": config.model_dump(mode="json", by_alias=True),
             "inputs": dict(context.inputs),
             "run": context.fingerprint,
-            "progress": context.output.progress_address,
+            "output": context.output,
             "relay": relay,
             "cpus": int(cpus),
             "threads": max(1, int(cpus)),
@@ -96,7 +96,7 @@ def _worker(job: dict[str, Any]) -> None:
         if rank == 0:
             relay.start.remote(run.total_steps)
             report = relay.push.remote
-        leave_replay = leaver(config, job["inputs"], run, job["progress"])
+        leave_replay = leaver(config, job["inputs"], run, job["output"])
         train(run, RayCheckpoints(job["run"], rank), report, leave_replay)
     except TesseraError as error:
         # Raised, so that Ray Train ends the other ranks, which may wait for this one in a collective; noted first,

@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import ArtifactMissing, UsageError
-from pipeline.store.artifact import Artifact, load
-from pipeline.store.objects import Objects
+from pipeline.stage import open_source
+from pipeline.store.artifact import Artifact
+from pipeline.store.writer import ArtifactWriter
 from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.launch.assemble import assemble
 from stages.pretrain.methods.method import Step
@@ -35,8 +36,17 @@ from stages.training.watch import Watch
 FORMAT = 1
 
 
-def leaver(config: PretrainConfig, inputs: Mapping[str, Artifact], training: Training, address: str) -> LeaveReplay:
-    """Writes replay files under `address`, a folder or a bucket prefix that outlives this process."""
+def leaver(
+    config: PretrainConfig, inputs: Mapping[str, Artifact], training: Training, output: ArtifactWriter
+) -> LeaveReplay:
+    """What the loop calls after a step that went wrong: writes a replay file beside the unfinished artifact.
+
+    Args:
+        config: of the stage.
+        inputs: its artifacts, by dotted input path.
+        training: as this rank sees it.
+        output: where the artifact grows.
+    """
 
     def leave(bad: BadStep) -> str:
         name = f"replay-step-{bad.step:08d}.pt"
@@ -55,10 +65,10 @@ def leaver(config: PretrainConfig, inputs: Mapping[str, Artifact], training: Tra
             }
             data = io.BytesIO()
             torch.save(kept, data)
-            Objects(address).put(name, data.getvalue())
+            output.leave(name, data.getvalue())
         if world_size() > 1:
             dist.barrier()  # the first rank to raise ends the others, and the file must be whole by then
-        return f"To run that step again alone: python -m stages.pretrain.launch.replay {Objects(address).join(name)}"
+        return f"To run that step again alone: python -m stages.pretrain.launch.replay {output.progress_address}/{name}"
 
     return leave
 
@@ -73,7 +83,7 @@ def replay(kept: Mapping[str, Any], *, device: torch.device | str = "cpu") -> di
     if kept["format"] != FORMAT:
         raise UsageError(f"replay file of format {kept['format']}; this version reads {FORMAT}")
     config = PretrainConfig.model_validate(json.loads(kept["config"]))
-    training = assemble(config, {path: _open(*where) for path, where in kept["inputs"].items()}, device=device)
+    training = assemble(config, {path: Artifact.open(*where) for path, where in kept["inputs"].items()}, device=device)
     training.method.to(training.device).to(memory_format=torch.channels_last).train()
     index, accumulate = kept["step"], config.accumulate
 
@@ -123,20 +133,11 @@ def replay(kept: Mapping[str, Any], *, device: torch.device | str = "cpu") -> di
 def read(address: str) -> dict[str, Any]:
     """A replay file by its path or address. Raises: ArtifactMissing."""
     folder, _, name = address.rpartition("/")
-    data = Objects(folder or ".").get(name)
+    data = open_source(folder or ".").get(name)
     if data is None:
         raise ArtifactMissing(f"no replay file at {address}")
     kept: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return kept
-
-
-def _open(store: str, kind: str, fingerprint: str) -> Artifact:
-    artifact = load(Objects(store), kind, fingerprint)
-    if artifact is None:
-        raise ArtifactMissing(
-            f"{kind}/{fingerprint}, an input of that run, is no longer in {store}: run its stage again"
-        )
-    return artifact
 
 
 def main() -> None:
