@@ -1,4 +1,4 @@
-"""The workshop, for tests of the runner and the command line; pipelines.py, for those of configs and plans."""
+"""Fixtures: the workshop for tests of the runner and the command line, those of pipelines.py for configs and plans."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.pipeline.workshop import FAKES, Workshop
 
 @pytest.fixture
 def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workshop]:
-    """A workshop in which this process stands, with the fake package installed."""
+    """A workshop whose folder is the working folder, with the fake package installed."""
     workshop = Workshop(tmp_path)
     for name, value in workshop.environment().items():
         monkeypatch.setenv(name, value)
@@ -26,5 +26,6 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worksh
     handler = signal.getsignal(signal.SIGTERM)
     registry._entries.cache_clear()
     yield workshop
+    workshop.close()
     registry._entries.cache_clear()
     signal.signal(signal.SIGTERM, handler)

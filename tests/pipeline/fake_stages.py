@@ -69,7 +69,7 @@ METHODS: dict[str, type[Method]] = {"plain": Plain, "near": WithNeighbors}
 
 
 def method(value: Any) -> Any:
-    """As the real stage does it: the settings class by its name."""
+    """Settings of the class that the name stands for, as in the real stage."""
     if isinstance(value, Method):
         return value
     if not isinstance(value, dict) or value.get("name") not in METHODS:
@@ -107,6 +107,6 @@ STAGES: dict[str, type[Stage[Any]]] = {
 
 
 def entry_points(*, group: str) -> list[EntryPoint]:
-    """What importlib.metadata would find, were the fakes installed."""
+    """What importlib.metadata would find if the fakes were installed."""
     found: dict[str, dict[str, type]] = {"tessera.stages": STAGES, "tests.methods": METHODS}
     return [EntryPoint(name, f"{__name__}:{c.__name__}", group) for name, c in found.get(group, {}).items()]

@@ -1,4 +1,4 @@
-"""Fixtures for tests of configs and plans: the fake stage types, registered; pipelines written on the spot."""
+"""Fixtures for tests of configs and plans: the fake stage types, registered, and pipeline files that a test writes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ stages:
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The fakes take the place of what is installed."""
+    """The fake stage types take the place of the installed ones."""
     registry._entries.cache_clear()
     monkeypatch.setattr(registry, "entry_points", fake_stages.entry_points)
     yield

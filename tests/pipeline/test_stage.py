@@ -62,7 +62,7 @@ def test_edges_reach_lists_unions_aliases_and_subclasses() -> None:
 
 
 def test_a_mark_stays_on_its_own_arm_of_a_union() -> None:
-    """`labels` may be an edge or a mapping of plain strings: the mapping's strings are not stage names."""
+    """`labels` may be an edge or a mapping of plain strings, and the strings in a mapping are not stage names."""
     config = Everything(images="scenes", labels={"cat": "feline"})
     assert [edge.path for edge in edges(config)] == ["images"]
     assert [edge.path for edge in edges(Everything(images="a", labels="b"))] == ["images", "labels"]

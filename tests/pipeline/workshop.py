@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -28,8 +29,19 @@ stages:
 """
 
 
-def _hear_interrupts() -> None:
+def _accept_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def timed(command: list[str]) -> tuple[str, float]:
+    """Run a command to its end; returns what it printed, and the processor time that it took in seconds.
+
+    Processor time does not depend on what else the machine does.
+    """
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return shown.stdout, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,7 @@ class Workshop:
 
     folder: Path
     extra: dict[str, str] = field(default_factory=dict)
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         (self.folder / "numbers.txt").write_text("1\n2\n3\n")
@@ -73,8 +86,8 @@ class Workshop:
         }
 
     def start(self, *arguments: str, group: bool = False) -> subprocess.Popen[str]:
-        """The command in a process of its own; with `group`, in a process group of its own too."""
-        return subprocess.Popen(
+        """Start the command in another process; with `group`, in a process group of its own."""
+        process = subprocess.Popen(
             [sys.executable, "-m", "pipeline.cli", *arguments],
             cwd=self.folder,
             env={**os.environ, **self.environment(), **self.extra},
@@ -82,19 +95,27 @@ class Workshop:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=group,
-            # A shell starts its background jobs deaf to Ctrl-C, and children inherit it: the tests may run in one.
-            preexec_fn=_hear_interrupts,
+            # In a shell's background job, and so in its children, Ctrl-C is ignored: the tests may run in one.
+            preexec_fn=_accept_interrupts,
         )
+        self.started.append(process)
+        return process
 
-    def outside(self, *arguments: str, code: int = 0, seconds: float = 120.0) -> Shown:
-        """Run the command in a process of its own to its end."""
+    def close(self) -> None:
+        """End the processes that a failed test has left running."""
+        for process in self.started:
+            process.kill()
+            process.communicate()
+
+    def outside(self, *arguments: str, code: int = 0, seconds: float = 300.0) -> Shown:
+        """Run the command in another process, to its end."""
         process = self.start(*arguments)
         output, errors = process.communicate(timeout=seconds)
         assert process.returncode == code, f"exit {process.returncode}, expected {code}\n{output}\n{errors}"
         return Shown(output, errors)
 
     def tessera(self, *arguments: str, code: int = 0) -> Shown:
-        """Run the command in this process, which is in the folder already (the fixture sees to it)."""
+        """Run the command in this process, whose working folder is the workshop's."""
         output, errors = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
             returned = main(arguments)
@@ -108,8 +129,8 @@ class Workshop:
     def states(self, *arguments: str, code: int = 0) -> dict[str, str]:
         return {stage["name"]: stage["state"] for stage in self.json(*arguments, code=code)["stages"]}
 
-    def wait_for(self, stage: str, seconds: float = 60.0) -> None:
-        """Until `stage` has begun."""
+    def wait_for(self, stage: str, seconds: float = 240.0) -> None:
+        """Wait until `stage` has begun."""
         end = time.monotonic() + seconds
         while stage not in self.ran:
             assert time.monotonic() < end, f"{stage} did not begin within {seconds} s; ran {self.ran}"

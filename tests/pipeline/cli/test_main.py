@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.config import registry
-from tests.pipeline.workshop import Workshop
+from tests.pipeline.workshop import Workshop, timed
 
 
 @pytest.fixture
@@ -33,17 +31,11 @@ def files_of(workshop: Workshop, kind: str) -> list[Path]:
     return sorted(path for path in (workshop.folder / "store" / kind).rglob("*") if path.is_file())
 
 
-def test_help_answers_within_half_a_second() -> None:
-    command = Path(sys.executable).with_name("tessera")
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        shown = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
-        times.append(time.perf_counter() - start)
-    assert all(verb in shown.stdout for verb in ("run", "plan", "artifacts", "lineage", "export", "schema", "doctor"))
-    # Issue 2's limit is 0.5 s on a quiet machine (0.09 s measured); the best of five is what a busy one still shows.
-    assert min(times) < 0.5, times
-    assert statistics.median(times) < 1.5, times
+def test_help_needs_little_time() -> None:
+    command = [str(Path(sys.executable).with_name("tessera")), "--help"]
+    shown, seconds = min((timed(command) for _ in range(5)), key=lambda run: run[1])
+    assert all(verb in shown for verb in ("run", "plan", "artifacts", "lineage", "export", "schema", "doctor"))
+    assert seconds < 0.3
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -100,7 +92,7 @@ def test_selections(done: Workshop) -> None:
 def test_nothing_but_json_on_standard_output(workshop: Workshop) -> None:
     result = workshop.outside("run", "p.yaml", "--json")
     assert json.loads(result.stdout)["pipeline"] == "p"
-    assert "a library says hello" in result.stderr  # whatever a stage, or Ray in its name, prints
+    assert "a library says hello" in result.stderr  # what a stage and its libraries print
     assert "a child says hello" in result.stderr
 
 
@@ -251,7 +243,7 @@ def test_artifacts_of_a_type_that_is_not_installed_are_listed_verified_and_expor
 
 
 def test_lineage_walks_back_to_the_source_and_forward(done: Workshop) -> None:
-    done.tessera("run", "p.yaml", "--set", "stages.encoder.width=4")  # a sibling that is nobody's ancestor
+    done.tessera("run", "p.yaml", "--set", "stages.encoder.width=4")  # a second encoder, which is not part of it
     graph = done.json("lineage", "score", "p.yaml")
     assert [node["stage"] or node["id"] for node in graph["nodes"]] == [
         "score",

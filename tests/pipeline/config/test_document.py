@@ -1,4 +1,4 @@
-"""YAML with places: scalars, doubled keys, aliases, extends, merging and overrides."""
+"""YAML with lines: scalars, repeated keys, aliases, extends, merging and overrides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pipeline file's rules, each broken one by one, and what is said about it; all problems at once; order."""
+"""Pipeline files that break a rule, each with its message; all problems at once; the order of stages."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_files_that_cannot_be_read(load: Load, write: Callable[..., Path], tmp_p
         load_pipeline("latin.yaml")
 
 
-# -- small differences -----------------------------------------------------------------------------------------------
+# -- files that extend others ----------------------------------------------------------------------------------------
 
 
 def test_a_small_difference_can_change_add_and_remove(load: Load, write: Callable[..., Path]) -> None:
@@ -241,7 +241,7 @@ def test_null_takes_away_what_another_method_does_not_have(load: Load, write: Ca
     small = "extends: base.yaml\nstages: {cotap: {clip: ~, method: {name: plain, neighbors: ~}}}"
     config = load(small).stages["cotap"].stage.config
     assert (config.method.name, config.clip) == ("plain", None)
-    # Only what an extended file had set: a misspelt key is an error, null or not.
+    # Only a key that an extended file has set can be removed: a misspelt key is an error, also with null.
     found = problems(load, small.replace("clip: ~", "clp: ~"))
     assert found == ["p.yaml:2: stages.cotap.clp: unknown key 'clp' (did you mean 'clip'?)"]
 

@@ -42,7 +42,7 @@ def test_a_module_whose_own_import_fails_is_named(tmp_path: Path, monkeypatch: p
 
 
 def test_the_registry_is_light_and_apart_from_the_rest_of_config() -> None:
-    """Settings of stages import it, so it may load nothing that a plan does not need."""
+    """Modules with stages' settings import it, and every plan imports those."""
     code = (
         "import sys, pipeline.config.registry\n"
         "heavy = {'torch', 'ray', 'mlflow', 'numpy', 'pyarrow', 'obstore', 'rich', 'yaml'} & set(sys.modules)\n"

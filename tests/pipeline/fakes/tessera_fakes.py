@@ -1,4 +1,4 @@
-"""Stages of a package that is not ours, for the tests: small numbers in place of images.
+"""The stages of a user's own package, for the tests: small numbers in place of images.
 
 The folder has entry points of its own, so that putting it on the path is all it takes, as for a user's package.
 What a stage did is appended to the file that TESSERA_FAKES_LOG names, and TESSERA_FAKES_HOLD makes `fake_scaled`
@@ -22,9 +22,9 @@ PICTURE = bytes.fromhex(  # one grey pixel
 )
 
 
-def note(line: str) -> None:
-    if log := os.environ.get("TESSERA_FAKES_LOG"):
-        with open(log, "a") as file:
+def log(line: str) -> None:
+    if path := os.environ.get("TESSERA_FAKES_LOG"):
+        with open(path, "a") as file:
             file.write(line + "\n")
 
 
@@ -41,7 +41,7 @@ class Numbers(Stage[NumbersConfig]):
     kind, uses_ray, Config = "numbers", False, NumbersConfig
 
     def run(self, context: Context) -> Outcome:
-        note(f"run {context.name}")
+        log(f"run {context.name}")
         values = [float(line) for line in Path(self.config.source).read_text().split()]
         if not values:
             raise SourceError(f"{self.config.source} holds no number (write one a line)")
@@ -59,7 +59,7 @@ class Scaled(Stage[ScaledConfig]):
     kind, uses_ray, Config = "numbers", False, ScaledConfig
 
     def run(self, context: Context) -> Outcome:
-        note(f"run {context.name}")
+        log(f"run {context.name}")
         print("a library says hello")
         os.system("echo a child says hello")
         hold = os.environ.get("TESSERA_FAKES_HOLD")
@@ -83,7 +83,7 @@ class OnRay(Stage[ScaledConfig]):
     def run(self, context: Context) -> Outcome:
         import ray
 
-        note(f"run {context.name}")
+        log(f"run {context.name}")
 
         @ray.remote
         def scale(value: float, factor: float, fail: str) -> tuple[float, str]:
@@ -114,7 +114,7 @@ class FakeEncoder(Stage[EncoderConfig]):
     tracked_as, exports = "model", ("encoder.safetensors", "encoder.json", "*.safetensors")
 
     def run(self, context: Context) -> Outcome:
-        note(f"run {context.name}")
+        log(f"run {context.name}")
         weights = bytes(int(value) % 256 for value in numbers(context))
         context.output.put_file("encoder.safetensors", weights)
         context.output.put_file("encoder.json", json.dumps({"width": self.config.width}).encode())
@@ -131,7 +131,7 @@ class Score(Stage[ScoreConfig]):
     shows_metrics = True
 
     def run(self, context: Context) -> Outcome:
-        note(f"run {context.name}")
+        log(f"run {context.name}")
         artifact = context.inputs["of"]
         data = artifact.read("encoder.safetensors" if artifact.kind == "encoder" else "numbers.json")
         metrics = {"bytes": float(len(data))}

@@ -172,7 +172,7 @@ def test_a_named_package_that_is_not_installed() -> None:
 
 
 def test_fingerprints_are_the_same_in_every_process() -> None:
-    """Sets come out of a process in an order of its own (PYTHONHASHSEED); the known value guards against all else."""
+    """The order of a set differs between processes (PYTHONHASHSEED); other changes show against the known value."""
     code = (
         "from tests.pipeline.plan.test_fingerprint import of; "
         "print(of({'words': ['a', 'b', 'c', 'd'], 'weights': {'ü': 0.1}, 'clip': 1e-7}))"

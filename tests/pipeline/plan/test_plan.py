@@ -1,4 +1,4 @@
-"""What would run and why: reasons, selections, sources, and that looking costs nothing."""
+"""What would run and why: reasons, selections and sources; and that making a plan takes little time."""
 
 from __future__ import annotations
 
@@ -331,11 +331,10 @@ def test_force_must_be_part_of_the_selection(load: Load, store: ArtifactStore) -
 
 
 def test_planning_is_quick_and_imports_nothing_heavy(write: Callable[..., Path], tmp_path: Path) -> None:
-    """A whole process: load, plan, all cached artifacts looked up. The issue allows 3 s; loaded machines get 10."""
+    """A whole process: load the pipeline, plan it, and look up every cached artifact."""
     write()
     code = """
 import sys, time
-started = time.monotonic()
 from pipeline.config.load import load_pipeline
 from pipeline.plan.plan import make_plan
 from pipeline.store.store import ArtifactStore
@@ -343,7 +342,7 @@ from tests.pipeline.fake_stages import STAGES
 pipeline = load_pipeline("p.yaml", stage_types=STAGES)
 make_plan(pipeline, ArtifactStore("store"))
 heavy = {"torch", "ray", "mlflow", "cv2", "timm", "pyarrow", "pandas", "omegaconf", "matplotlib", "numpy"}
-print(sorted(heavy & sys.modules.keys()), time.monotonic() - started < 10)
+print(sorted(heavy & sys.modules.keys()), time.process_time() < 3)
 """
     root = Path(__file__).parents[3]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A source's identity is its content: folders, files and bucket prefixes; the memo that spares reading them again."""
+"""A source's identity is its content, for files, folders and buckets; and it is read again only when it has changed."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_every_change_of_content_or_path_changes_the_digest(
 
 
 def test_same_size_and_times_do_not_hide_a_change(scenes: Path, store: ArtifactStore) -> None:
-    """What `cp -p` over a file, or a write within the clock's grain, would look like."""
+    """Change a file and keep its size and its times, as `cp -p` over it does."""
     first = source_digest(str(scenes), store)
     stat = (scenes / "a.jpg").stat()
     (scenes / "a.jpg").write_bytes(b"tsrif")
@@ -92,7 +92,7 @@ def test_same_size_and_times_do_not_hide_a_change(scenes: Path, store: ArtifactS
 
 
 def test_a_write_right_after_a_look_is_seen(scenes: Path, store: ArtifactStore) -> None:
-    """Twenty rewrites of the same size, as fast as they come: the memo never answers for the content before."""
+    """Twenty changes without a pause, all of the same size: each gives another digest."""
     seen = set()
     for i in range(20):
         (scenes / "a.jpg").write_bytes(b"%05d" % i)

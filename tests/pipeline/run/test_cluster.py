@@ -1,4 +1,4 @@
-"""Ray as the runner starts it: quiet, bounded, gone afterwards, also when its driver is killed."""
+"""Ray as the runner starts it: it prints nothing, takes limited memory, and ends with its driver, also a killed one."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_killed_driver_takes_its_ray_along(workshop: Workshop, short: Path) ->
         assert time.monotonic() < end, "Ray outlives its driver"
         time.sleep(0.2)
     workshop.hold.unlink()
-    # Its task's error, and what the worker said, reach the user of the next run as one sentence.
+    # The next run shows the user the error of the task in a worker as one sentence.
     shown = workshop.outside("run", "p.yaml", "--set", "stages.scaled.fail=no", code=1)
     assert "stage 'scaled' failed: worker says no (do better)\n" in shown.stderr
     assert "Traceback" not in shown.stderr
@@ -100,7 +100,7 @@ def test_an_interrupt_that_ray_gets_as_well_is_clean(
     workshop.hold.touch()
     process = workshop.start("run", "p.yaml", group=True)
     workshop.wait_for("scaled")
-    time.sleep(2)  # into the task, or the wait after it
+    time.sleep(2)  # until it is in the task, or in the wait after it
     os.killpg(process.pid, sent)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
@@ -141,7 +141,7 @@ def test_a_ray_too_slow_to_come_up_is_started_again(says: str, tries: int, monke
         starts.append(options)
         raise RuntimeError(says)
 
-    # A stand-in: Ray reads its token when it is imported, which a later test of this process does for real.
+    # Not the real Ray: that one reads its token when it is imported, and a later test of this process needs it.
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init, shutdown=lambda: None))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     with pytest.raises(ClusterError, match=f"a local Ray does not start: RuntimeError: {says}"):

@@ -1,4 +1,4 @@
-"""The doctor says what is wrong before a long run finds out, and never hangs or falls over itself."""
+"""The doctor says what is wrong before a long run meets it; it never hangs, and never fails itself."""
 
 from __future__ import annotations
 

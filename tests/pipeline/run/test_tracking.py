@@ -1,4 +1,4 @@
-"""MLflow's side of a run: nested runs with inputs and outputs, made once, and never the reason for a failure."""
+"""How a run is tracked: nested runs with inputs and outputs; and that no failure of MLflow's fails the run."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_run_is_tracked_with_nested_runs_inputs_outputs_and_curves(workshop: W
     assert digests["numbers"].keys() == {"source", "output"}
     # The encoder is a model in MLflow's terms: an output of its run, an input of the next.
     (made,) = runs["encoder"].outputs.model_outputs
-    (read,) = client.get_run(runs["score"].info.run_id).inputs.model_inputs  # a search leaves them out
+    (read,) = client.get_run(runs["score"].info.run_id).inputs.model_inputs  # the result of a search does not have them
     assert made.model_id == read.model_id
     assert client.get_logged_model(made.model_id).tags["tessera.address"] == rows["encoder"]["address"]
     (picture,) = client.list_artifacts(runs["encoder"].info.run_id)

@@ -1,4 +1,4 @@
-"""Processes for the store's fault tests: run as a script, killed by the test or by itself.
+"""Processes for the store's fault tests: a script that is killed by the test, or kills itself.
 
 Forks before obstore starts its threads, and after everything else is imported: so a hundred crashes take seconds.
 """
@@ -90,7 +90,7 @@ def crashes(root: Path) -> None:
                     write(address, "encoder", "abc")
                 os._exit(0)
             if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
-                break  # it came to its end: there are no more points
+                break  # it was not killed: there are no more points
         else:
             raise AssertionError("a process that never ends")
 

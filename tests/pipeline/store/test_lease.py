@@ -1,4 +1,4 @@
-"""Leases: one holder, visible to those who wait, taken over from the dead, on a disk and on S3."""
+"""Leases on a disk and on S3: one holder at a time, known to those who wait; those of dead processes are taken over."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_lease_from_long_ago_is_taken_at_once(store: ArtifactStore) -> None:
     assert store.lease("encoder", "abc").try_acquire()
 
 
-def test_the_holder_beats_and_notices_when_it_was_robbed(store: ArtifactStore) -> None:
+def test_the_holder_beats_and_notices_when_its_lease_is_taken(store: ArtifactStore) -> None:
     lease = Lease(store.objects, "encoder/abc", beat=0.05)
     lease.acquire()
     first = lease.holder()
@@ -146,7 +146,7 @@ def test_the_holder_beats_and_notices_when_it_was_robbed(store: ArtifactStore) -
     assert lease.lost
     assert not lease.held
     lease.release()
-    assert lease.holder() == thief  # what is not ours is not given back
+    assert lease.holder() == thief  # it is not deleted by a process that does not hold it
 
 
 def test_an_unreadable_lease_is_nobodys(store: ArtifactStore) -> None:

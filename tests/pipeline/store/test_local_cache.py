@@ -1,4 +1,4 @@
-"""Local paths of an artifact's files: verified, downloaded once a machine, and not hashed again by every worker."""
+"""Local paths of an artifact's files: checked, downloaded and hashed once for a machine, not by every worker."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_local_store_hands_out_its_own_file_and_hashes_it_once_a_machine(
     new_process()
     assert artifact.local("encoder.bin") == path
     assert hashed == ["encoder.bin"]
-    os.utime(path)  # touched: looked at again, and found in order
+    os.utime(path)  # touched, so it is read again
     assert artifact.local("encoder.bin") == path
     assert hashed == ["encoder.bin"] * 2
 
@@ -88,7 +88,7 @@ def test_a_bucket_is_downloaded_once_a_machine(
     assert path.read_bytes() == b"data"
     artifact.objects.delete([f"encoder/abc/{artifact.file('encoder.bin').stored}"])
     new_process()
-    assert artifact.local("encoder.bin") == path  # no need of the bucket any more
+    assert artifact.local("encoder.bin") == path  # without the bucket
     assert hashed == ["encoder.bin"]
     assert not list(cache.rglob(".download-*"))
 

@@ -1,4 +1,4 @@
-"""Addresses, and what a failing store tells the person in front of it."""
+"""Addresses, files on a disk and in a bucket, credentials, and what the user is told when a store fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a process that is named in a file still runs: yes, no, or not to be known from here."""
+"""Whether a process that a file names still runs: yes, no, or unknown because it is on another machine."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def make(store: ArtifactStore, fingerprint: str = "abc", shards: int = 3) -> Art
 
 
 def spoil(artifact: Artifact, name: str, change: Callable[[bytes], bytes] | None) -> str:
-    """Change or delete one stored file behind the store's back; returns the stored name."""
+    """Change or delete one stored file without the store's knowledge; returns the stored name."""
     stored = name if name == "manifest.json" else artifact.file(name).stored
     path = f"{artifact.name}/{stored}"
     if change is None:
@@ -197,7 +197,7 @@ def test_a_check_reads_nothing_that_was_not_touched(store: ArtifactStore, monkey
     spoil(artifact, "preview.png", lambda data: data)  # written anew, the same
     assert store.check(artifact) == []
     assert store.check(artifact) == []
-    bucket = store.address.startswith("s3://")  # whose tags are made of the content
+    bucket = store.address.startswith("s3://")  # its tags depend on the content only
     assert read == ([] if bucket else ["preview.png"])
     read.clear()
     store.objects.delete([f".tessera/memo/{artifact.name}.json"])
@@ -240,7 +240,7 @@ def test_a_writer_continues_what_a_dead_one_finished(store: ArtifactStore) -> No
         first.put_file("curves.png", b"of the first")
         first.record("shard 0", {"images": 10})
         first.record("odd/name: ü", {"images": 1})
-    # its lease is gone: whoever comes next goes on
+    # Its lease is given back: the next writer continues.
     second = store.begin("images", "abc")
     kept = second.shard_done(0)
     assert kept is not None
@@ -264,11 +264,11 @@ def test_without_the_artifacts_lease_an_attempt_lives_as_long_as_one_of_its_own(
     assert mine is not None
     for owner, beat, left_alone in (
         (mine.owner, time.time(), True),
-        (Owner("another machine", "node-7", 123, "456"), time.time(), True),  # nobody here can look
+        (Owner("another machine", "node-7", 123, "456"), time.time(), True),  # cannot be looked at from here
         (Owner("another machine", "node-7", 123, "456"), time.time() - 3600, False),  # silent for an hour
     ):
         store.objects.put(lease, replace(mine, owner=owner, beat=beat).to_bytes())
-        with store.lease("images", "abc"):  # whoever holds this one does not take over what lives
+        with store.lease("images", "abc"):  # holding this one is no reason to take over what lives
             assert (store.begin("images", "abc").shard_done(0) is None) == left_alone
         assert writer._attempt.exists() == left_alone
     writer.close()

@@ -1,4 +1,4 @@
-"""Faults: whenever a writer dies, the store holds a whole artifact or garbage for gc, never a readable half."""
+"""Writers that are killed: the store then holds a whole artifact, or garbage that gc removes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def finish(*arguments: str) -> None:
 
 
 def assert_no_half(store: ArtifactStore, kind: str = "encoder") -> int:
-    """Everything readable is whole, and gc leaves nothing else; returns how many artifacts there are."""
+    """Check that every artifact is whole and that gc removes everything else; returns how many artifacts there are."""
     assert list(store.damaged()) == []
     whole = list(store.artifacts())
     for artifact in whole:
@@ -57,14 +57,14 @@ def test_a_writer_killed_at_every_single_change_of_the_store(tmp_path: Path) -> 
     outcomes = set()
     for point in points:
         continued = ArtifactStore(shutil.copytree(point, tmp_path / f"{point.name}-continued"))
-        noted = len(continued.objects.walk("encoder/abc.progress"))
+        finished = len(continued.objects.walk("encoder/abc.progress"))
 
         outcomes.add(assert_no_half(ArtifactStore(point)))
 
         if continued.find("encoder", "abc") is None:
             done = write(continued.address, "encoder", "abc")
             assert len(done) == SHARDS
-            if noted > 6:  # some shards were noted as finished: they are kept
+            if finished > 6:  # some shards were recorded as finished: they are kept
                 assert "kept 0" in done
         artifact = continued.find("encoder", "abc")
         assert artifact is not None
@@ -113,7 +113,7 @@ def test_the_lease_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> 
     assert not lease.try_acquire()
 
     process.send_signal(signal.SIGKILL)
-    time.sleep(0.2)  # not waited for: it stays behind as a zombie, which counts as dead
+    time.sleep(0.2)  # nobody waits for it, so it is a zombie, which counts as dead
     began = time.monotonic()
     lease.acquire(lambda holder: waited_for.append(str(holder)), timeout=10)
     assert time.monotonic() - began < 2.0

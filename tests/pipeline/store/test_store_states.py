@@ -1,4 +1,4 @@
-"""The store as a state machine (hypothesis): whatever happens in whatever order, artifacts are whole or named."""
+"""The store as a state machine (hypothesis): after any sequence of events, an artifact is whole or named as damaged."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(target=writers, fingerprint=st.sampled_from(FINGERPRINTS))
     def begin(self, fingerprint: str) -> ArtifactWriter:
-        """Continues the shards of dead writers, never those of live ones; the youngest dead one has the last word."""
+        """Continues the shards of dead writers, never those of live ones; of several dead ones the youngest counts."""
         writer = self.store.begin("images", fingerprint)
         inherited: Contents = {}
         for attempt in sorted(self.dead[fingerprint]):
@@ -60,7 +60,7 @@ class StoreMachine(RuleBasedStateMachine):
                 contents[shard(index)] = inherited[shard(index)]
                 assert entry.sha256 == hashlib.sha256(inherited[shard(index)]).hexdigest()
             elif shard(index) in inherited:
-                assert fingerprint in self.committed  # its committer may have swept the file away
+                assert fingerprint in self.committed  # then the commit may have removed the file
         self.live[fingerprint][writer._attempt.id] = contents
         return writer
 
@@ -82,13 +82,13 @@ class StoreMachine(RuleBasedStateMachine):
             return
         contents = self.live[fingerprint].pop(writer._attempt.id)
         assert writer.commit().name == f"images/{fingerprint}"
-        self.committed.setdefault(fingerprint, contents)  # who is late adopts
+        self.committed.setdefault(fingerprint, contents)  # a later commit returns the first one's artifact
         if not self.live[fingerprint]:
             self.dead[fingerprint].clear()
 
     @rule(writer=consumes(writers))
     def die(self, writer: ArtifactWriter) -> None:
-        """As a kill looks to everybody else: nothing is cleaned up."""
+        """What the others see when a writer is killed: its lease names a dead process, and nothing is cleaned up."""
         assert writer._lease is not None
         writer._lease.release()
         lease = Holder("token", Owner(machine(), "here", 2**22 + 1, "1"), 0.0, 0.0)  # no such process
@@ -124,7 +124,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def collect(self) -> None:
-        """gc takes the leftovers of the dead and broken manifests, and nothing else."""
+        """gc removes what dead writers left and broken manifests, and nothing else."""
         self.store.gc(older_than=timedelta(0))
         for fingerprint in FINGERPRINTS:
             if self.live[fingerprint]:
