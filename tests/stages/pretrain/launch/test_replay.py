@@ -99,7 +99,7 @@ def test_inputs_that_are_gone_are_named(run_stage: RunStage) -> None:
         run_stage("f" * 24, {"steps": 2, "watch": {"min_rank": 1000.0, "grace": 0, "patience": 1}, **ALONE})
     kept = replay.read(file_in(str(stopped.value)))
     kept["inputs"] = {"images": (kept["inputs"]["images"][0], "images", "9" * 24)}
-    with pytest.raises(ArtifactMissing, match=r"images/9{24}, an input of that run, is no longer in"):
+    with pytest.raises(ArtifactMissing, match=r"images/9{24} is not in .*run the stage that makes it"):
         replay.replay(kept)
     assert isinstance(kept["method"], dict)
     assert all(isinstance(value, torch.Tensor) for value in kept["method"].values())
