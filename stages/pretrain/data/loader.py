@@ -119,7 +119,7 @@ class TrainData:
             sampler=tasks,
             num_workers=self.workers,
             prefetch_factor=4,
-            multiprocessing_context=_worker_context(),
+            multiprocessing_context=worker_context(),
             worker_init_fn=_start_worker,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # its own: the run's random state must not hang on the number of workers
@@ -162,7 +162,7 @@ class _Tasks:
         return len(self.steps) * len(self.rows)
 
 
-def _worker_context() -> Any:
+def worker_context() -> Any:
     """Never fork: the trainer has threads (Ray, torch, NCCL). A fork server imports torch once for all workers."""
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
