@@ -125,7 +125,7 @@ class TrainData:
             sampler=specs,
             num_workers=self.workers,
             prefetch_factor=4,
-            multiprocessing_context=_worker_context(),
+            multiprocessing_context=worker_context(),
             worker_init_fn=_start_worker,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or it would advance torch's global generator, which training draws from
@@ -176,7 +176,7 @@ class _ChunkSpecs:
         return len(self.steps) * len(self.rows)
 
 
-def _worker_context() -> Any:
+def worker_context() -> Any:
     """Never fork: a rank has threads (Ray, torch, NCCL). A fork server imports torch once for all loader processes."""
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")

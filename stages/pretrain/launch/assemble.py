@@ -1,9 +1,11 @@
-"""Puts one rank's training run together from a config and its input artifacts. No Ray: the Ray Train worker, the
-driver's own process and the benchmarks all call this."""
+"""Puts one rank's training together from a config and its input artifacts.
+
+No Ray: the Ray Train worker, the driver's own process and the benchmarks all call this.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,7 @@ from stages.models.sync_batch_norm import convert
 from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.data.loader import ImageSource, TrainData
 from stages.pretrain.methods.method import Method
+from stages.pretrain.views.plan import ViewPlan
 from stages.training.loop import Training
 
 OWN = "method."  # how the paths of a method's own inputs begin
@@ -41,9 +44,16 @@ def assemble(
     """The method, its data and its schedule lengths, for `rank` of `world_size`.
 
     Args:
+        config: of the stage.
         inputs: finished artifacts by dotted input path ("images", "init", "method.neighbors", ...).
+        rank: which part of every batch this is, from 0.
+        world_size: how many ranks share a batch.
+        device: where the batches end up.
+        loader_workers: processes that read and render images; 0 does it in this one.
 
-    Raises: SourceError when the chosen split has no image, ValueError when the ranks do not divide the batch.
+    Raises:
+        SourceError: when the chosen split has no image.
+        ValueError: when the ranks do not divide the batch.
     """
     device = torch.device(device)
     share = config.batch_size // config.accumulate
@@ -65,10 +75,35 @@ def assemble(
     if world_size > 1:
         convert(method)  # batch norms see the global batch
     method.use_sources([source.role for source in sources])
-    data = TrainData(
+    data = train_data(
+        config,
         sources,
         method.view_plan(),
-        global_batch=share,
+        encoder,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        loader_workers=loader_workers,
+    )
+    return Pretraining(method, data, config, config.method.term_weights(), total_steps, steps_per_epoch, device)
+
+
+def train_data(
+    config: PretrainConfig,
+    sources: Sequence[ImageSource],
+    plan: ViewPlan,
+    encoder: Encoder,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    loader_workers: int = 0,
+) -> TrainData:
+    """The batches of `rank` of `world_size`; as it stands, whole batches rendered in this process on the CPU."""
+    return TrainData(
+        sources,
+        plan,
+        global_batch=config.batch_size // config.accumulate,
         seed=config.seed,
         rank=rank,
         world_size=world_size,
@@ -78,7 +113,6 @@ def assemble(
         mean=encoder.mean,
         std=encoder.std,
     )
-    return Pretraining(method, data, config, config.method.term_weights(), total_steps, steps_per_epoch, device)
 
 
 def image_sources(config: PretrainConfig, inputs: Mapping[str, Artifact]) -> list[ImageSource]:
@@ -119,12 +153,3 @@ def _split_ids(artifact: Artifact, split: str | None, path: str) -> list[int]:
     if not ids:
         raise SourceError(f"{path}: no image of split {wanted!r}; there are {', '.join(sorted(set(splits)))}")
     return ids
-
-
-def loader_workers(config: PretrainConfig, cpus: int) -> int:
-    """Loader processes a worker: on a CPU one is enough to hide the decoding, on a GPU all cores feed it."""
-    if config.loader_workers is not None:
-        return config.loader_workers
-    if torch.cuda.is_available():
-        return min(8, max(1, cpus - 1))
-    return 1 if cpus > 1 else 0

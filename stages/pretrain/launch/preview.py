@@ -42,6 +42,7 @@ def preview_png(
 
 
 def curves_png(config: PretrainConfig, rows: Sequence[Mapping[str, float]]) -> bytes:
+    """One picture of all terms and watched figures by step."""
     names = dict.fromkeys(name for row in rows for name in row)
     given = ("step", "epoch", "lr", "weight_decay", "images_per_s")  # by the config or the machine, not by training
     shown = [name for name in names if name not in given and not name.startswith("weight/")]

@@ -21,6 +21,7 @@ class CurveLog:
         self.seen: set[float] = set()
 
     def add(self, row: dict[str, float]) -> None:
+        """One row; "step" is among its keys."""
         if row["step"] in self.seen:
             return
         self.seen.add(row["step"])
@@ -38,18 +39,23 @@ class Relay:
         self.fatal: str | None = None
 
     def start(self, total: int) -> None:
+        """Training begins: how many steps it has."""
         self.total = total
 
     def push(self, row: dict[str, float]) -> None:
+        """A row of the curves, from rank 0."""
         self.rows.append(row)
 
     def stop(self, why: str) -> None:
+        """Training cannot go on, and must not be tried again."""
         self.fatal = why
 
     def stopped(self) -> bool:
+        """Whether a rank has said so."""
         return self.fatal is not None
 
     def drain(self) -> tuple[list[dict[str, float]], int, str | None]:
+        """The rows since the last call, the number of steps, and why training had to stop."""
         rows, self.rows = self.rows, []
         return rows, self.total, self.fatal
 

@@ -141,6 +141,7 @@ def read(address: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="path or address of a replay file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -80,5 +81,9 @@ def test_more_cpus_than_the_cluster_has_are_refused(run_stage: RunStage, ray_loc
 
 def train_workers() -> list[psutil.Process]:
     """Ray Train's worker processes that belong to this test process's own Ray."""
-    family = psutil.Process().children(recursive=True)
-    return [child for child in family if "TrainWorker" in " ".join(child.cmdline()[:1])]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if "TrainWorker" in " ".join(child.cmdline()[:1]):
+                found.append(child)
+    return found

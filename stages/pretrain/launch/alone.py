@@ -1,0 +1,32 @@
+"""Training in the driver's own process, without Ray: `resources: {workers: 0}`."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.stage import Context, Outcome
+from stages.pretrain.config.pretrain import PretrainConfig
+from stages.pretrain.launch.artifact import write_artifact
+from stages.pretrain.launch.assemble import assemble
+from stages.pretrain.launch.loading import loader_workers
+from stages.pretrain.launch.relay import CurveLog
+from stages.pretrain.launch.replay import leaver
+from stages.training.checkpoint import CheckpointFolder
+from stages.training.loop import train
+
+
+def train_alone(config: PretrainConfig, context: Context, curves: CurveLog) -> Outcome:
+    """Train here, from the last checkpoint where there is one, and write the artifact's files."""
+    checkpoints = CheckpointFolder(context.output.progress_folder / "checkpoints", context.fingerprint, say=context.say)
+    training = assemble(
+        config,
+        context.inputs,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        loader_workers=loader_workers(config, torch.get_num_threads()),
+    )
+    curves.total = training.total_steps
+    leave_replay = leaver(config, context.inputs, training, context.output)
+    state = train(training, checkpoints, curves.add, leave_replay)
+    for row in state.curves:  # what an earlier, interrupted process had logged belongs to this run's record too
+        curves.add(row)
+    return write_artifact(config, context.inputs, context.output, training, state)
