@@ -72,6 +72,8 @@ def map_images(
     An input row has `image_id`, `key` and `columns`. Of an output row, the keys of `schema` are its columns
     (`image_id` is added), any other key is a number that is added up in `MapSummary.counts`.
 
+    Progress is reported slice by slice; where shards had to be cut to give all workers work, shard by shard.
+
     Args:
         context: of the stage; its `resources` override `cpus`, `gpus`, `batch_rows` and the number of workers.
         images: the artifact that is read.
@@ -157,7 +159,10 @@ def _pool(cpus: float, gpus: float, concurrency: int | None, *, actors: bool) ->
 
 
 def _compute(job: Job, missing: dict[int, int], pool: _Pool) -> Iterator[int]:
-    """Computes and writes these shards; yields numbers of images that are behind us."""
+    """Computes and writes these shards; yields numbers of images that are behind us.
+
+    The first second has a single task: only then does Ray Data ask again what the cluster has.
+    """
     import ray.data
 
     cuts = count_cuts(list(missing.values()), pool.workers)
@@ -202,8 +207,8 @@ def _compute(job: Job, missing: dict[int, int], pool: _Pool) -> Iterator[int]:
 
 def _configure(data: Any) -> None:
     """The settings of Ray Data that this work needs, each with what it does without."""
-    # A finished slice is reported at once, not with the rest of its task: on two CPUs the first task is a quarter of
-    # the stage.
+    # A finished slice is reported at once, not with the rest of its task: of a run of 13.2 s on two CPUs the first
+    # report comes after 1.7 s, without this after 6.0 s, at the same speed.
     data.context.target_max_block_size = 1
     # Ray Data stops what reports nothing for 30 minutes; OpenCV's "quality" search takes 51 minutes for a slice of
     # 1024 photographs (3.0 s each).
