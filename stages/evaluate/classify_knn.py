@@ -89,11 +89,12 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
 
     def _labelled(self, stage: str, images: Artifact) -> tuple[dict[int, int], dict[int, int]]:
         """{image_id: label_id} of the train and of the test split. Raises SourceError for a split without labels."""
-        from stages.evaluate.features import rows, split_error
+        from stages.data.rows import iter_rows
+        from stages.evaluate.features import split_error
 
         splits = {"train": self.config.train_split, "test": self.config.test_split}
         labels: dict[str, dict[int, int]] = {role: {} for role in splits}
-        for row in rows(images, ["split", "label_id"]):
+        for row in iter_rows(images, ["split", "label_id"]):
             for role, split in splits.items():
                 if row["split"] == split and row["label_id"] is not None:
                     labels[role][row["image_id"]] = row["label_id"]
@@ -151,12 +152,14 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
 
         from stages.data.images import decode
         from stages.data.pictures import neighbor_strip
-        from stages.evaluate.features import rows
+        from stages.data.rows import iter_rows
 
         shown = np.unique(np.linspace(0, len(test.ids) - 1, _SHOWN_IMAGES).astype(int)).tolist()
         voters = votes.neighbors[shown, :_SHOWN_NEIGHBORS].tolist()
         wanted = {test.ids[i] for i in shown} | {train.ids[row] for near in voters for row in near}
-        pixels = {row["image_id"]: decode(row["image"]) for row in rows(context.inputs["images"], ["image"], wanted)}
+        pixels = {
+            row["image_id"]: decode(row["image"]) for row in iter_rows(context.inputs["images"], ["image"], ids=wanted)
+        }
         sheet = neighbor_strip(
             [pixels[test.ids[i]] for i in shown],
             [[pixels[train.ids[row]] for row in near] for near in voters],

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stages.data.ahead import in_batches
 from stages.data.images import decode
 from stages.evaluate.classify_knn_settings import ClassifyKnnConfig
-from stages.evaluate.features import in_batches, prepared
+from stages.evaluate.features import prepared
 from stages.evaluate.weighted_knn import accuracy, nearest, ranks, votes
 from stages.models.encoder import Encoder
 from stages.models.inference import RGB, Inference, centre_square

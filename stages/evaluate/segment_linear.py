@@ -80,11 +80,12 @@ class SegmentLinear(Stage[SegmentLinearConfig]):
 
     def _masked(self, stage: str, images: Artifact) -> tuple[list[int], list[int]]:
         """Ids of the train and of the test images that have a mask. Raises SourceError for a split without masks."""
-        from stages.evaluate.features import rows, split_error
+        from stages.data.rows import iter_rows
+        from stages.evaluate.features import split_error
 
         splits = {"train": self.config.train_split, "test": self.config.test_split}
         with_mask: dict[str, list[int]] = {split: [] for split in splits.values()}
-        for row in rows(images, ["split", "mask"]):
+        for row in iter_rows(images, ["split", "mask"]):
             if row["split"] in with_mask and row["mask"] is not None:
                 with_mask[row["split"]].append(row["image_id"])
         for role, split in splits.items():

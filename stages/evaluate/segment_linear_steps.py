@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
 from pipeline.stage import Context
+from stages.data.ahead import in_batches
 from stages.data.images import decode
 from stages.evaluate.confusion import Matrix, confusion, scores
-from stages.evaluate.features import in_batches, prepared
+from stages.evaluate.features import prepared
 from stages.evaluate.linear_probe import LinearProbe, fit, held_out
 from stages.evaluate.mask_classes import MaskClasses, MaskLabels
 from stages.evaluate.segment_linear_settings import SegmentLinearConfig
