@@ -7,9 +7,9 @@ the top of either.
 
 from __future__ import annotations
 
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, ClassVar
 
+from pipeline.config import registry
 from pipeline.errors import SourceError
 from pipeline.stage import Context, Outcome, Stage, StageConfig
 from stages.ingest.settings import IngestConfig
@@ -77,5 +77,5 @@ class Ingest(Stage[IngestConfig]):
 
 def make_layout(config: IngestConfig) -> Layout:
     """The format that the config names."""
-    made: Layout = resolve_name(_FORMATS[config.layout])(config)
+    made: Layout = registry.imported(_FORMATS[config.layout])(config)
     return made
