@@ -25,9 +25,9 @@ $(STAMP): requirements.lock pyproject.toml
 quickstart: setup
 	$(BIN)/tessera run configs/quickstart.yaml
 
-# Two processes; those on Ray share one of them (tests/conftest.py).
+# In two processes, one of which gets the tests on Ray (tests/conftest.py).
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(SLOW_TESTS:%=--ignore=%)
+	$(BIN)/python -m pytest -n 2 $(SLOW_TESTS:%=--ignore=%)
 
 test-slow: setup
 	$(BIN)/python -m pytest $(SLOW_TESTS)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 # Test processes share the cores, and tensors this small gain nothing from threads. Read when numpy and torch load.
@@ -15,6 +17,8 @@ import pytest
 from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 # A busy machine makes an example slow, not wrong.
 settings.register_profile("tessera", deadline=None)
@@ -23,12 +27,29 @@ settings.load_profile("tessera")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests on Ray go to one of the test processes: a second Ray would take the CPUs and 2 GiB from the first."""
-    for item in items:
-        if "ray_local" in getattr(item, "fixturenames", ()) or item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+class RayTogether(LoadScopeScheduling):
+    """Hands the tests to the processes one by one, but those of the files on Ray all to one process, and first.
+
+    A second Ray beside the first would take its CPUs and 2 GiB more.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "ray" if is_on_ray(nodeid) else nodeid
+
+
+def is_on_ray(nodeid: str) -> bool:
+    """Whether a test's file asks for the fixture `ray_local` or has the mark `ray`: xdist knows tests by name only."""
+    return _mentions_ray(nodeid.split("::")[0])
+
+
+@cache
+def _mentions_ray(file: str) -> bool:
+    return re.search(r"\bray_local\b|\bmark\.ray\b", (ROOT / file).read_text()) is not None
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> RayTogether:
+    """xdist asks for the order of tests here."""
+    return RayTogether(config, log)
 
 
 @pytest.fixture(scope="session")

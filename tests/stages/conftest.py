@@ -4,34 +4,44 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from pipeline.run import cluster
 from pipeline.stage import Context, Resources
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from pipeline.store.writer import ArtifactWriter
 from stages.data.tables import SCHEMAS
+from tests.conftest import is_on_ray
+
+RUNNING = pytest.StashKey[cluster.Cluster]()
 
 
-@pytest.fixture(scope="session")
-def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A Ray with 2 CPUs, started once and ended by its own driver."""
-    from pipeline.run import cluster
+@pytest.fixture
+def ray_local(request: pytest.FixtureRequest, _own_cache: None) -> None:
+    """A Ray with 2 CPUs, started for the first test that asks for it and shared with those that follow."""
+    config = request.config
+    if RUNNING not in config.stash:
+        config.stash[RUNNING] = cluster.start("local")
+        config.add_cleanup(lambda: _stop_ray(config))  # of a session that is interrupted
 
-    before = os.environ.get("TESSERA_CACHE")
-    os.environ["TESSERA_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")  # Ray's workers inherit it
-    started = cluster.start("local")
-    yield
-    cluster.stop(started)
-    if before is None:
-        del os.environ["TESSERA_CACHE"]
-    else:
-        os.environ["TESSERA_CACHE"] = before
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End the Ray where the next test's file has no use for it: it would hold memory, and its processes wake often."""
+    if nextitem is None or not is_on_ray(nextitem.nodeid):
+        _stop_ray(item.config)
+
+
+def _stop_ray(config: pytest.Config) -> None:
+    if RUNNING in config.stash:
+        started = config.stash[RUNNING]
+        del config.stash[RUNNING]
+        cluster.stop(started)
 
 
 @pytest.fixture

@@ -51,6 +51,7 @@ def short(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_run_on_a_local_ray_leaves_nothing_behind(workshop: Workshop, short: Path) -> None:
     workshop.write(ON_RAY)
@@ -67,6 +68,7 @@ def test_a_run_on_a_local_ray_leaves_nothing_behind(workshop: Workshop, short: P
     assert [path for path in short.rglob("session_*") if not path.is_symlink()] == []
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_killed_driver_takes_its_ray_along(workshop: Workshop, short: Path) -> None:
     workshop.write(ON_RAY)
@@ -90,6 +92,7 @@ def test_a_killed_driver_takes_its_ray_along(workshop: Workshop, short: Path) ->
     assert "Traceback" not in shown.stderr
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_that_ray_gets_as_well_is_clean(

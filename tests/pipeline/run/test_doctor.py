@@ -40,6 +40,7 @@ def test_every_failure_and_warning_has_a_remedy(workshop: Workshop, monkeypatch:
     assert not any(check.remedy for check in checks if check.state == OK)
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_healthy_machine_passes(workshop: Workshop) -> None:
     workshop.write(tracking="sqlite:///mlflow.db")
