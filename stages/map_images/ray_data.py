@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from pipeline.stage import Context
     from pipeline.store.artifact import Artifact
     from pipeline.store.writer import ArtifactWriter
+
+# That pay for one more actor: it imports torch and builds a model, 8 s of a CPU, and takes about 30 ms an image.
+_IMAGES_AN_ACTOR = 256
 
 
 @dataclass
@@ -165,7 +168,12 @@ def _compute(job: Job, missing: dict[int, int], pool: _Pool) -> Iterator[int]:
     """
     import ray.data
 
-    cuts = count_cuts(list(missing.values()), pool.workers)
+    rows = list(missing.values())
+    if pool.actors:
+        pool = replace(pool, workers=min(pool.workers, -(-sum(rows) // _IMAGES_AN_ACTOR) or 1))
+    # An actor computes a shard whole where there is one for each: the process that would put slices together has a
+    # start of its own.
+    cuts = 1 if pool.actors and len(rows) >= pool.workers else count_cuts(rows, pool.workers)
     slices = cut(missing, cuts)
     # Only whole shards in Ray's tasks gain from packing: actors get their next slice before they end one, and of a
     # shard in slices each is a task, so that several workers compute it.
