@@ -171,9 +171,8 @@ def _compute(job: Job, missing: dict[int, int], pool: _Pool) -> Iterator[int]:
     rows = list(missing.values())
     if pool.actors:
         pool = replace(pool, workers=min(pool.workers, -(-sum(rows) // _IMAGES_AN_ACTOR) or 1))
-    # An actor computes a shard whole where there is one for each: the process that would put slices together has a
-    # start of its own.
-    cuts = 1 if pool.actors and len(rows) >= pool.workers else count_cuts(rows, pool.workers)
+    # Actors have enough with a slice each: the process that puts slices together has a start of its own.
+    cuts = count_cuts(rows, pool.workers, each=1) if pool.actors else count_cuts(rows, pool.workers)
     slices = cut(missing, cuts)
     # Only whole shards in Ray's tasks gain from packing: actors get their next slice before they end one, and of a
     # shard in slices each is a task, so that several workers compute it.

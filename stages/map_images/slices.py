@@ -23,15 +23,16 @@ class Slice:
     stop: int
 
 
-def count_cuts(rows: Sequence[int], workers: int) -> int:
+def count_cuts(rows: Sequence[int], workers: int, *, each: int = _SLICES) -> int:
     """Slices that each shard is cut into: 1 where there are enough shards for all workers.
 
     Args:
         rows: images of every shard that is to be computed.
         workers: that compute at the same time.
+        each: slices a worker at least, where there are fewer shards.
     """
     largest = max(rows, default=0)
-    wanted = min(-(-_SLICES * workers // max(len(rows), 1)), -(-largest // _SMALLEST))
+    wanted = min(-(-each * workers // max(len(rows), 1)), -(-largest // _SMALLEST))
     return max(wanted, -(-largest // _LARGEST), 1)
 
 
