@@ -140,6 +140,9 @@ class Feed:
     kind: str
     fingerprint: str
     inputs: Mapping[str, Feed]  # dotted field path -> what feeds that stage
+    config: StageConfig  # that stage's settings
+    counts: Mapping[str, int] | None = None  # of its artifact's manifest; None as long as it is not made
+    notes: Mapping[str, Any] | None = None  # likewise
 
 
 @dataclass
@@ -173,7 +176,10 @@ class Stage(ABC, Generic[C]):
         self.config = config
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
-        """Inputs that do not belong together, found before anything runs. Most stages have nothing to check.
+        """What is wrong with this stage beside these inputs. Most stages have nothing to check.
+
+        Asked of every stage that must run: when the plan is made, and again whenever an artifact of the run is
+        finished, since its counts and notes are known from then on. Must be fast, and read no artifact.
 
         Args:
             feeds: dotted field path -> what feeds this stage there.

@@ -12,7 +12,7 @@ and no artifact that was not touched, and imports neither Ray nor torch nor MLfl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -65,6 +65,7 @@ class Plan:
 
     pipeline: str
     stages: list[PlannedStage]
+    needed: dict[str, PlannedStage] = field(default_factory=dict, repr=False)  # these and all upstream, by name
 
     @property
     def to_run(self) -> list[PlannedStage]:
@@ -110,9 +111,10 @@ def make_plan(
         if name in needed:
             stage = pipeline.stages[name]
             planned[name] = _planned(pipeline, store, stage, digests.get(name, {}), planned, name in force)
-    _check_inputs(pipeline, planned)
     wanted = _wanted(planned, chosen, strict=bool(only) and not from_)
-    return Plan(pipeline.name, [stage for name, stage in planned.items() if name in wanted])
+    if problems := check_inputs(pipeline, planned, {name for name in wanted if planned[name].state == "run"}):
+        raise ConfigError(problems)
+    return Plan(pipeline.name, [stage for name, stage in planned.items() if name in wanted], planned)
 
 
 def _planned(
@@ -180,21 +182,26 @@ def _source_digests(
     return found
 
 
-def _check_inputs(pipeline: Pipeline, planned: dict[str, PlannedStage]) -> None:
-    """Ask every stage whether its inputs belong together.
+def check_inputs(pipeline: Pipeline, planned: Mapping[str, PlannedStage], names: Collection[str]) -> list[Problem]:
+    """Ask stages whether anything is wrong with them beside their inputs.
 
-    Raises:
-        ConfigError: they do not.
+    Args:
+        pipeline: as loaded.
+        planned: stage name -> its plan, in execution order, with the artifacts that exist by now.
+        names: the stages to ask.
     """
     feeds: dict[str, Feed] = {}
     problems: list[Problem] = []
     for name, stage in planned.items():
+        entry = pipeline.stages[name].stage
         above = {path: feeds[feeder] for path, feeder in stage.inputs.items()}
-        feeds[name] = Feed(name, stage.kind, stage.fingerprint, above)
-        for path, what, remedy in pipeline.stages[name].stage.mismatches(above):
-            problems.append(pipeline.problem(f"stages.{name}.{path}", what, remedy))
-    if problems:
-        raise ConfigError(problems)
+        made = stage.artifact.manifest if stage.artifact is not None else None
+        counts, notes = (made.counts, made.notes) if made is not None else (None, None)
+        feeds[name] = Feed(name, stage.kind, stage.fingerprint, above, entry.config, counts, notes)
+        if name in names:
+            for path, what, remedy in entry.mismatches(above):
+                problems.append(pipeline.problem(f"stages.{name}.{path}", what, remedy))
+    return problems
 
 
 # -- which stages ----------------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import ArtifactDamaged, ArtifactMissing, StageFailed, TesseraError
+from pipeline.errors import ArtifactDamaged, ArtifactMissing, ConfigError, StageFailed, TesseraError
 from pipeline.plan import fingerprint, history
+from pipeline.plan.plan import check_inputs
 from pipeline.run.provenance import git_commit, package_versions
 from pipeline.run.tracking import FAILED, FINISHED, KILLED, StageTracker, Tracker, masked
 from pipeline.stage import Context, Outcome
@@ -120,6 +121,7 @@ def run(
         for result in working.result.stages:
             if result.state == "run":
                 working.execute(result)
+                working.check_below(result, plan)
             history.remember(store, pipeline.name, result.planned.name, result.planned.known_as)
         status = FINISHED
     except BaseException as error:
@@ -140,6 +142,21 @@ class _Run:
         self.began = _now()
         self.tracker = Tracker(pipeline.tracking, pipeline.name, display.warn)
         self.cluster: Cluster | None = None
+
+    def check_below(self, done: StageResult, plan: Plan) -> None:
+        """Stop where what a finished artifact holds shows that a stage which reads it cannot work.
+
+        Without this, images without masks would be found out by an evaluation, after hours of training.
+        """
+        done.planned.artifact = done.artifact
+        readers = {stage.planned.name for stage in self.result.stages if stage.state == "run"}
+        readers = {name for name in readers if done.planned.name in plan.needed[name].inputs.values()}
+        if problems := check_inputs(self.pipeline, plan.needed, readers):
+            error = ConfigError(problems)
+            name = problems[0].path.split(".")[1]
+            failed = next(stage for stage in self.result.stages if stage.planned.name == name)
+            failed.state, failed.error = "failed", str(error)
+            raise RunFailed(name, error, self.result)
 
     def execute(self, result: StageResult) -> None:
         """Compute one stage, unless another run has done so meanwhile: its lease makes a second run wait."""
