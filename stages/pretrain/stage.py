@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from pipeline.stage import Context, Feed, Outcome, Stage
+from pipeline.stage import Context, Feed, Outcome, Stage, StageConfig
+from stages.pretrain.config.method import Start
 from stages.pretrain.config.pretrain import PretrainConfig
 
 
@@ -26,7 +27,7 @@ class Pretrain(Stage[PretrainConfig]):
         return self.config.resources.workers != 0
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
-        """Tables (boxes, superpixels, neighbours, embeddings) that describe none of the image sets trained on."""
+        """Tables that describe none of the images trained on, and an encoder that the method cannot train."""
         sources = {path for path, _ in self.config.image_sources()}
         trained_on = {feeds[path].fingerprint: feeds[path].stage for path in feeds if path in sources}
         for path, feed in feeds.items():
@@ -38,6 +39,11 @@ class Pretrain(Stage[PretrainConfig]):
                     f"those of {', '.join(trained_on.values())}",
                     f"name a {feed.kind} stage that is made from the same images",
                 )
+
+        start = _start(self.config, feeds)
+        if start is not None:
+            for path, what, remedy in self.config.method.misfits(start):
+                yield f"method.{path}", what, remedy
 
     def run(self, context: Context) -> Outcome:
         """Train, or continue a training that was interrupted, and write the encoder with its curves and pictures."""
@@ -58,3 +64,16 @@ def _image_sets(feed: Feed) -> dict[str, str]:
         if above.kind != "encoder":
             found |= _image_sets(above)
     return found
+
+
+def _start(config: StageConfig, feeds: Mapping[str, Feed]) -> Start | None:
+    """The encoder that a training starts from, through all trainings before it; None where another stage made it."""
+    if not isinstance(config, PretrainConfig):
+        return None
+    if config.backbone is not None:
+        return Start(config.backbone, filtered=False)
+    before = _start(feeds["init"].config, feeds["init"].inputs)
+    if before is None:
+        return None
+    method = getattr(feeds["init"].config, "method", None)
+    return Start(before.backbone, before.filtered or getattr(method, "filter", None) is not None)

@@ -5,7 +5,8 @@ Free of torch: making a plan reads settings only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
@@ -13,9 +14,19 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.config import registry
 from pipeline.errors import UsageError
 from pipeline.stage import Settings
+from stages.models.settings import Backbone, near_multiples
+from stages.pretrain.config.parts import Crops
 from stages.training.settings import weight_of
 
 METHODS = "tessera.methods"  # entry-point group
+
+
+@dataclass(frozen=True)
+class Start:
+    """The encoder that a training starts from, as far as the pipeline file tells."""
+
+    backbone: Backbone
+    filtered: bool  # whether an earlier training gave it an object-aware filter
 
 
 class MethodSettings(Settings):
@@ -69,6 +80,32 @@ class MethodSettings(Settings):
         It is 2 for methods whose terms compare images or normalise over them.
         """
         return 1
+
+    def view_sizes(self) -> Iterator[tuple[str, int]]:
+        """The side in pixels of every square view that the encoder sees, with the dotted path of its setting.
+
+        As it stands: `size`, and the size of every field of `Crops` that has any crop.
+        """
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if name == "size" and isinstance(value, int):
+                yield name, value
+            elif isinstance(value, Crops) and value.count:
+                yield f"{name}.size", value.size
+
+    def misfits(self, start: Start) -> Iterator[tuple[str, str, str]]:
+        """What this method cannot do with an encoder. Asked when the plan is made; `build` checks the encoder itself.
+
+        Yields:
+            (dotted path in the method's settings, what is wrong, what to do).
+        """
+        patch = start.backbone.patch
+        for path, size in self.view_sizes():
+            if patch is not None and size % patch:
+                what = (
+                    f"a view of {size} pixels does not split into the patches of {start.backbone.name}, {patch} pixels"
+                )
+                yield path, what, f"set it to {near_multiples(size, patch)}"
 
     def build(self, encoder: Any, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Any:
         """Imports the method's class and builds the method (stages/pretrain/methods/method.py) around a student.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
-from stages.pretrain.config.method import MethodSettings
+from stages.pretrain.config.method import MethodSettings, Start
 from stages.pretrain.config.parts import Crops, DenseSettings, HeadSettings, TeacherSettings, pairing_group
 
 
@@ -110,3 +111,10 @@ class CoTAPSettings(MethodSettings):
     def uses(self, term: str) -> bool:
         """Whether a term has a weight and, for `proto`, there is a filter. Other terms are not computed."""
         return super().uses(term) and (term != "proto" or self.filter is not None)
+
+    def misfits(self, start: Start) -> Iterator[tuple[str, str, str]]:
+        """A filter before a ViT's last block needs a ViT."""
+        yield from super().misfits(start)
+        if self.filter is not None and self.filter.placement == "pre_last" and start.backbone.is_vit is False:
+            what = f"pre_last needs a ViT's last block, and {start.backbone.name} has none"
+            yield "filter.placement", what, "set it to post, or name a ViT"

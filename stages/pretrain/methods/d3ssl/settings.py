@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -136,3 +137,8 @@ class D3SSLSettings(MethodSettings):
                 "method.weights.deposition to 0"
             )
         return pairing_group(global_batch)
+
+    def view_sizes(self) -> Iterator[tuple[str, int]]:
+        """Both sizes."""
+        yield from super().view_sizes()
+        yield "small_size", self.small_size

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from pipeline.stage import Input
 from stages.models.settings import Backbone
-from stages.pretrain.config.method import MethodSettings, method_settings
+from stages.pretrain.config.method import MethodSettings, Start, method_settings
 
 
 class DSASettings(MethodSettings):
@@ -71,3 +71,8 @@ class DSASettings(MethodSettings):
     def term_weights(self) -> dict[str, float]:
         """The host's terms with the host's weights, then DSA's own two."""
         return {**self.host.term_weights(), **super().term_weights()}
+
+    def misfits(self, start: Start) -> Iterator[tuple[str, str, str]]:
+        """What its host cannot do with the encoder."""
+        for path, what, remedy in self.host.as_host().misfits(start):
+            yield f"host.{path}", what, remedy
