@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import SourceError
 from pipeline.stage import open_source
+from stages.models.settings import as_path
 
 # Keys under which training scripts keep the network, in the order of preference: papers evaluate the teacher.
 _WRAPPERS = ("teacher", "state_dict", "model", "student", "encoder")
@@ -95,7 +95,8 @@ def _read(address: str) -> bytes:
         folder, _, name = address.rpartition("/")
         data = open_source(folder).get(name)
     else:
-        data = Path(address).read_bytes() if Path(address).is_file() else None
+        path = as_path(address)
+        data = path.read_bytes() if path.is_file() else None
     if data is None:
         raise SourceError(f"checkpoint {address}: there is no such file; correct backbone.checkpoint")
     return data

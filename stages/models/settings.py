@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,7 +109,12 @@ class Backbone(Settings):
         """The same with an absolute checkpoint path, for workers, whose working folder is not the driver's."""
         if self.checkpoint is None or "://" in self.checkpoint:
             return self
-        return self.model_copy(update={"checkpoint": str(Path(self.checkpoint).absolute())})
+        return self.model_copy(update={"checkpoint": str(as_path(self.checkpoint).absolute())})
+
+
+def as_path(written: str) -> Path:
+    """A path as a user writes it, with `~` and variables of the environment replaced."""
+    return Path(os.path.expandvars(written)).expanduser()
 
 
 def near_multiples(pixels: int, patch: int) -> str:

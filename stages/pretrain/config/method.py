@@ -5,6 +5,7 @@ Free of torch: making a plan reads settings only.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -145,7 +146,9 @@ def method_settings(value: Any) -> Any:
     if not isinstance(value, dict) or "name" not in value:
         raise ValueError(f"a method is a mapping with a name, one of {', '.join(known)}")
     if value["name"] not in known:
-        raise ValueError(f"no method is called {value['name']!r}; there are {', '.join(known)}")
+        close = difflib.get_close_matches(str(value["name"]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+        raise ValueError(f"no method is called {value['name']!r}; {hint}")
     try:
         settings_class: type[MethodSettings] = registry.load(METHODS, value["name"])
     except UsageError as error:
