@@ -8,8 +8,9 @@ import pytest
 
 from tests.mistakes.base import Mistake
 from tests.mistakes.in_configs import IN_CONFIGS
+from tests.mistakes.in_stores import IN_STORES
 
-MISTAKES = [*IN_CONFIGS]
+MISTAKES = [*IN_CONFIGS, *IN_STORES]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=str)

@@ -155,13 +155,21 @@ def parse(text: str, file: str, complaints: Complaints, *, line: bool = True) ->
         root = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        rule = f"not valid YAML: {error.problem or error.context}"
-        complaints.add("", rule, place=Place(file, mark.line + 1 if mark and line else None))
+        column = f", at column {mark.column + 1}" if mark and line else ""
+        rule, remedy = f"not valid YAML: {error.problem or error.context}{column}", ""
+        if mark and _at(text, mark) == "\t":
+            rule, remedy = f"not valid YAML: a tab{column}", "indent with spaces"
+        complaints.add("", rule, remedy, Place(file, mark.line + 1 if mark and line else None))
         return empty
     except yaml.YAMLError as error:
         complaints.add("", f"not valid YAML: {' '.join(str(error).split())}", place=Place(file))
         return empty
     return _Reader(file, complaints, line).read(root, ()) if root is not None else empty
+
+
+def _at(text: str, mark: yaml.Mark) -> str:
+    """The character at a mark; "" at the end."""
+    return "".join(text.split("\n")[mark.line : mark.line + 1])[mark.column : mark.column + 1]
 
 
 class _Reader:
