@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PIPE_WIDTH = 240
 PROBLEMS_SHOWN = 20
 STATE_STYLES = {"cached": "green", "done": "green", "run": "yellow", "failed": "red", "ok": "green", "warn": "yellow"}
-STATE_STYLES |= {"fail": "red"}
+STATE_STYLES |= {"fail": "red", "skipped": "red"}
 
 
 def stdout() -> Console:
