@@ -7,14 +7,18 @@ cached takes the time of its plan. What was committed stays committed, however t
 from __future__ import annotations
 
 import datetime
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, ConfigError
 from pipeline.plan import fingerprint, history
 from pipeline.plan.plan import check_inputs
+from pipeline.run import capacity
+from pipeline.run.capacity import Place
 from pipeline.run.failure import RunFailed, StagesFailed, explain_in, stopped_by
 from pipeline.run.provenance import git_commit, package_versions
 from pipeline.run.tracking import FAILED, FINISHED, KILLED, StageTracker, Tracker, masked
@@ -108,6 +112,7 @@ def run(
         keep_going: when a stage fails, still run the stages that do not need it.
 
     Raises:
+        ConfigError: a stage cannot run on this machine or cluster; nothing was started.
         RunFailed: a stage failed.
         StagesFailed: with `keep_going`, one or more stages failed.
         KeyboardInterrupt, SystemExit: the run was interrupted.
@@ -119,6 +124,7 @@ def run(
         working.result.stages.append(StageResult(planned, shows_metrics, planned.state, artifact=planned.artifact))
     status = FAILED
     try:
+        working.check_start(plan)
         for result in working.result.stages:
             if result.state == "run" and not working.skip(result):
                 working.execute(result)
@@ -151,6 +157,34 @@ class _Run:
         self.began = _now()
         self.tracker = Tracker(pipeline.tracking, pipeline.name, display.warn)
         self.cluster: Cluster | None = None
+
+    def check_start(self, plan: Plan) -> None:
+        """Refuse at once what would stop a stage hours later: resources that are not there, weights that do not fit."""
+        stages = {planned.name: self.pipeline.stages[planned.name].stage for planned in plan.to_run}
+        on_ray = [name for name, stage in stages.items() if stage.uses_ray]
+        here = Place("this machine", [capacity.this_machine()])
+        local = (self.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+        checked_here = [name for name in stages if local or name not in on_ray]
+        problems = list(capacity.lacking(self.pipeline, checked_here, here))
+        for name, stage in stages.items() if not problems else ():
+            for path, what, remedy in stage.obstacles(partial(self._remark, name)):
+                problems.append(self.pipeline.problem(f"stages.{name}.{path}", what, remedy))
+        if not problems and any(capacity.demand_of(self.pipeline, name, None) for name in on_ray):
+            problems += capacity.lacking(self.pipeline, on_ray, self._ray().place)
+        if problems:
+            raise ConfigError(problems)
+
+    def _remark(self, stage: str, text: str) -> None:
+        self.display.say(f"{stage}: {text}")
+
+    def _ray(self) -> Cluster:
+        """The cluster of this run, started or joined by the first call."""
+        if self.cluster is None:
+            from pipeline.run import cluster
+
+            self.cluster = cluster.start(self.address)
+            self.display.say(f"on {self.cluster}")
+        return self.cluster
 
     def skip(self, result: StageResult) -> bool:
         """Whether a stage cannot run because one that it needs has failed."""
@@ -237,11 +271,10 @@ class _Run:
     def _compute(self, planned: PlannedStage) -> Artifact:
         entry = self.pipeline.stages[planned.name]
         inputs = self._inputs(planned)
-        if entry.stage.uses_ray and self.cluster is None:
-            from pipeline.run import cluster
-
-            self.cluster = cluster.start(self.address)
-            self.display.say(f"on {self.cluster}")
+        if entry.stage.uses_ray:
+            joined = self._ray()
+            if demand := capacity.demand_of(self.pipeline, planned.name, joined.gpus):
+                joined.wait_for(demand, self.display.say)
         settings = fingerprint.settings(entry.stage.config)
         tracked = self._track(planned, settings, inputs)
         status = FAILED

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def read_weights(address: str) -> dict[str, Tensor]:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can raise almost anything; the user gets one kind of error
         raise SourceError(
-            f"checkpoint {address}: not a readable file of weights ({type(error).__name__}: {_first_line(error)}); "
+            f"checkpoint {address}: not a readable file of weights ({_why_unreadable(error)}); "
             "save its state dict with safetensors or torch.save"
         ) from error
     while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
@@ -87,6 +88,14 @@ def read_weights(address: str) -> dict[str, Tensor]:
     if not found:
         raise SourceError(f"checkpoint {address}: holds no named tensors; save the network's state dict")
     return found
+
+
+def _why_unreadable(error: Exception) -> str:
+    if isinstance(error, UnpicklingError):
+        return "beside tensors it holds Python objects, which may run any code when they are read"
+    if isinstance(error, EOFError) or "zip archive" in str(error) or "deserializing header" in str(error):
+        return "it is cut off or damaged"
+    return f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _read(address: str) -> bytes:

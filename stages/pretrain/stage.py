@@ -5,9 +5,10 @@ Planning imports this file and must stay fast: torch and Ray are imported when t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from pipeline.stage import Context, Feed, Outcome, Stage, StageConfig
+from stages.models import weights
 from stages.pretrain.config.method import Start
 from stages.pretrain.config.pretrain import PretrainConfig
 
@@ -44,6 +45,16 @@ class Pretrain(Stage[PretrainConfig]):
         if start is not None:
             for path, what, remedy in self.config.method.misfits(start):
                 yield f"method.{path}", what, remedy
+
+    def obstacles(self, say: Callable[[str], None]) -> Iterator[tuple[str, str, str]]:
+        """Weights that cannot be had, and a GPU that training in the driver's process would not find."""
+        yield from weights.obstacles(self.config, say)
+        if self.config.resources.workers == 0 and self.config.resources.gpus:
+            import torch
+
+            if not torch.cuda.is_available():
+                what = "torch sees no GPU on this machine, and workers: 0 trains here"
+                yield "resources.gpus", what, "set it to 0 to train on the CPU, or install torch's build for the driver"
 
     def run(self, context: Context) -> Outcome:
         """Train, or continue a training that was interrupted, and write the encoder with its curves and pictures."""
