@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from tests.mistakes.base import Mistake
+from tests.mistakes.in_clusters import IN_CLUSTERS
 from tests.mistakes.in_configs import IN_CONFIGS
 from tests.mistakes.in_stores import IN_STORES
+from tests.mistakes.in_weights import IN_WEIGHTS
 
-MISTAKES = [*IN_CONFIGS, *IN_STORES]
+MISTAKES = [*IN_CONFIGS, *IN_STORES, *IN_CLUSTERS, *IN_WEIGHTS]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=str)

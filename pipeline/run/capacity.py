@@ -1,4 +1,4 @@
-"""What a machine or cluster can give, held against what stages ask for in `resources:`. Imports neither Ray nor torch."""
+"""What a machine or cluster can give, beside what stages ask for in `resources:`. Imports neither Ray nor torch."""
 
 from __future__ import annotations
 

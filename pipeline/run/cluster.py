@@ -14,7 +14,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -25,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ClusterError
+from pipeline.run import head
 from pipeline.run.capacity import Demand, Machine, Place
 
 GIB = 1 << 30
 OBJECT_STORE_LIMIT = 2 * GIB  # shards travel through it a few at a time; the rest of the memory belongs to the stages
 OBJECT_STORE_SHARE = 0.3
 LONGEST_TEMP_DIR = 60  # Ray adds about 45 bytes of session and socket names to it, and the limit is 107
-PROBE_SECONDS = 5.0
 GROWTH_SECONDS = 900.0  # how long a stage waits for an autoscaling cluster
 # Ray gives up when one of its agents needs more than 15 s to start, which cannot be configured. A busy machine may need
 # that long the first time, when the agents' code has to be read from disk.
@@ -124,7 +123,7 @@ def start(address: str | None = None) -> Cluster:
     if address == "local":
         options = _local_options()
     else:
-        options = {"address": _reachable(address)}
+        options = {"address": head.joinable(address)}
     import ray
 
     try:
@@ -270,28 +269,6 @@ def _local_options() -> dict[str, object]:
         "object_store_memory": object_store_bytes(),
         "_temp_dir": str(folder),
     }
-
-
-def _reachable(address: str) -> str:
-    """The address, once something has answered there; Ray itself would wait for minutes."""
-    if address == "auto":
-        return address
-    if "://" in address:
-        raise ClusterError(
-            f"--address {address}: a run joins a cluster by the host:port of its head (Ray's default port is 6379), "
-            "from a machine of that cluster"
-        )
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ClusterError(f"--address {address}: expected host:port, 'auto' or 'local'")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).close()
-    except OSError as error:
-        raise ClusterError(
-            f"no Ray cluster answers at {address}: {error} "
-            "(check --address and RAY_ADDRESS; without them a local Ray starts)"
-        ) from error
-    return address
 
 
 def _explain(address: str, error: Exception) -> str:

@@ -169,7 +169,8 @@ class _Run:
         for name, stage in stages.items() if not problems else ():
             for path, what, remedy in stage.obstacles(partial(self._remark, name)):
                 problems.append(self.pipeline.problem(f"stages.{name}.{path}", what, remedy))
-        if not problems and any(capacity.demand_of(self.pipeline, name, None) for name in on_ray):
+        asked = any(capacity.demand_of(self.pipeline, name, None) for name in on_ray)
+        if on_ray and not problems and (asked or not local):  # a cluster that cannot be joined is said at once
             problems += capacity.lacking(self.pipeline, on_ray, self._ray().place)
         if problems:
             raise ConfigError(problems)

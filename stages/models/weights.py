@@ -29,9 +29,9 @@ def obstacles(settings: BaseModel, say: Callable[[str], None]) -> Iterator[tuple
     for path, backbone in backbones(settings):
         if backbone.checkpoint is not None:
             if what := _unusable(backbone, say):
-                yield f"{path}.checkpoint", what, ""
+                yield f"{path}.checkpoint".lstrip("."), what, ""
         elif backbone.pretrained and (found := _unreachable(backbone.name)):
-            yield f"{path}.pretrained", *found
+            yield f"{path}.pretrained".lstrip("."), *found
 
 
 def backbones(value: object, path: str = "") -> Iterator[tuple[str, Backbone]]:

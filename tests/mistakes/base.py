@@ -79,9 +79,9 @@ class Mistake:
     def commit(self, folder: Path) -> tuple[int, str]:
         """Run the command; the exit code and all that it printed.
 
-        A plan runs in this process, which is quick; every other command in one of its own.
+        What is refused before anything is started runs in this process, which is quick; all else in one of its own.
         """
-        if self.command[0] == "plan":
+        if self.code == 2 or self.command[0] == "plan":
             return _in_this_process([*self.command, *self.options], folder)
         done = subprocess.run(
             [sys.executable, "-m", "pipeline.cli", *self.command, *self.options],
