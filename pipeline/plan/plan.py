@@ -86,6 +86,8 @@ def make_plan(
     from_: Collection[str] = (),
     force: Collection[str] = (),
     report_reading: ReadingCallback | None = None,
+    *,
+    remember: bool = True,
 ) -> Plan:
     """Plan a run of a pipeline, or of the part of it that `only` and `from_` select together.
 
@@ -96,6 +98,7 @@ def make_plan(
         from_: likewise.
         force: likewise.
         report_reading: called while sources are read.
+        remember: keep in the store what sources were found to hold, so that the next plan need not read them.
 
     Raises:
         UsageError: the selection is not possible.
@@ -108,7 +111,7 @@ def make_plan(
     if outside := [name for name in force if name not in chosen]:
         raise UsageError(f"--force {outside[0]}: the stage is not part of what is to run (add it to --only or --from)")
     needed = _upstream(pipeline, chosen)
-    digests = _source_digests(pipeline, store, needed, report_reading)
+    digests = _source_digests(pipeline, store, needed, report_reading, remember)
     planned: dict[str, PlannedStage] = {}
     for name in pipeline.stages:
         if name in needed:
@@ -118,7 +121,7 @@ def make_plan(
     if problems := check_inputs(pipeline, planned, {name for name in wanted if planned[name].state == "run"}):
         raise ConfigError(problems)
     plan = Plan(pipeline.name, [stage for name, stage in planned.items() if name in wanted], planned)
-    if plan.to_run:  # what is cached can be read from a store that this user may not write
+    if plan.to_run and remember:  # what is cached can be read from a store that this user may not write
         _require_writable(pipeline, store)
     return plan
 
@@ -170,7 +173,11 @@ def _reasons(pipeline: Pipeline, store: ArtifactStore, planned: PlannedStage) ->
 
 
 def _source_digests(
-    pipeline: Pipeline, store: ArtifactStore, names: Iterable[str], report_reading: ReadingCallback | None
+    pipeline: Pipeline,
+    store: ArtifactStore,
+    names: Iterable[str],
+    report_reading: ReadingCallback | None,
+    remember: bool,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Stage -> field path -> what its source holds. One error for all sources that are not as they should be."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
@@ -179,7 +186,9 @@ def _source_digests(
         for path, address in pipeline.stages[name].sources.items():
             report = partial(report_reading, address) if report_reading is not None else None
             try:
-                found.setdefault(name, {})[path] = as_json(source_digest(address, store, report), address)
+                found.setdefault(name, {})[path] = as_json(
+                    source_digest(address, store, report, remember=remember), address
+                )
             except SourceError as error:
                 here = "://" not in address and address.strip() and not os.path.lexists(local_path(address))
                 remedy = (
