@@ -126,3 +126,11 @@ class ViCESettings(MethodSettings):
         if self.region == "mean":
             return {"swapped": weight_of(self.weights, "swapped")}
         return {term: self.weights.get(term, 0.5) for term in self.terms}
+
+    def as_host(self) -> ViCESettings:
+        """Refuses: the backbone's levels go to the decoder, and nothing computes the vector that DSA compares.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("vice trains a backbone's levels and makes no vector of a view, so dsa has nothing to compare")
