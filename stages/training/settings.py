@@ -80,7 +80,13 @@ class LoopSettings(Settings):
     epochs: float | None = Field(None, gt=0, description="passes over the images (all sources together)")
     steps: int | None = Field(None, ge=1, description="optimiser steps, instead of epochs")
     batch_size: int = Field(256, ge=1, description="images of one optimiser step, over all ranks and passes")
-    accumulate: int = Field(1, ge=1, description="forward passes an optimiser step; batch_size is split among them")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="forward passes an optimiser step; batch_size is split among them. Batch norms, and what a method "
+        "computes over a batch (Sinkhorn's assignments, negatives, covariances), see the images of one pass only, so "
+        "that the result is not that of one large pass (docs/methods.md#accumulated-steps)",
+    )
     optimizer: OptimizerSettings = OptimizerSettings()
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = Field(0, ge=0)

@@ -57,6 +57,13 @@ class MethodSettings(Settings):
         """Every term with its weight, in the method's order. The training loop sums the terms with these weights."""
         return {term: weight_of(self.weights, term) for term in self.terms}
 
+    def over_one_pass(self) -> tuple[str, ...]:
+        """What the method computes over all images of a forward pass, in words, batch norms aside.
+
+        It is told when a step accumulates the gradients of several passes, which then see less than the batch.
+        """
+        return ()
+
     def as_host(self) -> MethodSettings:
         """The settings to use when DSA, which compares two views of an image, wraps this method.
 

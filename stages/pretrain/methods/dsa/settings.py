@@ -144,6 +144,10 @@ class DSASettings(MethodSettings):
             raise ValueError("auxiliary, embeddings: DSA's prior comes from exactly one of the two; give one")
         return self
 
+    def over_one_pass(self) -> tuple[str, ...]:
+        """What the host does, and the pairs of views, with their neighbours."""
+        return (*self.host.over_one_pass(), "the pairs and neighbours that dsa compares")
+
     def term_weights(self) -> dict[str, float]:
         """The host's terms with the host's weights, then DSA's own two."""
         return {**self.host.term_weights(), **super().term_weights()}

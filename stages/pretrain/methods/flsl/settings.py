@@ -114,6 +114,11 @@ class FLSLSettings(MethodSettings):
     teacher: TeacherSettings = TeacherSettings()
     previous: PreviousStage | None = Field(None, description="multi-stage training")
 
+    def over_one_pass(self) -> tuple[str, ...]:
+        """The mean assignment of `vmr`, and Sinkhorn's assignments if there are any."""
+        balanced = ("Sinkhorn's assignments",) if self.centering == "sinkhorn" else ()
+        return (*balanced, *(("the mean assignment of vmr",) if self.uses("vmr") else ()))
+
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_form(cls, given: Any) -> Any:
