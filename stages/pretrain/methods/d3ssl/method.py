@@ -108,6 +108,18 @@ class D3SSL(Method):
         """The whole image and one crop, with the regions that both show (views.py)."""
         return view_plan(self.settings)
 
+    def representation(self) -> None:
+        """None: on a ViT the encoder runs as a whole.
+
+        Raises:
+            ValueError: on a ResNet, whose last stage sees regions only, so that there is no vector of a view.
+        """
+        if self.student.encoder.is_resnet:
+            raise ValueError(
+                "d3ssl on a ResNet runs the last stage on regions and makes no vector of a view, so dsa has nothing to "
+                "compare: choose a ViT, or another host"
+            )
+
     def start_step(self, step: Step) -> None:
         """Starts a step with no new regions for the bank."""
         self._fresh, self._whole = [], []

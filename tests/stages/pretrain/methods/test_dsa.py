@@ -110,6 +110,12 @@ def test_flsl_is_a_host_too() -> None:
     assert config.term_weights()["vmr"] == 5.0
 
 
+def test_a_host_that_makes_no_vectors_of_views_is_refused_before_the_first_step() -> None:
+    config = method_settings({"name": "dsa", "host": {"name": "d3ssl", "boxes": "boxes"}, "auxiliary": AUXILIARY})
+    with pytest.raises(ValueError, match="d3ssl on a ResNet .* dsa has nothing to compare: choose a ViT"):
+        build(config, resnet=True)
+
+
 def test_inputs_of_the_host_reach_it() -> None:
     method = build(settings("dino", dsa=True))
     seen: list[dict[str, Any]] = []
