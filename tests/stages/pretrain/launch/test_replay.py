@@ -49,7 +49,8 @@ def test_a_collapse_leaves_a_file_that_replays_its_step(run_stage: RunStage) -> 
 
 
 def test_a_learning_rate_of_1000_names_the_term_and_the_command(run_stage: RunStage) -> None:
-    with pytest.raises(StageFailed, match=r"term align_image is (nan|inf) at step \d+ \(lower optimizer\.lr") as stopped:
+    match = r"term align_image is (nan|inf) at step \d+ \(lower optimizer\.lr"
+    with pytest.raises(StageFailed, match=match) as stopped:
         run_stage("0" * 24, {"steps": 200, "optimizer": {"lr": 1000.0}, **ALONE})
     found = replay.replay(replay.read(file_in(str(stopped.value))))
     assert not math.isfinite(found["terms"]["align_image"])

@@ -17,7 +17,7 @@ from stages.pretrain.methods.dsa.released import Concatenations, Differences, Re
 from stages.pretrain.methods.dsa.settings import DSASettings
 from stages.pretrain.methods.method import Step
 from tests.stages.pretrain.methods.ranks import Results
-from tests.stages.pretrain.methods.tiny import CROPS, HEAD
+from tests.stages.pretrain.methods.tiny import CROPS, HEAD, train_step
 from tests.stages.pretrain.methods.tiny_hosts import (
     AUXILIARY,
     HOSTS,
@@ -29,7 +29,6 @@ from tests.stages.pretrain.methods.tiny_hosts import (
     settings,
     silent,
     train_on_rank,
-    train_step,
 )
 
 
@@ -112,7 +111,7 @@ def test_flsl_is_a_host_too() -> None:
 
 def test_a_host_that_makes_no_vectors_of_views_is_refused_before_the_first_step() -> None:
     config = method_settings({"name": "dsa", "host": {"name": "d3ssl", "boxes": "boxes"}, "auxiliary": AUXILIARY})
-    with pytest.raises(ValueError, match="d3ssl on a ResNet .* dsa has nothing to compare: choose a ViT"):
+    with pytest.raises(ValueError, match=r"d3ssl on a ResNet .* dsa has nothing to compare: choose a ViT"):
         build(config, resnet=True)
 
 

@@ -29,7 +29,7 @@ from stages.pretrain.methods.method import Step
 from stages.pretrain.views.draw import draw_colour, draw_views, generator, shown
 from tests.stages.pretrain.conftest import SMALL, RunStage
 from tests.stages.pretrain.methods.ranks import Results, assert_alike, on_one_and_two, steps_of
-from tests.stages.pretrain.methods.tiny import share, tiny_encoder
+from tests.stages.pretrain.methods.tiny import share, tiny_encoder, train_step
 
 STEP = Step(index=3, total=10, steps_per_epoch=2)
 TINY: dict[str, Any] = {
@@ -74,17 +74,6 @@ def noise(config: dict[str, Any], count: int = 8, seed: int = 0) -> Batch:
     views = {s.name: torch.randn(s.count, count, 3, s.size, s.size, generator=rng) for s in plan.views}
     ids = torch.arange(count)
     return Batch(ids, torch.zeros_like(ids), views, {}, neighbor_ids=-torch.ones_like(ids), seed=7)
-
-
-def train_step(method: FLSL, batch: Batch, optimizer: torch.optim.Optimizer, step: Step) -> dict[str, float]:
-    method.start_step(step)
-    terms = method(batch)
-    torch.stack(list(terms.values())).sum().backward()
-    method.before_update(step)
-    optimizer.step()
-    optimizer.zero_grad()
-    method.after_step(step)
-    return {name: term.item() for name, term in terms.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ terms

@@ -73,17 +73,6 @@ def a_batch() -> Batch:
     return batch
 
 
-def train_step(method: Method, batch: Batch, optimizer: torch.optim.Optimizer, step: Step) -> dict[str, float]:
-    method.start_step(step)
-    terms = method(batch)
-    sum(terms.values()).backward()
-    method.before_update(step)
-    optimizer.step()
-    optimizer.zero_grad()
-    method.after_step(step)
-    return {name: term.item() for name, term in terms.items()}
-
-
 def silent(method: nn.Module) -> list[str]:
     """Trained parameters without a gradient. The bias before a softmax over rows shifts all its logits alike."""
     return [
