@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from pipeline.errors import UsageError
 from stages.models.encoder import Encoder
 from stages.models.heads import at_least_float32
 from stages.pretrain.data.batch import Batch
@@ -112,10 +113,10 @@ class D3SSL(Method):
         """None: on a ViT the encoder runs as a whole.
 
         Raises:
-            ValueError: on a ResNet, whose last stage sees regions only, so that there is no vector of a view.
+            UsageError: on a ResNet, whose last stage sees regions only, so that there is no vector of a view.
         """
         if self.student.encoder.is_resnet:
-            raise ValueError(
+            raise UsageError(
                 "d3ssl on a ResNet runs the last stage on regions and makes no vector of a view, so dsa has nothing to "
                 "compare: choose a ViT, or another host"
             )

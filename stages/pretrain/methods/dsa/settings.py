@@ -144,6 +144,10 @@ class DSASettings(MethodSettings):
             raise ValueError("auxiliary, embeddings: DSA's prior comes from exactly one of the two; give one")
         return self
 
+    def least_batch(self) -> int:
+        """The host's; in the released variant, whose scores are those of whole images, at least 2."""
+        return max(self.host.as_host().least_batch(), 2 if self.variant == "released" else 1)
+
     def over_one_pass(self) -> tuple[str, ...]:
         """What the host does, and the pairs of views, with their neighbours."""
         return (*self.host.over_one_pass(), "the pairs and neighbours that dsa compares")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from pipeline.errors import UsageError
 from stages.models.encoder import Encoder
 from stages.models.heads import at_least_float32
 from stages.pretrain.data.batch import Batch
@@ -56,7 +57,8 @@ class StudentViews:
             (2B, 3, S, S).
 
         Raises:
-            ValueError: if the host never ran the student, or its views include no second one of that size.
+            UsageError: if the host's views include no second one of that size.
+            ValueError: if the host never ran the student.
         """
         if not self.heard:
             raise ValueError("dsa heard no forward pass of the encoder while its host computed its terms")
@@ -68,7 +70,7 @@ class StudentViews:
         for view_B3SS in (view for name in self.names for view in batch.views[name]):
             if view_B3SS.shape == images.shape and not torch.equal(view_B3SS, images):
                 return torch.cat([z, self.read(self.student(view_B3SS))]), torch.cat([images, view_B3SS])
-        raise ValueError(
+        raise UsageError(
             f"dsa compares two views of an image, and its host makes one of {size} pixels: give it a second one "
             "(method.host.global_crops.count: 2)"
         )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from pipeline.errors import UsageError
 from stages.models.encoder import Encoder
 from stages.models.settings import Backbone
 from stages.pretrain.config.method import method_settings
@@ -84,7 +85,7 @@ def test_a_host_whose_student_sees_one_view_needs_another_of_its_size() -> None:
     method = build(method_settings({"name": "dsa", "host": host, "auxiliary": AUXILIARY}))
     batch = a_batch()
     batch.views["global"] = batch.views["global"][:1]
-    with pytest.raises(ValueError, match=r"its host makes one of 32 pixels.*global_crops\.count: 2"):
+    with pytest.raises(UsageError, match=r"its host makes one of 32 pixels.*global_crops\.count: 2"):
         method(batch)
     method.views.names = ["teacher", "global"]  # as FLSL: the teacher's crop has the student's size
     batch.views["teacher"] = batch.views["global"] + 1
@@ -111,7 +112,7 @@ def test_flsl_is_a_host_too() -> None:
 
 def test_a_host_that_makes_no_vectors_of_views_is_refused_before_the_first_step() -> None:
     config = method_settings({"name": "dsa", "host": {"name": "d3ssl", "boxes": "boxes"}, "auxiliary": AUXILIARY})
-    with pytest.raises(ValueError, match=r"d3ssl on a ResNet .* dsa has nothing to compare: choose a ViT"):
+    with pytest.raises(UsageError, match=r"d3ssl on a ResNet .* dsa has nothing to compare: choose a ViT"):
         build(config, resnet=True)
 
 
@@ -220,6 +221,12 @@ def test_a_released_network_starts_alive(network: type[Differences | Concatenati
         torch.manual_seed(seed)
         z = 0.1 * torch.randn(6, 12)
         assert network(12)(z, z).sum() > 0
+
+
+def test_the_released_variant_needs_another_image() -> None:
+    assert settings("moco_v2", dsa=True).least_batch() == 1
+    assert settings("moco_v2", dsa=True, variant="released").least_batch() == 2  # whose neighbours give the scores
+    assert settings("simclr", dsa=True).least_batch() == 2  # the host's
 
 
 def test_the_variants_cannot_be_mixed_up() -> None:
