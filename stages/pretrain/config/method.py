@@ -27,6 +27,7 @@ class MethodSettings(Settings):
     variant_group: ClassVar[str | None] = METHODS
     builds: ClassVar[str]  # "package.module:Class" of the method; imported when the method is built, not before
     terms: ClassVar[tuple[str, ...]]  # the names that `weights` may scale
+    projects_views: ClassVar[bool] = False  # `Method.projection` is a module: one projection of every view
     default_weights: ClassVar[Mapping[str, float]] = {}  # the paper's weights that are not 1; a config replaces them
 
     name: str = Field(description="entry point in the group tessera.methods")
@@ -56,10 +57,20 @@ class MethodSettings(Settings):
         """Every term with its weight, in the method's order. The training loop sums the terms with these weights."""
         return {term: weight_of(self.weights, term) for term in self.terms}
 
+    def over_one_pass(self) -> tuple[str, ...]:
+        """What the method computes over all images of a forward pass, in words, batch norms aside.
+
+        It is told when a step accumulates the gradients of several passes, which then see less than the batch.
+        """
+        return ()
+
     def as_host(self) -> MethodSettings:
         """The settings to use when DSA, which compares two views of an image, wraps this method.
 
-        A method that shows the student only one view by default overrides this.
+        A method that shows the student only one view by default overrides this, and one that DSA cannot wrap.
+
+        Raises:
+            ValueError: if DSA cannot wrap this method, with the reason.
         """
         return self
 

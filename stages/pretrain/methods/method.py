@@ -80,3 +80,11 @@ class Method(Trainable):
         MAE returns its own module, because its encoder sees only some patches of the image.
         """
         return None
+
+    def projection(self) -> tuple[nn.Module, int] | None:
+        """The module that maps the student's views to projections, and their width; None if there is none.
+
+        DSA's released variant, which compares projections, reads them from this module's forward passes. The settings
+        say whether a method has one (`MethodSettings.projects_views`).
+        """
+        return None

@@ -79,6 +79,9 @@ class Draw:
     labels: bool = False
     of: Literal["image", "neighbor"] = "image"
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    within: tuple[int, int, int, int] | None = (
+        None  # the pixels x0, y0, x1, y1 of the image that may be seen; None: all
+    )
 
 
 @dataclass

@@ -94,6 +94,11 @@ class CoTAPSettings(MethodSettings):
     filter: FilterSettings | None = FilterSettings()
     teacher: TeacherSettings = TeacherSettings(momentum=0.9997)
 
+    def over_one_pass(self) -> tuple[str, ...]:
+        """Every term compares images or balances over them."""
+        proto = ("the images that prototypes are compared with",) if self.uses("proto") else ()
+        return ("Sinkhorn's assignments", "pairs of images", *proto)
+
     @model_validator(mode="after")
     def _terms_have_what_they_need(self) -> CoTAPSettings:
         if self.uses("sc_image") and self.neighbors is None:

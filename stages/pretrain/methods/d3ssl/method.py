@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from pipeline.errors import UsageError
 from stages.models.encoder import Encoder
 from stages.models.heads import at_least_float32
 from stages.pretrain.data.batch import Batch
@@ -107,6 +108,18 @@ class D3SSL(Method):
     def view_plan(self) -> ViewPlan:
         """The whole image and one crop, with the regions that both show (views.py)."""
         return view_plan(self.settings)
+
+    def representation(self) -> None:
+        """None: on a ViT the encoder runs as a whole.
+
+        Raises:
+            UsageError: on a ResNet, whose last stage sees regions only, so that there is no vector of a view.
+        """
+        if self.student.encoder.is_resnet:
+            raise UsageError(
+                "d3ssl on a ResNet runs the last stage on regions and makes no vector of a view, so dsa has nothing to "
+                "compare: choose a ViT, or another host"
+            )
 
     def start_step(self, step: Step) -> None:
         """Starts a step with no new regions for the bank."""

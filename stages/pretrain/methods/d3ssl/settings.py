@@ -122,6 +122,10 @@ class D3SSLSettings(MethodSettings):
             raise ValueError("weights: every term weighs 0; give at least one a weight")
         return self
 
+    def over_one_pass(self) -> tuple[str, ...]:
+        """The images that regions are pasted onto; the negatives are earlier batches'."""
+        return ("the backgrounds of deposition",) if self.uses("deposition") else ()
+
     def group_size(self, global_batch: int) -> int:
         """`background_group`, or its default for this global batch.
 

@@ -32,3 +32,7 @@ class DinoSettings(MethodSettings):
     )
     center_momentum: float = Field(0.9, ge=0, le=1)
     teacher: TeacherSettings = TeacherSettings()
+
+    def over_one_pass(self) -> tuple[str, ...]:
+        """Sinkhorn's assignments; the centre moves by the mean of all passes."""
+        return ("Sinkhorn's assignments of images",) if self.centering == "sinkhorn" else ()

@@ -76,7 +76,7 @@ class FLSL(SelfDistillation):
             gray_p=0.2,
             blur_p=0.5,
             solarize_p=0.2,
-            blur_else_solarize_p=0.5,
+            blur_else_solarize_p=0.5 if settings.colours == "either" else None,
         )
 
         def inside(name: str, size: int, count: int, scale: tuple[float, float]) -> ViewSpec:
@@ -256,7 +256,7 @@ def require_usable(encoder: Encoder, settings: FLSLSettings) -> None:
         if encoder.backbone.pos_embed != "sincos":
             raise ValueError(f"FLSL's ViT has fixed positions: set backbone.pos_embed: sincos, {otherwise}")
     queries, crops = settings.queries, [("global", settings.global_crops, settings.queries.window_global)]
-    if settings.local_crops.count and not settings.two_teacher_views:
+    if settings.local_crops.count:
         crops.append(("local", settings.local_crops, queries.window_local))
     for name, crop, window in crops:
         grid = -(-crop.size // encoder.stride)

@@ -72,6 +72,11 @@ class TwoView(Method):
         assert self.teacher is not None
         return [self.teacher(view_B3SS) for view_B3SS in batch.views["global"]]
 
+    def projection(self) -> tuple[nn.Module, int]:
+        """The network, and D."""
+        layers = [layer for layer in self.network.projector.modules() if isinstance(layer, nn.Linear)]
+        return self.network, layers[-1].out_features
+
     def after_step(self, step: Step) -> None:
         """Moves the moving average, if the method has one."""
         if self.teacher is not None and self.teacher_settings is not None:

@@ -14,10 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.errors import ClusterError
+from pipeline.stage import Context, Outcome
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from stages.models.encoder import Encoder
-from tests.stages.pretrain.conftest import RunStage, write_photographs
+from stages.pretrain.config.pretrain import PretrainConfig
+from stages.pretrain.launch import alone
+from stages.pretrain.launch.pretrain import pretrain
+from tests.stages.pretrain.conftest import SMALL, RunStage, write_photographs
 
 ALONE = {"resources": {"workers": 0}}
 TERMS = ("align_image", "total", "grad_norm", "lr")
@@ -45,6 +49,28 @@ def test_unreadable_images_are_named_in_the_artifact(run_stage: RunStage, store:
     assert {problem["key"] for problem in outcome.problems} == {"003.jpg", "017.jpg"}
     assert all(problem["reason"] for problem in outcome.problems)
     assert outcome.counts["skipped: unreadable image"] >= 4  # each is met again in the second epoch
+
+
+def test_a_run_says_what_the_passes_of_a_step_do_not_see(
+    store: ArtifactStore, images: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alone, "train_alone", lambda *given: Outcome())
+
+    def said(**changes: object) -> list[str]:
+        lines: list[str] = []
+        config = PretrainConfig.model_validate({**SMALL, "steps": 1, **ALONE, **changes})
+        context = Context("warmup", "a" * 24, {"images": images}, store.begin("encoder", "a" * 24), config.resources)
+        context.say = lines.append
+        pretrain(config, context)
+        return lines
+
+    assert said() == []
+    (line,) = said(accumulate=2, method={"name": "simclr"})
+    assert line.startswith("warmup: accumulate: 2 makes forward passes of 2 images. Computed over one pass")
+    assert "not over the batch of 4: negatives, and batch norms where the networks have any" in line
+    (line,) = said(accumulate=2)
+    assert "not over the batch of 4: and" not in line
+    assert "batch of 4: batch norms" in line
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from stages.pretrain.methods.hosts.vicregl import cell_centres
 from stages.pretrain.methods.method import Step
 from stages.pretrain.views.geometry import crop_affine
 from tests.stages.pretrain.methods.ranks import Results
-from tests.stages.pretrain.methods.tiny import share, tiny_encoder
+from tests.stages.pretrain.methods.tiny import share, tiny_encoder, train_step
 from tests.stages.pretrain.methods.tiny_hosts import (
     HOSTS,
     STEP,
@@ -24,7 +24,6 @@ from tests.stages.pretrain.methods.tiny_hosts import (
     settings,
     silent,
     train_on_rank,
-    train_step,
 )
 
 

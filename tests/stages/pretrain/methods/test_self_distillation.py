@@ -20,7 +20,7 @@ from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.methods.shared.overlap import resample, views_of
 from stages.pretrain.views.geometry import overlap
 from tests.stages.pretrain.methods.ranks import Results, assert_alike, on_one_and_two, steps_of
-from tests.stages.pretrain.methods.tiny import CROPS, HEAD, fake_batch, share, tiny_encoder
+from tests.stages.pretrain.methods.tiny import CROPS, HEAD, fake_batch, share, tiny_encoder, train_step
 
 STEP = Step(index=3, total=10, steps_per_epoch=2)
 COTAP = {"neighbors": "knn", "image_head": HEAD, "dense_head": HEAD, "dense": {"grid": 3}, **CROPS}
@@ -44,17 +44,6 @@ def build(name: str, *, resnet: bool = False) -> Method:
         if hasattr(module, "drop_prob"):
             module.drop_prob = 0.0  # so that runs can be compared
     return method.train()
-
-
-def train_step(method: Method, batch: Batch, optimizer: torch.optim.Optimizer, step: Step) -> dict[str, float]:
-    method.start_step(step)
-    terms = method(batch)
-    sum(terms.values()).backward()
-    method.before_update(step)
-    optimizer.step()
-    optimizer.zero_grad()
-    method.after_step(step)
-    return {name: term.item() for name, term in terms.items()}
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -39,3 +39,7 @@ class MoCoSettings(TwoViewSettings):
     def least_batch(self) -> int:
         """1 for version 2, which compares with its queue; 2 for version 3, which compares the images of a batch."""
         return 1 if self.version == "v2" else 2
+
+    def over_one_pass(self) -> tuple[str, ...]:
+        """Version 3 has no queue."""
+        return () if self.version == "v2" else ("the keys of other images",)

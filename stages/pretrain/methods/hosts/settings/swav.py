@@ -41,3 +41,7 @@ class SwAVSettings(MethodSettings):
     def least_batch(self) -> int:
         """2, because assignments are balanced over the images of a batch."""
         return 2
+
+    def over_one_pass(self) -> tuple[str, ...]:
+        """Assignments are balanced over the images of a pass and the queue."""
+        return ("Sinkhorn's assignments",)

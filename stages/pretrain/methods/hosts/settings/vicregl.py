@@ -41,3 +41,7 @@ class VICRegLSettings(MethodSettings):
     def least_batch(self) -> int:
         """2, because variances and covariances are over the images of a batch."""
         return 2
+
+    def over_one_pass(self) -> tuple[str, ...]:
+        """Two of the three terms, of views and of cells."""
+        return ("variances and covariances",)
