@@ -50,7 +50,8 @@ class Voc(Layout):
             items.append(Item(path, split, self.files.sizes[path], path, mask, annotation=annotation))
         classes = tuple(self.config.classes or CLASSES)
         vocabulary = self.mask_vocabulary()
-        vocabulary = replace(vocabulary, classes=classes, mask_classes=("background", *classes))
+        mask_classes = ("background", *classes) if vocabulary.label_map is None else vocabulary.mask_classes
+        vocabulary = replace(vocabulary, classes=classes, mask_classes=mask_classes)
         return Listing(sorted(items, key=lambda item: item.key), vocabulary, problems)
 
     def read(self, item: Item) -> Raw:
