@@ -144,14 +144,14 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
         single = [names[label] for label in sorted(votes) if votes[label] == 1]
         if single:
             context.say(
-                f"{context.name}: {len(single)} of {len(votes)} classes have one train image only, whose single vote "
+                f"{len(single)} of {len(votes)} classes have one train image only, whose single vote "
                 f"the others of k = {self.config.k} outweigh: {_some(single)}"
             )
         absent = [names[label] for label in sorted(asked) if label not in votes]
         if absent:
             images = sum(count for label, count in asked.items() if label not in votes)
             context.say(
-                f"{context.name}: {images} of {len(test)} test images cannot be right, as no train image is of their "
+                f"{images} of {len(test)} test images cannot be right, as no train image is of their "
                 f"class: {_some(absent)}"
             )
 

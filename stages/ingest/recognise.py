@@ -74,8 +74,6 @@ def contradiction(config: IngestConfig, paths: Sequence[str]) -> tuple[str, str]
         return None
     place = f"source {config.source}"
     missing = _missing(config, paths)
-    if missing is not None and config.layout != "folder":
-        missing = f" is not of layout {config.layout}: {missing}"
     folders = config.split_folders
     if config.layout == "folder" and folders is not None:  # the config names the folders that hold photographs
         paths = [path for path in paths if path.split("/", 1)[0] in folders.values()]
@@ -84,12 +82,14 @@ def contradiction(config: IngestConfig, paths: Sequence[str]) -> tuple[str, str]
         found = [look for look in found if look.layout != "coco"]  # its photographs are right, its folders no labels
     if missing is None and (config.layout != "folder" or not found):
         return None
-    if not found:
-        return f"{place}{missing}", _plain(config, paths)
-    look = found[0]
-    words = f"looks like {look.words}" + (f", in its folder {look.under}" if look.under else "")
+    words, look = "", found[0] if found else None
+    if look is not None:
+        words = f"looks like {look.words}" + (f", in its folder {look.under}" if look.under else "")
     if missing is not None:
-        return f"{place}{missing}; it {words}", _remedy(config, look)
+        lacks = " has no image" if config.layout == "folder" else f" is not of layout {config.layout}"
+        what = f"{place}{lacks}: {missing[0]}" + (f"; it {words}" if words else "")
+        return what, (_remedy(config, look) if look else _plain(config, paths)) + missing[1]
+    assert look is not None
     remedy = _remedy(config, look)
     if look.photographs:
         alone = posixpath.join(config.source, look.under, look.photographs)
@@ -117,33 +117,35 @@ def of_file(config: IngestConfig) -> tuple[str, str]:
     return f"source {source} is a file; layout {config.layout} reads a folder", "name the folder that holds the images"
 
 
-def _missing(config: IngestConfig, paths: Sequence[str]) -> str | None:
-    """What the chosen layout cannot do without and the source does not have; None where it has all of it."""
+def _missing(config: IngestConfig, paths: Sequence[str]) -> tuple[str, str] | None:
+    """What the chosen layout cannot do without and the source does not have, and what else may help.
+
+    None where it has all of it.
+    """
     if config.layout == "masks":
         images, masks = f"{config.image_folder}/", f"{config.mask_folder}/"
         inner = [_after_split(path, (images, masks)) for path in paths]
         if not any(path.startswith(images) and _is_image(path) for path in inner) or not any(
             path.startswith(masks) for path in inner
         ):
-            return (
-                f"it needs images in {images} and PNG masks in {masks} (set image_folder and mask_folder if they are "
-                "called otherwise)"
-            )
+            what = f"it needs images in {images} and PNG masks in {masks}"
+            return what, "; or set image_folder and mask_folder to what they are called"
     elif config.layout == "coco" and not config.annotations:
         kind = "panoptic" if config.masks_from == "panoptic" else "instances"
         if not any(JSONS[kind].fullmatch(path) for path in paths):
-            return f"no {kind}_<split>.json in it or in its folder annotations (name the json with `annotations`)"
+            what = f"no {kind}_<split>.json in it or in its folder annotations"
+            return what, "; or name the json with `annotations`"
     elif config.layout == "voc":
         if not any(re.fullmatch(r"JPEGImages/[^/]+", path) and _is_image(path) for path in paths):
-            return "no images in JPEGImages/"
+            return "no images in JPEGImages/", ""
     elif config.layout == "davis":
         if not any(re.fullmatch(r"JPEGImages/.+/.+", path) and _is_image(path) for path in paths):
-            return "no images in JPEGImages/<resolution>/<sequence>/"
+            return "no images in JPEGImages/<resolution>/<sequence>/", ""
     elif config.layout == "parquet":
         if not any(path.endswith(".parquet") for path in paths):
-            return "no *.parquet file in it"
+            return "no *.parquet file in it", ""
     elif not any(path.lower().endswith((*SUFFIXES, *UNREAD_SUFFIXES)) for path in paths):
-        return f" has no image: no file in it ends like one ({_endings(paths)})"
+        return f"no file in it ends like an image ({_endings(paths)})", ""
     return None
 
 
@@ -152,9 +154,10 @@ def _plain(config: IngestConfig, paths: Sequence[str]) -> str:
     images = [path for path in paths if _is_image(path)]
     if config.layout == "folder" or not images:
         return "name the folder that holds the images; archives must be unpacked"
-    folders = sorted({path.split("/", 1)[0] for path in images if "/" in path})
+    inner = [_without_split(path) for path in images]
+    folders = sorted({path.split("/", 1)[0] for path in inner if "/" in path})
     if not folders:
-        return "it looks like photographs in one folder: set layout: folder"
+        return "it looks like photographs without classes: set layout: folder"
     shown = ", ".join(folders[:_SHOWN]) + (", ..." if len(folders) > _SHOWN else "")
     return f"it looks like class folders ({shown}): set layout: folder"
 
@@ -259,6 +262,11 @@ def _is_image(path: str) -> bool:
 
 def _any_below(paths: Sequence[str], folder: str) -> bool:
     return any(path.startswith(f"{folder}/") for path in paths)
+
+
+def _without_split(path: str) -> str:
+    top, _, inner = path.partition("/")
+    return inner if inner and top.lower() in SPLITS else path
 
 
 def _after_split(path: str, folders: tuple[str, ...]) -> str:

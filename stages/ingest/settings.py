@@ -16,6 +16,8 @@ from stages.ingest import label_map as label_maps
 
 LayoutName = Literal["folder", "masks", "coco", "voc", "davis", "parquet"]
 
+RAY_FROM = 2000  # images; for fewer, starting Ray tasks takes longer than they save
+
 # Fields that mean something to some layouts only; set anywhere else they are a mistake.
 _BELONGS = {
     "annotations": ("coco",),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pipeline.config import registry
 from pipeline.errors import SourceError
 from pipeline.stage import Context, Feed, Outcome, Stage, StageConfig
-from stages.ingest.settings import IngestConfig
+from stages.ingest.settings import RAY_FROM, IngestConfig
 
 if TYPE_CHECKING:
     from stages.ingest.layout import Layout
@@ -39,6 +39,15 @@ class Ingest(Stage[IngestConfig]):
     kind: ClassVar[str] = "images"
     version: ClassVar[int] = 1
     Config: ClassVar[type[StageConfig]] = IngestConfig
+
+    @property
+    def uses_ray(self) -> bool:  # type: ignore[override]
+        """False for a local folder of few files, whose images are read in the driver's own process."""
+        from stages.ingest.files import Files
+
+        if self.config.layout == "parquet" or "://" in self.config.source:
+            return True
+        return not Files(self.config.source).names(RAY_FROM - 1)
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
         """A local source that looks like another layout, and a label map that cannot be used: seen in the listing."""
@@ -106,13 +115,13 @@ class Ingest(Stage[IngestConfig]):
         from stages.ingest.remarks import remedy_for
 
         for problem in problems[:_SHOWN]:
-            context.say(f"{context.name}: {problem['key']}: {problem['reason']}")
+            context.say(f"{problem['key']}: {problem['reason']}")
         if len(problems) > _SHOWN:
-            context.say(f"{context.name}: and {len(problems) - _SHOWN} more problems, all named in the manifest")
+            context.say(f"and {len(problems) - _SHOWN} more problems, all named in the manifest")
         if hint := remedy_for(problems):
-            context.say(f"{context.name}: {hint}")
+            context.say(hint)
         for remark in said:
-            context.say(f"{context.name}: {remark}")
+            context.say(remark)
 
 
 def make_layout(config: IngestConfig) -> Layout:

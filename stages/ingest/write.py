@@ -22,9 +22,8 @@ from pipeline.store.writer import ArtifactWriter
 from stages.data.tables import SCHEMAS
 from stages.ingest.layout import Item, Layout, Vocabulary
 from stages.ingest.rows import Checked, check_all
-from stages.ingest.settings import IngestConfig
+from stages.ingest.settings import RAY_FROM, IngestConfig
 
-RAY_FROM = 2000  # images; for fewer, starting Ray tasks takes longer than they save
 _SCHEMA = SCHEMAS["images"]
 
 

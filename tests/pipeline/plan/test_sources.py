@@ -168,7 +168,7 @@ def test_a_name_that_is_no_text_does_not_count(store: ArtifactStore, tmp_path: P
     folder.mkdir()
     with open(os.fsencode(folder) + b"/\xff.jpg", "wb") as file:
         file.write(b"x")
-    with pytest.raises(SourceError, match="there is no file in .*not UTF-8"):
+    with pytest.raises(SourceError, match=r"there is no file in .*not UTF-8"):
         source_digest(str(folder), store)
     (folder / "a.jpg").write_bytes(b"x")
     assert source_digest(str(folder), store).files == 1

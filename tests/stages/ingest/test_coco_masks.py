@@ -137,5 +137,5 @@ def test_masks_of_crowds_alone_are_called_out(tmp_path: Path, ingest: Run, make_
     done = ingest(source=tmp_path / "in", layout="coco", annotations=str(file), masks_from="polygons")
     (line,) = [line for line in done.said if "split train" in line]
     assert "holds one class only, background (value 0): evaluations refuse" in line
-    assert line.removeprefix("images: ") in done.outcome.notes["remarks"]
+    assert line in done.outcome.notes["remarks"]
     assert done.outcome.notes["contents"]["train"]["mask_values"] == [0]

@@ -49,7 +49,7 @@ def test_both_ways_to_write_it(street: Path, ingest: Run, written: dict[Any, Any
     for row in done.rows:
         assert decode_mask(row["mask"])[0].tolist() == [0, 1, 255, 255]
     values = "255" if 0 in written else "0, 255"
-    assert f"images: mask values that label_map does not list count for nothing: {values}" in done.said
+    assert f"mask values that label_map does not list count for nothing: {values}" in done.said
 
 
 def test_a_file_and_a_shipped_map(street: Path, ingest: Run, tmp_path: Path) -> None:

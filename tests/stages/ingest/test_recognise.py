@@ -110,8 +110,8 @@ def test_photographs_beside_masks_can_still_be_had() -> None:
         ("coco", CLASSES, "no instances_<split>.json.*class folders"),
         ("voc", DAVIS, "no images in JPEGImages/; it looks like DAVIS.*set layout: davis"),
         ("davis", VOC, "JPEGImages/<resolution>/<sequence>/; it looks like VOC.*set layout: voc"),
-        ("parquet", ["a.jpg"], r"no \*.parquet file.*photographs in one folder: set layout: folder"),
-        ("folder", ["a.tar", "b.tar", "c.md"], r"no file in it ends like one .there are: 2 .tar, 1 .md.*unpacked"),
+        ("parquet", ["a.jpg"], r"no \*.parquet file.*photographs without classes: set layout: folder"),
+        ("folder", ["a.tar", "b.tar", "c.md"], r"no file in it ends like an image .there are: 2 .tar, 1 .md.*unpacked"),
         ("coco", PANOPTIC, "no instances_<split>.json.*set masks_from: panoptic"),
     ],
 )
