@@ -142,10 +142,10 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
                 f"{names[next(iter(votes))]}: every vote would be right (ingest class folders, or name another split)"
             )
         single = [names[label] for label in sorted(votes) if votes[label] == 1]
-        if single:
+        if single and self.config.k > 1:
             context.say(
-                f"{len(single)} of {len(votes)} classes have one train image only, whose single vote "
-                f"the others of k = {self.config.k} outweigh: {_some(single)}"
+                f"{len(single)} of {len(votes)} classes have one train image only, whose one vote "
+                f"the others of k = {self.config.k} can outweigh: {_some(single)}"
             )
         absent = [names[label] for label in sorted(asked) if label not in votes]
         if absent:
