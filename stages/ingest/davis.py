@@ -37,7 +37,8 @@ class Davis(Layout):
             items.append(Item(path, split, self.files.sizes[path], path, mask, sequence=sequence, frame=number))
         vocabulary = self.mask_vocabulary(self._default_classes(items))
         notes = {"without_mask": sum(item.mask is None for item in items)}
-        return Listing(items, vocabulary, self.unread(folder), notes)
+        remarks = [self.without_lists()] if splits is None else []
+        return Listing(items, vocabulary, self.unread(folder), notes, remarks=remarks)
 
     def mask(self, item: Item, raw: Raw, vocabulary: Vocabulary, size: tuple[int, int]) -> NDArray[Any] | None:
         """As stored, but for binary masks, whose 255 becomes class 1."""

@@ -16,7 +16,11 @@ from pipeline.stage import open_source
 from stages.data.errors import ImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-UNREAD_SUFFIXES = (".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".raw", ".dng", ".jfif", ".jpe")
+JPEG_SUFFIXES = (".jfif", ".jpe", ".jpg_large", ".pjpeg")  # a JPEG by names that are not read
+UNREAD_SUFFIXES = (
+    *(".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".raw", ".dng"),
+    *JPEG_SUFFIXES,
+)
 
 
 class Files:

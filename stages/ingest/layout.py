@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pipeline.errors import SourceError
 from stages.data.images import ImageError, decode_mask
 from stages.ingest import label_map as label_maps
-from stages.ingest.files import Files, read_file
+from stages.ingest.files import JPEG_SUFFIXES, Files, read_file
 from stages.ingest.label_map import LabelMap
 from stages.ingest.recognise import SPLITS
 from stages.ingest.settings import IngestConfig
@@ -220,10 +220,16 @@ class Layout(ABC):
             return label_maps.read(read_file(written), written)
         return None if written is None else label_maps.parse(written)
 
+    def without_lists(self) -> str:
+        """What is said of a source without ImageSets."""
+        return f"no lists in ImageSets: every image is of split {self.config.split} (set split, or write the lists)"
+
     def unread(self, under: str = "") -> list[dict[str, str]]:
         """A problem for each image below `under` whose format is not read."""
-        reason = "not a format that is read (JPEG, PNG, WebP, BMP): convert it"
-        return [{"key": path, "reason": reason} for path in self.files.unread(under)]
+        other = "not a format that is read (JPEG, PNG, WebP, BMP): convert it"
+        jpeg = "not an ending that is read: rename it to .jpg"
+        paths = self.files.unread(under)
+        return [{"key": path, "reason": jpeg if path.lower().endswith(JPEG_SUFFIXES) else other} for path in paths]
 
 
 def top_folders(paths: Sequence[str]) -> list[str]:

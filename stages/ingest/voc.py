@@ -52,7 +52,8 @@ class Voc(Layout):
         vocabulary = self.mask_vocabulary()
         mask_classes = ("background", *classes) if vocabulary.label_map is None else vocabulary.mask_classes
         vocabulary = replace(vocabulary, classes=classes, mask_classes=mask_classes)
-        return Listing(sorted(items, key=lambda item: item.key), vocabulary, problems)
+        remarks = [] if chosen else [self.without_lists()]
+        return Listing(sorted(items, key=lambda item: item.key), vocabulary, problems, remarks=remarks)
 
     def read(self, item: Item) -> Raw:
         """The image, its mask and its XML file, where there are such."""

@@ -97,6 +97,7 @@ def test_files_of_every_kind(tmp_path: Path, ingest: Run, make_image: Make) -> N
     }  # fmt: skip
     for name, words in (("phone.jpg", "a HEIC file"), ("scan.jpg", "a TIFF file"), ("moving.jpg", "a GIF file")):
         assert done.reasons[name] == f"{words}, which is not read: convert it to JPEG, PNG, WebP or BMP"
+    assert done.reasons["old.jfif"] == "not an ending that is read: rename it to .jpg"
     assert done.outcome.counts["problems"] == 8
     said = "\n".join(done.said)
     assert "1 image kept as found, and read with a loss: CMYK, converted without its colour profile (cmyk.jpg)" in said
