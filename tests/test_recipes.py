@@ -42,9 +42,9 @@ def test_a_plan_has_the_tables_that_its_method_reads(
     """With two small folders in place of the development images."""
     monkeypatch.chdir(ROOT)
     overrides = []
-    for name in ("scenes", "objects"):
-        (tmp_path / name / "train").mkdir(parents=True)
-        (tmp_path / name / "train" / "a.jpg").write_bytes(name.encode())
+    for name, file in (("scenes", "images/a.jpg"), ("scenes", "masks/a.png"), ("objects", "train/a/b.jpg")):
+        (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / file).write_bytes(name.encode())
         overrides.append(f"stages.{name}.source={tmp_path / name}")
     pipeline = load_pipeline(recipe, overrides, str(tmp_path / "store"))
     plan = make_plan(pipeline, ArtifactStore(str(tmp_path / "store")))
