@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from functools import partial
@@ -14,10 +15,12 @@ from rich.table import Table
 
 from pipeline.run.display import duration, size
 from pipeline.run.tracking import absolute_uri, flatten, how_to_open
+from pipeline.store.uses import is_pinned, known_users
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
     from pipeline.store.garbage import Removed
+    from pipeline.store.uses import Verdict
 
 PIPE_WIDTH = 240
 PROBLEMS_SHOWN = 20
@@ -100,6 +103,10 @@ def print_artifact(artifact: Artifact) -> None:
     say(f"{artifact.name}, made by stage '{m.stage}' ({m.uses}, version {m.version})")
     say(f"  at        {artifact.address}")
     say(f"  made      {when(m.created)} in {duration(m.seconds)}" + (f", {git}" if (git := commit(m.git)) else ""))
+    for use in known_users(artifact):
+        say(f"  used      as {use}, last {when(use.at)}")
+    if is_pinned(artifact.objects, artifact.name):
+        say("  pinned    `tessera artifacts gc` leaves it alone")
     say(
         f"  holds     {len(m.files)} files, {size(artifact.bytes)}"
         + (f", {artifact.rows} rows" if artifact.rows else "")
@@ -148,10 +155,23 @@ def print_damages(report: dict[str, Any]) -> None:
 
 def print_removed(removed: Sequence[Removed], *, dry_run: bool) -> None:
     """Print what `artifacts gc` has removed."""
-    if removed:
-        cells = [(row.path, size(row.bytes), row.reason) for row in removed]
-        print_table("would go" if dry_run else "removed", ("what", "size", "reason"), cells)
+    artifacts = [row for row in removed if row.artifact is not None]
+    rest = [row for row in removed if row.artifact is None]
+    done = "would go" if dry_run else "removed"
+    if artifacts:
+        cells = [(row.path, size(row.bytes), row.made_by, when(row.made), row.reason) for row in artifacts]
+        print_table(f"artifacts: {done}", ("artifact", "size", "made by", "made", "why"), cells)
+    if rest:
+        print_table(f"leftovers: {done}", ("what", "size", "reason"), [(r.path, size(r.bytes), r.reason) for r in rest])
     print(f"{'would free' if dry_run else 'freed'} {size(sum(row.bytes for row in removed))}")
+
+
+def print_kept(verdict: Verdict) -> None:
+    """Print why artifacts stay that the named pipelines do not need."""
+    for reason, count in Counter(verdict.kept.values()).items():
+        print(f"kept: {count} artifact{'s' if count > 1 else ''}, {reason}")
+    if verdict.of_others:
+        print(f"({len(verdict.of_others)} of them may be needed by others; --also-others would list them for removal)")
 
 
 def print_checks(checks: Sequence[dict[str, str]]) -> None:

@@ -6,10 +6,11 @@ cached takes the time of its plan. What was committed stays committed, however t
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from pipeline.plan.plan import check_inputs
 from pipeline.run.provenance import git_commit, package_versions
 from pipeline.run.tracking import FAILED, FINISHED, KILLED, StageTracker, Tracker, masked
 from pipeline.stage import Context, Outcome
+from pipeline.store import uses
 
 if TYPE_CHECKING:
     from pipeline.config.load import Pipeline, PipelineStage
@@ -118,11 +120,12 @@ def run(
         working.result.stages.append(StageResult(planned, shows_metrics, planned.state, artifact=planned.artifact))
     status = FAILED
     try:
-        for result in working.result.stages:
-            if result.state == "run":
-                working.execute(result)
-                working.check_below(result, plan)
-            history.remember(store, pipeline.name, result.planned.name, result.planned.known_as)
+        with working.claimed(plan):
+            for result in working.result.stages:
+                if result.state == "run":
+                    working.execute(result)
+                    working.check_below(result, plan)
+                    working.remember(result.planned)
         status = FINISHED
     except BaseException as error:
         status = FAILED if isinstance(error, Exception) else KILLED
@@ -142,6 +145,24 @@ class _Run:
         self.began = _now()
         self.tracker = Tracker(pipeline.tracking, pipeline.name, display.warn)
         self.cluster: Cluster | None = None
+
+    @contextlib.contextmanager
+    def claimed(self, plan: Plan) -> Iterator[None]:
+        """Keep all that the plan needs from removal while the body runs, and note what is cached as used."""
+        with contextlib.ExitStack() as stack:
+            if plan.to_run:
+                needed = [f"{planned.kind}/{planned.fingerprint}" for planned in plan.needed.values()]
+                stack.enter_context(uses.needed_while(self.store.objects, needed))
+            for planned in plan.stages:
+                if planned.state == "cached":
+                    self.remember(planned)
+            yield
+
+    def remember(self, planned: PlannedStage) -> None:
+        """Keep what the stage was, for later plans, and that this pipeline uses its artifact, for `artifacts gc`."""
+        history.remember(self.store, self.pipeline.name, planned.name, planned.known_as)
+        artifact = f"{planned.kind}/{planned.fingerprint}"
+        uses.note_use(self.store.objects, artifact, self.pipeline.name, planned.name)
 
     def check_below(self, done: StageResult, plan: Plan) -> None:
         """Stop where what a finished artifact holds shows that a stage which reads it cannot work.
@@ -270,6 +291,7 @@ class _Run:
                 "preview": outcome.preview,
                 "packages": package_versions(entry.stage.packages),
                 "git": git_commit(),
+                "made_by": uses.maker(self.pipeline.name),
                 "created": _now(),
                 "seconds": time.monotonic() - started,
                 "tracking": {"uri": masked(self.tracker.uri or ""), "run": tracked.run_id} if tracked.run_id else {},

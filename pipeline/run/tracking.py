@@ -7,7 +7,6 @@ on it: when MLflow cannot be reached, one warning says so and the run goes on wi
 from __future__ import annotations
 
 import contextlib
-import getpass
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 
 from pipeline.config import registry
 from pipeline.errors import UsageError
+from pipeline.store.uses import user_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -109,7 +109,7 @@ class Tracker:
 
     def _create_run(self, name: str, tags: Mapping[str, str]) -> str:
         assert self._client is not None
-        own = {"mlflow.runName": name, "mlflow.user": _user(), "mlflow.source.name": "tessera"}
+        own = {"mlflow.runName": name, "mlflow.user": user_name(), "mlflow.source.name": "tessera"}
         return self._client.create_run(self._experiment_id, run_name=name, tags={**own, **tags}).info.run_id
 
 
@@ -347,10 +347,3 @@ def _metrics(metrics: Mapping[str, float], step: int) -> list[Any]:
 
 def _key(key: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", key)[:KEY_LENGTH]
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return str(os.getuid())

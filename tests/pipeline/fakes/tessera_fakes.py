@@ -59,9 +59,9 @@ class Scaled(Stage[ScaledConfig]):
     kind, uses_ray, Config = "numbers", False, ScaledConfig
 
     def run(self, context: Context) -> Outcome:
-        log(f"run {context.name}")
         print("a library says hello")
-        os.system("echo a child says hello")
+        os.system("echo a child says hello")  # ignores Ctrl-C while it lasts, so it comes before the log's line
+        log(f"run {context.name}")
         hold = os.environ.get("TESSERA_FAKES_HOLD")
         while hold and Path(hold).exists():
             time.sleep(0.02)
