@@ -169,6 +169,9 @@ class Stage(ABC, Generic[C]):
     uses_ray: ClassVar[bool] = True  # the runner starts or joins Ray before `run`
     shows_metrics: ClassVar[bool] = False  # its metrics are results: `tessera run` lists them, the parent run logs them
     tracked_as: ClassVar[Literal["dataset", "model"]] = "dataset"  # what its artifact is in MLflow's terms
+    change_remarks: ClassVar[
+        Mapping[str, str]
+    ] = {}  # field path -> what a plan adds to the reason when the field is changed
     exports: ClassVar[tuple[str, ...]] = ()  # names of the files that `tessera export` copies, or patterns (*.json)
     Config: ClassVar[type[StageConfig]]
 
