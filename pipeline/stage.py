@@ -129,6 +129,7 @@ class Context:
     resources: Resources
     log_metrics: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None  # to MLflow, by the driver
     report_progress: ProgressCallback = lambda done, total, unit: None  # drives the progress bar
+    show_figures: Callable[[str], None] = lambda text: None  # a few words beside the bar: "loss 2.31, lr 1e-3"
     say: Callable[[str], None] = print  # one line for the user
 
 
@@ -168,6 +169,8 @@ class Stage(ABC, Generic[C]):
     packages: ClassVar[tuple[str, ...]] = ()  # distributions whose version belongs to the fingerprint
     uses_ray: ClassVar[bool] = True  # the runner starts or joins Ray before `run`
     shows_metrics: ClassVar[bool] = False  # its metrics are results: `tessera run` lists them, the parent run logs them
+    # Metric -> unit, such as "%". A metric called x_random is x of an untrained encoder: it is shown beside x.
+    units: ClassVar[Mapping[str, str]] = {}
     tracked_as: ClassVar[Literal["dataset", "model"]] = "dataset"  # what its artifact is in MLflow's terms
     change_remarks: ClassVar[
         Mapping[str, str]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 240
 PROBLEMS_SHOWN = 20
+RANDOM = "_random"  # how the name of an untrained encoder's metric ends
 STATE_STYLES = {"cached": "green", "done": "green", "run": "yellow", "failed": "red", "ok": "green", "warn": "yellow"}
 STATE_STYLES |= {"fail": "red"}
 
@@ -61,13 +62,23 @@ def print_results(result: dict[str, Any]) -> None:
         for stage in result["stages"]
     ]
     print_table(f"artifacts of {result['pipeline']}", ("stage", "state", "time", "artifact"), rows)
-    metrics = [
-        (stage["name"], name, number(value))
-        for stage in result["stages"]
-        for name, value in (stage.get("metrics") or {}).items()
-    ]
+    metrics = [row for stage in result["stages"] for row in result_rows(stage)]
     if metrics:
-        print_table("results", ("stage", "metric", "value"), metrics)
+        print_table("results", ("stage", "metric", "value", "untrained encoder", "difference"), metrics)
+
+
+def result_rows(stage: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
+    """Table rows of one stage of a run's JSON: one a metric, with that of an untrained encoder where there is one."""
+    metrics, units = stage.get("metrics") or {}, stage.get("units") or {}
+    for name, value in metrics.items():
+        of = name.removesuffix(RANDOM)
+        if of != name and of in metrics:
+            continue  # it stands beside its metric
+        unit, random = f" {units[name]}" if units.get(name) else "", metrics.get(f"{name}{RANDOM}")
+        points = " points" if unit == " %" else unit  # a difference of two percentages is no percentage
+        figure = partial(number, digits=2 if unit == " %" else 4)
+        beside = ("", "") if random is None else (figure(random) + unit, f"{figure(value - random, sign='+')}{points}")
+        yield stage["name"], name, figure(value) + unit, *beside
 
 
 def print_closing(result: dict[str, Any], store: str, tracking: str | None) -> None:
@@ -197,6 +208,6 @@ def shortened(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def number(value: float) -> str:
-    """A number with four decimals, or none when it is whole."""
-    return f"{value:.4f}" if isinstance(value, float) and not value.is_integer() else f"{value:g}"
+def number(value: float, digits: int = 4, sign: str = "") -> str:
+    """A number with some decimals, or none when it is whole; `sign` "+" shows that of a positive one too."""
+    return format(value, f"{sign}.{digits}f" if isinstance(value, float) and not value.is_integer() else f"{sign}g")

@@ -59,6 +59,21 @@ def pipeline_schema(stage_types: Mapping[str, type[Stage[Any]]] | None = None) -
                 "default": DEFAULT_TRACKING,
                 "description": "MLflow: a sqlite:/// or http:// address; null: no tracking",
             },
+            "mirrors": {
+                "type": ["object", "null"],
+                "description": "where curves and results go beside MLflow; each needs the extra of its name installed",
+                "properties": {
+                    "tensorboard": {
+                        "type": ["string", "null"],
+                        "description": "a folder for event files, shown with `tensorboard --logdir FOLDER`",
+                    },
+                    "wandb": {
+                        "type": ["string", "null"],
+                        "description": "a Weights & Biases project; WANDB_MODE=offline keeps its runs on this machine",
+                    },
+                },
+                "additionalProperties": False,
+            },
             "stages": {
                 "type": "object",
                 "description": "the steps, by name",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, ConfigError, StageFailed, TesseraError
 from pipeline.plan import fingerprint, history
 from pipeline.plan.plan import check_inputs
+from pipeline.run.mirrors import require_installed
 from pipeline.run.provenance import git_commit, package_versions
 from pipeline.run.tracking import FAILED, FINISHED, KILLED, StageTracker, Tracker, masked
 from pipeline.stage import Context, Outcome
@@ -34,10 +35,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class StageResult:
-    """How one stage of a run ended. `shows_metrics` is its type's."""
+    """How one stage of a run ended. `shows_metrics` and `units` are its type's."""
 
     planned: PlannedStage
     shows_metrics: bool
+    units: Mapping[str, str]  # of its metrics
     state: str  # "cached", "done", "failed"; "run" where the run stopped before it
     seconds: float = 0.0
     artifact: Artifact | None = None
@@ -63,7 +65,7 @@ class StageResult:
             "artifact": self.artifact.address if self.artifact else None,
         }
         if self.results is not None:
-            row["metrics"] = self.results
+            row["metrics"], row["units"] = self.results, dict(self.units)
         if self.error is not None:
             row["error"] = self.error
         return row
@@ -111,13 +113,18 @@ def run(
 
     Raises:
         RunFailed: a stage failed.
+        UsageError: a mirror's package is not installed.
         KeyboardInterrupt, SystemExit: the run was interrupted.
     """
     started = time.monotonic()
+    if plan.to_run:
+        require_installed(pipeline.mirrors)
     working = _Run(pipeline, store, display, address)
     for planned in plan.stages:
-        shows_metrics = pipeline.stages[planned.name].stage.shows_metrics
-        working.result.stages.append(StageResult(planned, shows_metrics, planned.state, artifact=planned.artifact))
+        stage = pipeline.stages[planned.name].stage
+        working.result.stages.append(
+            StageResult(planned, stage.shows_metrics, stage.units, planned.state, artifact=planned.artifact)
+        )
     status = FAILED
     try:
         with working.claimed(plan):
@@ -143,7 +150,7 @@ class _Run:
         self.pipeline, self.store, self.display, self.address = pipeline, store, display, address
         self.result = RunResult(pipeline.name)
         self.began = _now()
-        self.tracker = Tracker(pipeline.tracking, pipeline.name, display.warn)
+        self.tracker = Tracker(pipeline.tracking, pipeline.name, display.warn, pipeline.mirrors)
         self.cluster: Cluster | None = None
 
     @contextlib.contextmanager
@@ -273,6 +280,7 @@ class _Run:
                 resources=entry.stage.config.resources,
                 log_metrics=tracked.log_metrics,
                 report_progress=self.display.progress,
+                show_figures=self.display.figures,
                 say=self.display.say,
             )
         )

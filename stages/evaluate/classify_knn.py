@@ -30,6 +30,7 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
     packages = ("timm",)
     uses_ray = False
     shows_metrics = True
+    units = dict.fromkeys(("top1", "top5"), "%")
     Config = ClassifyKnnConfig
 
     def run(self, context: Context) -> Outcome:

@@ -31,6 +31,7 @@ class SegmentLinear(Stage[SegmentLinearConfig]):
     packages = ("timm",)
     uses_ray = False
     shows_metrics = True
+    units = dict.fromkeys(("miou", "pixel_accuracy", "mean_accuracy"), "%")
     Config = SegmentLinearConfig
 
     def run(self, context: Context) -> Outcome:

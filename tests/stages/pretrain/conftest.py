@@ -76,12 +76,14 @@ def run_stage(store: ArtifactStore, images: Artifact) -> RunStage:
         on_row: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None,
         trained_on: Artifact = images,
         say: Callable[[str], None] = print,
+        show: Callable[[str], None] = lambda text: None,
         **more: Artifact,
     ) -> tuple[Outcome, Artifact]:
         config = PretrainConfig.model_validate({**SMALL, **settings})
         output = store.begin("encoder", fingerprint)
         inputs = {"images": trained_on, **more}
-        context = Context("train", fingerprint, inputs, output, config.resources, log_metrics=on_row, say=say)
+        told = {"log_metrics": on_row, "show_figures": show, "say": say}
+        context = Context("train", fingerprint, inputs, output, config.resources, **told)
         outcome = Pretrain(config).run(context)
         return outcome, output.commit(
             stage="train",
