@@ -60,7 +60,10 @@ class SourceMark:
     """Marks a config field as a path or address whose content belongs to the fingerprint."""
 
     def __get_pydantic_json_schema__(self, core: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        return {**handler(core), "description": "a path or an s3://, gs://, az:// address; its content counts"}
+        return {
+            **handler(core),
+            "description": "a path (from the working folder) or an s3://, gs://, az:// address; its content counts",
+        }
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def write_artifact(
     first_batch = train_data(config, image_sources(config, inputs), training.method.view_plan(), encoder)
     output.put_file("curves.json", json.dumps(state.curves).encode())
     output.put_file("curves.parquet", curves_table(state.curves))
-    output.put_file("views.png", views_png(first_batch, training.method.view_plan(), encoder))
+    output.put_file("views.png", views_png(first_batch, training.method, encoder))
     output.put_file("preview.png", preview_png(encoder, state.curves, config, inputs))
     last = state.curves[-1]
     terms = [name for name in (*config.method.term_weights(), "total") if name in last]

@@ -34,6 +34,7 @@ from stages.pretrain.methods.dsa.losses.dsa_scoring import connection_scores, ne
 from stages.pretrain.methods.dsa.settings import DSASettings
 from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.views.plan import ViewPlan
+from stages.pretrain.views.sheet import Panel
 from stages.training.collectives import gather, gather_with_gradient, rank, world_size
 
 
@@ -129,6 +130,10 @@ class DSA(Method):
         return connection_scores(neighbors_JE, latent=self.settings.anchors == "latent", dtype=distance_JJ.dtype)
 
     # -- everything else is the host's ---------------------------------------------------------------------------
+
+    def preview_panels(self, batch: Batch) -> Sequence[Panel]:
+        """The host's."""
+        return self.host.preview_panels(batch)
 
     def use_sources(self, roles: Sequence[str]) -> None:
         """Passes the roles of the image sources on to the host."""
