@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from pipeline.stage import Context, Feed, Outcome, Stage
+from stages.pretrain.config.continuing import CONTINUE, continuing_problems
 from stages.pretrain.config.pretrain import PretrainConfig
 
 
@@ -18,6 +19,10 @@ class Pretrain(Stage[PretrainConfig]):
     version = 1
     tracked_as = "model"
     exports = ("encoder.safetensors", "encoder.json", "*.safetensors")
+    change_remarks = {
+        "steps": "trains anew from the start; `continue` goes on from a stage with keep_state",
+        "epochs": "trains anew from the start; `continue` goes on from a stage with keep_state",
+    }
     Config = PretrainConfig
 
     @property
@@ -26,7 +31,9 @@ class Pretrain(Stage[PretrainConfig]):
         return self.config.resources.workers != 0
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
-        """Tables (boxes, superpixels, neighbours, embeddings) that describe none of the image sets trained on."""
+        """Tables that describe none of the image sets trained on, and a training that cannot go on from another."""
+        if CONTINUE in feeds:
+            yield from continuing_problems(self.config, feeds)
         sources = {path for path, _ in self.config.image_sources()}
         trained_on = {feeds[path].fingerprint: feeds[path].stage for path in feeds if path in sources}
         for path, feed in feeds.items():

@@ -33,12 +33,12 @@ class OptimizerSettings(Settings):
     lr_start: float = Field(0.0, ge=0, description="where the warm-up starts")
     warmup_epochs: float = Field(0.0, ge=0)
     weight_decay: float = Field(0.04, ge=0)
-    weight_decay_end: float | None = Field(None, ge=0, description="cosine from weight_decay to this; None: constant")
+    weight_decay_end: float | None = Field(None, ge=0, description="cosine from weight_decay to this; null: constant")
     decay_all: bool = Field(False, description="decay biases and norms too (ViCE); else only tensors with ndim > 1")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD and LARS")
     betas: tuple[float, float] = (0.9, 0.999)
     trust: float = Field(0.001, gt=0, description="LARS trust coefficient")
-    clip: float | None = Field(None, gt=0, description="largest gradient norm; None: no clipping")
+    clip: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
     clip_mode: Literal["tensor", "global"] = Field("tensor", description="norm of each tensor (DINO family) or of all")
 
     @field_validator("lr_drops")
@@ -50,7 +50,7 @@ class OptimizerSettings(Settings):
 
 
 class WatchSettings(Settings):
-    """What is measured while training, and when a training that has gone wrong is stopped (watch.py)."""
+    """What is measured while training, and when one that has gone wrong is stopped (stages/training/watch.py)."""
 
     gradients_every: int = Field(
         100,

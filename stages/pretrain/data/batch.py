@@ -47,6 +47,19 @@ class Batch:
             neighbor_ids=None if self.neighbor_ids is None else move(self.neighbor_ids),
         )
 
+    def first(self, count: int) -> Batch:
+        """The first `count` images, on the same device."""
+        return replace(
+            self,
+            image_ids=self.image_ids[:count],
+            source=self.source[:count],
+            views={name: view[:, :count] for name, view in self.views.items()},
+            affines={name: affine[:, :count] for name, affine in self.affines.items()},
+            labels={name: label[:, :count] for name, label in self.labels.items()},
+            extras={name: extra[:count] for name, extra in self.extras.items()},
+            neighbor_ids=None if self.neighbor_ids is None else self.neighbor_ids[:count],
+        )
+
     def watched_images(self) -> Tensor:
         """(B, 3, S, S): the first view, whose features are watched for collapse."""
         return next(iter(self.views.values()))[0]

@@ -6,6 +6,7 @@ Imports no torch: with Ray Train the driver needs none (ray_train.py).
 from __future__ import annotations
 
 from pipeline.stage import Context, Outcome
+from stages.pretrain.config.continuing import CONTINUE
 from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.launch.relay import CurveLog
 
@@ -17,6 +18,20 @@ def pretrain(config: PretrainConfig, context: Context) -> Outcome:
         context.say(f"{context.name}: {accumulated(config)}")
     if config.backbone is not None:  # the workers' working folder is not the driver's
         config = config.model_copy(update={"backbone": config.backbone.anywhere()})
+    if CONTINUE in context.inputs:
+        before = context.inputs[CONTINUE].manifest
+        length = f"{config.steps} steps" if config.steps is not None else f"{config.epochs:g} epochs"
+        context.say(
+            f"goes on from step {before.counts['steps']} of '{before.stage}' towards {length} in all; learning rate "
+            "and all other schedules are, from here on, those of one training of that length"
+        )
+    outcome = _train(config, context, curves)
+    if config.keep_state:
+        context.say(f"keeps the state of the training in the artifact: {outcome.notes['training_state_bytes']:,} bytes")
+    return outcome
+
+
+def _train(config: PretrainConfig, context: Context, curves: CurveLog) -> Outcome:
     if config.resources.workers == 0:
         from stages.pretrain.launch.alone import train_alone
 

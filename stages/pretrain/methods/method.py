@@ -17,6 +17,7 @@ from pipeline.store.artifact import Artifact
 from stages.models.encoder import Encoder
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.views.plan import ViewPlan
+from stages.pretrain.views.sheet import Panel
 from stages.training.contract import Step, Trainable
 
 __all__ = ["Method", "Step"]
@@ -72,6 +73,13 @@ class Method(Trainable):
         Each rank returns the mean over its own images, and the loop averages over ranks. Statistics that a paper
         computes over the batch are computed over the images of all ranks (stages/training/collectives.py).
         """
+
+    def preview_panels(self, batch: Batch) -> Sequence[Panel]:
+        """What the method makes of these views, for the picture of the first batch (views/sheet.py).
+
+        Called once, in one process, after training: it must not wait for other ranks.
+        """
+        return ()
 
     def representation(self) -> nn.Module | None:
         """The module that maps the student's views to features, if it is not the encoder given to `build`; else None.

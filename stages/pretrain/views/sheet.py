@@ -1,21 +1,35 @@
 """A contact sheet of one batch: every image's views side by side, with the rectangles that they share.
 
 Each image is one row. Its first view has a numbered rectangle for every other view, and that view has the same
-rectangle under the same number: equal numbers must show the same thing (mirrored where the caption says so).
+rectangle under the same number: equal numbers must show the same thing (mirrored where the caption says so). Behind the
+views come a method's own panels: what it makes of them, with its regions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.data.pictures import draw_boxes, grid
+from stages.data.pictures import draw_boxes, draw_superpixels, grid
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.views.geometry import flipped, overlap
 from stages.pretrain.views.plan import ViewPlan
+
+DIM = 0.35  # brightness of what belongs to no region
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One more picture of every image in a sheet: a view as the method changes it, and the method's regions in it."""
+
+    caption: str
+    view: Tensor  # (B, 3, S, S), normalised as the views are
+    boxes: Tensor | None = None  # (B, K, 4) rectangles in its pixels; number k is the same region in every panel
+    regions: Tensor | None = None  # (B, S, S): the region of each pixel; below 0: none, shown dark
 
 
 def view_sheet(
@@ -24,6 +38,7 @@ def view_sheet(
     mean: Sequence[float],
     std: Sequence[float],
     *,
+    panels: Sequence[Panel] = (),
     images: int = 4,
     side: int = 200,
     title: str | None = None,
@@ -35,6 +50,7 @@ def view_sheet(
         plan: the views' plan, which says which of them show a neighbour.
         mean: of red, green, blue, with which the views were normalised.
         std: likewise.
+        panels: the method's own, of the same images.
         images: number of images at most.
         side: of a cell, in pixels.
         title: above the sheet.
@@ -69,7 +85,22 @@ def view_sheet(
             corners = np.array([box for _, box in shared], np.float32).reshape(-1, 4)
             pictures.append(draw_boxes(picture, corners, [number for number, _ in shared], side=side))
             captions.append(caption)
-    return grid(pictures, len(names), captions, cell=side, title=title)
+        for panel in panels:
+            pictures.append(_panel(panel, b, mean, std, side))
+            captions.append(panel.caption)
+    return grid(pictures, len(names) + len(panels), captions, cell=side, title=title)
+
+
+def _panel(panel: Panel, b: int, mean: Sequence[float], std: Sequence[float], side: int) -> NDArray[np.uint8]:
+    picture = _pixels(panel.view[b], mean, std)
+    if panel.regions is not None:
+        regions = panel.regions[b].cpu().numpy()
+        picture = np.where((regions < 0)[..., None], picture * DIM, picture).astype(np.uint8)
+        picture = draw_superpixels(picture, regions, side=side)
+    if panel.boxes is not None:
+        boxes = panel.boxes[b].cpu().float().numpy()
+        picture = draw_boxes(picture, boxes, [str(k + 1) for k in range(len(boxes))], side=side)
+    return picture
 
 
 def _pixels(view_3SS: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:

@@ -33,6 +33,7 @@ from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.methods.shared.pairing import partners
 from stages.pretrain.methods.shared.teacher import move_teacher
 from stages.pretrain.views.plan import ViewPlan
+from stages.pretrain.views.sheet import Panel
 from stages.training.collectives import all_reduce_sum, gather
 from stages.training.schedules import cosine
 
@@ -144,7 +145,8 @@ class D3SSL(Method):
                 terms["decouple"] = decoupling_loss(z_s1, z_s2, z_t1, z_t2, self.bank, **loss).mean()
             self._watched["positive_cosine"] = (z_s1.detach() * z_t2).sum(dim=1).mean()
         if settings.uses("deposition"):
-            z_s3 = self.student(self._pasted(batch, view2), boxes3)
+            other_B = partners(batch, self.group, setting="method.background_group", shift=1).to(view2.device)
+            z_s3 = self.student(self._pasted(batch, view2, view2[other_B]), boxes3)
             with torch.autocast(view1.device.type, enabled=False):
                 terms["deposition"] = depositioning_loss(z_s3, z_t1, z_t2, self.bank, **loss).mean()
             self._watched["pasted_cosine"] = (z_s3.detach() * z_t2).sum(dim=1).mean()
@@ -164,12 +166,30 @@ class D3SSL(Method):
             seen_BSS &= union(regions_BR4[:, :count], size) | ~union(regions_BR4[:, count:], size)
         return torch.where(seen_BSS[:, None], view_B3SS, self.settings.fill)
 
-    def _pasted(self, batch: Batch, view2_B3SS: Tensor) -> Tensor:
+    def _pasted(self, batch: Batch, view2_B3SS: Tensor, background_B3SS: Tensor) -> Tensor:
         """View 3 (Eq. 6 to 8): the crop's regions, moved and with cut-outs, on the crop of another image."""
-        other_B = partners(batch, self.group, setting="method.background_group", shift=1).to(view2_B3SS.device)
         size = view2_B3SS.shape[-1]
         mask_BSS = union(batch.extras["moved"], size) & kept(batch.extras["cuts"][:, 2], size)
-        return compose(view2_B3SS, view2_B3SS[other_B], mask_BSS, batch.extras["shift"])
+        return compose(view2_B3SS, background_B3SS, mask_BSS, batch.extras["shift"])
+
+    def preview_panels(self, batch: Batch) -> list[Panel]:
+        """Each view as it is compared, with its cut-outs and with the proposals whose vectors are contrasted."""
+        settings, extras = self.settings, batch.extras
+        view1, view2 = batch.views["whole"][0], batch.views["crop"][0]
+        view2s = functional.avg_pool2d(view2, settings.size // settings.small_size)
+        boxes1, boxes2, boxes2s, boxes3 = extras["boxes"].unbind(1)
+        panels = [
+            Panel(
+                "view 1, proposals, cut-outs", self._hat(view1, extras["cuts"][:, 0], extras["regions"][:, 0]), boxes1
+            ),
+            Panel("view 2 of the teacher", view2, boxes2),
+        ]
+        if settings.uses("decouple"):
+            hat2s = self._hat(view2s, extras["cuts"][:, 1], extras["regions"][:, 1])
+            panels.append(Panel("view 2s, smaller", hat2s, boxes2s))
+        if settings.uses("deposition"):
+            panels.append(Panel("view 3, on another image", self._pasted(batch, view2, view2.roll(-1, 0)), boxes3))
+        return panels
 
     def after_step(self, step: Step) -> None:
         """Moves the teacher, then adds this step's regions of all ranks to the bank."""

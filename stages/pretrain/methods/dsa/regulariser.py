@@ -21,6 +21,7 @@ from stages.pretrain.methods.dsa.settings import DSASettings
 from stages.pretrain.methods.dsa.views import FrozenViews, StudentViews
 from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.views.plan import ViewPlan
+from stages.pretrain.views.sheet import Panel
 
 
 class Regulariser(Method):
@@ -84,6 +85,10 @@ class Regulariser(Method):
         """
 
     # -- everything else is the host's ---------------------------------------------------------------------------
+
+    def preview_panels(self, batch: Batch) -> Sequence[Panel]:
+        """The host's."""
+        return self.host.preview_panels(batch)
 
     def use_sources(self, roles: Sequence[str]) -> None:
         """Passes the roles of the image sources on to the host."""

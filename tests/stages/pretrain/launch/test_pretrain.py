@@ -43,6 +43,13 @@ def test_the_artifact_holds_encoder_curves_and_picture(run_stage: RunStage) -> N
     assert encoder(torch.zeros(1, 3, 32, 32)).map.shape == (1, 32, 4, 4)
 
 
+def test_progress_shows_loss_learning_rate_and_speed(run_stage: RunStage) -> None:
+    shown: list[str] = []
+    _, artifact = run_stage("a" * 24, {"steps": 2, **ALONE}, show=shown.append)
+    rows = json.loads(artifact.read("curves.json"))
+    assert shown == [f"loss {row['total']:.4g}, lr {row['lr']:.2e}, {row['images_per_s']:.0f} images/s" for row in rows]
+
+
 def test_unreadable_images_are_named_in_the_artifact(run_stage: RunStage, store: ArtifactStore) -> None:
     damaged = write_photographs(store, "1" * 24, unreadable=[3, 17])
     outcome, _ = run_stage("a" * 24, {"epochs": 2, **ALONE}, trained_on=damaged)
