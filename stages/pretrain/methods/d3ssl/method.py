@@ -14,7 +14,7 @@ of a region's vector, S side of a view, s side of a pooled region, M rows of the
 from __future__ import annotations
 
 import copy
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -29,7 +29,7 @@ from stages.pretrain.methods.d3ssl.region_masks import compose, kept, union
 from stages.pretrain.methods.d3ssl.settings import D3SSLSettings
 from stages.pretrain.methods.d3ssl.views import view_plan
 from stages.pretrain.methods.method import Method, Step
-from stages.pretrain.methods.shared.pairing import partners
+from stages.pretrain.methods.shared.pairing import next_in_batch
 from stages.pretrain.methods.shared.teacher import move_teacher
 from stages.pretrain.views.plan import ViewPlan
 from stages.training.collectives import all_reduce_sum, gather
@@ -73,36 +73,17 @@ class D3SSL(Method):
     bank_filled: Tensor  # () rows in use
     without_boxes: Tensor  # () images so far, of all ranks, that had no box to use
 
-    def __init__(self, settings: D3SSLSettings, encoder: Encoder, *, global_batch: int) -> None:
+    def __init__(self, settings: D3SSLSettings, encoder: Encoder) -> None:
         super().__init__()
         self.settings = settings
         self.student = RegionEncoder(encoder, _make_head(encoder, settings), settings.roi_size)
         self.teacher = self.student.teacher()
-        self.group = settings.group_size(global_batch) if settings.uses("deposition") else 0
         self.register_buffer("bank", torch.zeros(settings.bank.size, settings.head.out))
         for name in ("bank_next", "bank_filled", "without_boxes"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self._fresh: list[Tensor] = []  # regions for the bank, of each forward pass of this step
         self._whole: list[Tensor] = []  # number of images without boxes, likewise
         self._watched: dict[str, Tensor] = {}
-
-    @classmethod
-    def build(
-        cls, settings: D3SSLSettings, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int
-    ) -> Self:
-        """The method; the size of the groups that backgrounds come from follows from the global batch.
-
-        Args:
-            settings: D3SSL's settings.
-            encoder: the student.
-            total_steps: not used.
-            steps_per_epoch: not used.
-            global_batch: images of one optimiser step, of all ranks together.
-
-        Raises:
-            ValueError: if `deposition` has a weight and the batch has one image, so that there is no background.
-        """
-        return cls(settings, encoder, global_batch=global_batch)
 
     def view_plan(self) -> ViewPlan:
         """The whole image and one crop, with the regions that both show (views.py)."""
@@ -152,11 +133,10 @@ class D3SSL(Method):
         return torch.where(seen_BSS[:, None], view_B3SS, self.settings.fill)
 
     def _pasted(self, batch: Batch, view2_B3SS: Tensor) -> Tensor:
-        """View 3 (Eq. 6 to 8): the crop's regions, moved and with cut-outs, on the crop of another image."""
-        other_B = partners(batch, self.group, setting="method.background_group", shift=1).to(view2_B3SS.device)
+        """View 3 (Eq. 6 to 8): the crop's regions, moved and with cut-outs, on the crop of the batch's next image."""
         size = view2_B3SS.shape[-1]
         mask_BSS = union(batch.extras["moved"], size) & kept(batch.extras["cuts"][:, 2], size)
-        return compose(view2_B3SS, view2_B3SS[other_B], mask_BSS, batch.extras["shift"])
+        return compose(view2_B3SS, next_in_batch(view2_B3SS), mask_BSS, batch.extras["shift"])
 
     def after_step(self, step: Step) -> None:
         """Moves the teacher, then adds this step's regions of all ranks to the bank."""

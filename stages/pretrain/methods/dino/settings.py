@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from stages.pretrain.config.method import MethodSettings
-from stages.pretrain.config.parts import Crops, HeadSettings, TeacherSettings, TeacherTemperature
+from stages.pretrain.config.parts import Crops, Export, HeadSettings, TeacherSettings, TeacherTemperature
 
 
 class DinoSettings(MethodSettings):
@@ -32,3 +32,4 @@ class DinoSettings(MethodSettings):
     )
     center_momentum: float = Field(0.9, ge=0, le=1)
     teacher: TeacherSettings = TeacherSettings()
+    export: Export = Field("teacher", description="whose encoder is evaluated; teacher as in the official code")

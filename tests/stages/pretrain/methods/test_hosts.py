@@ -90,7 +90,11 @@ def test_predictors_and_averages_are_where_the_papers_have_them() -> None:
     byol, simsiam, v3 = (build(settings(name)) for name in ("byol", "simsiam", "moco_v3"))
     assert simsiam.teacher is None
     assert byol.teacher is not None
-    assert byol.encoder() is byol.network.encoder
+    for name in ("moco_v2", "moco_v3", "byol", "ressl"):
+        averaged, config = build(settings(name)), settings(name).model_copy(update={"export": "teacher"})
+        assert averaged.encoder() is averaged.network.encoder
+        averaged = build(config)
+        assert averaged.encoder() is averaged.teacher.encoder
     assert v3.temperature == 0.2
     assert build(settings("moco_v3"), resnet=True).temperature == 1.0
     before = byol.teacher.projector[0].weight.clone()

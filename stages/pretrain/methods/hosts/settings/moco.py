@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from stages.pretrain.config.parts import Range, TeacherSettings
+from stages.pretrain.config.parts import Export, Range, TeacherSettings
 from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoViewSettings
 
 
@@ -30,6 +30,7 @@ class MoCoSettings(TwoViewSettings):
     )
     predictor_hidden: int = Field(4096, gt=0, description="v3")
     teacher: TeacherSettings | None = Field(None, description="default: v2 0.999, constant; v3 0.99 rising to 1")
+    export: Export = Field("student", description="whose encoder is evaluated; student as in the paper")
 
     @property
     def builds(self) -> str:  # type: ignore[override]
