@@ -8,8 +8,9 @@ import pytest
 
 from tests.mistakes.base import Mistake
 from tests.mistakes.in_configs import IN_CONFIGS
+from tests.mistakes.in_training import IN_TRAINING
 
-MISTAKES = [*IN_CONFIGS]
+MISTAKES = [*IN_CONFIGS, *IN_TRAINING]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=str)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from pipeline.stage import Context, Feed, Outcome, Stage
 from stages.pretrain.config.pretrain import PretrainConfig
+from stages.pretrain.fit import misfits
 
 
 class Pretrain(Stage[PretrainConfig]):
@@ -26,7 +27,13 @@ class Pretrain(Stage[PretrainConfig]):
         return self.config.resources.workers != 0
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
-        """Tables (boxes, superpixels, neighbours, embeddings) that describe none of the image sets trained on."""
+        """Numbers that do not fit together, and tables that describe none of the image sets trained on.
+
+        Tables are boxes, superpixels, neighbours and embeddings.
+        """
+        notes = {path: feed.notes for path, feed in feeds.items()}
+        asked = self.config.resources.workers
+        yield from misfits(self.config, workers=None if asked is None else max(asked, 1), notes=notes)
         sources = {path for path, _ in self.config.image_sources()}
         trained_on = {feeds[path].fingerprint: feeds[path].stage for path in feeds if path in sources}
         for path, feed in feeds.items():

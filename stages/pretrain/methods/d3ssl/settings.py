@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
-from stages.pretrain.config.method import MethodSettings
+from stages.pretrain.config.method import MethodSettings, QueueSize
 from stages.pretrain.config.parts import Export, Range, TeacherSettings
 
 
@@ -118,3 +118,8 @@ class D3SSLSettings(MethodSettings):
     def least_batch(self) -> int:
         """2 for the term that pastes regions onto another image of the batch, else 1."""
         return 2 if self.uses("deposition") else 1
+
+    def queues(self) -> dict[str, QueueSize]:
+        """The bank of regions, which takes those of one or of both views of the teacher."""
+        views = 2 if self.bank.holds == "both" else 1
+        return {"bank.size": QueueSize(self.bank.size, of_an_image=self.proposals * views)}

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, mo
 
 from pipeline.stage import Input
 from stages.models.settings import Backbone
-from stages.pretrain.config.method import MethodSettings, method_settings
+from stages.pretrain.config.method import MethodSettings, QueueSize, method_settings
 
 
 class DSASettings(MethodSettings):
@@ -71,3 +71,11 @@ class DSASettings(MethodSettings):
     def term_weights(self) -> dict[str, float]:
         """The host's terms with the host's weights, then DSA's own two."""
         return {**self.host.term_weights(), **super().term_weights()}
+
+    def least_batch(self) -> int:
+        """The host's: DSA itself compares views, of which one image has two."""
+        return self.host.as_host().least_batch()
+
+    def queues(self) -> dict[str, QueueSize]:
+        """The host's."""
+        return {f"host.{name}": queue for name, queue in self.host.as_host().queues().items()}

@@ -14,7 +14,7 @@ from stages.pretrain.methods.hosts.vicregl import cell_centres
 from stages.pretrain.methods.method import Step
 from stages.pretrain.views.geometry import crop_affine
 from tests.stages.pretrain.methods.ranks import Results
-from tests.stages.pretrain.methods.tiny import share, tiny_encoder
+from tests.stages.pretrain.methods.tiny import share
 from tests.stages.pretrain.methods.tiny_hosts import (
     HOSTS,
     STEP,
@@ -149,8 +149,6 @@ def test_mae_masks_do_not_hang_on_the_rank() -> None:
 def test_rules_are_named() -> None:
     with pytest.raises(ValueError, match="only a plain ViT"):
         build(settings("mae"), resnet=True)
-    with pytest.raises(ValueError, match="at least 2"):
-        settings("simclr").build(tiny_encoder(), total_steps=1, steps_per_epoch=1, global_batch=1)
 
 
 # ------------------------------------------------------------------------------------------------------------- ranks

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from stages.pretrain.config.method import QueueSize
 from stages.pretrain.config.parts import Export, Range, TeacherSettings
 from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoViewSettings
 
@@ -40,3 +41,7 @@ class MoCoSettings(TwoViewSettings):
     def least_batch(self) -> int:
         """1 for version 2, which compares with its queue; 2 for version 3, which compares the images of a batch."""
         return 1 if self.version == "v2" else 2
+
+    def queues(self) -> dict[str, QueueSize]:
+        """Version 2 has one, of keys."""
+        return {"queue": QueueSize(self.queue)} if self.version == "v2" else {}

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from stages.pretrain.config.method import MethodSettings
+from stages.pretrain.config.method import MethodSettings, QueueSize
 from stages.pretrain.config.parts import Crops
 from stages.pretrain.methods.hosts.settings.two_view import MLPSettings
 
@@ -41,3 +41,7 @@ class SwAVSettings(MethodSettings):
     def least_batch(self) -> int:
         """2, because assignments are balanced over the images of a batch."""
         return 2
+
+    def queues(self) -> dict[str, QueueSize]:
+        """One for each large crop, of embeddings; each rank balances its share of it."""
+        return {"queue": QueueSize(self.queue, shared=True)} if self.queue else {}
