@@ -36,6 +36,8 @@ class Pretrain(Stage[PretrainConfig]):
         yield from misfits(self.config, workers=None if asked is None else max(asked, 1), notes=notes)
         sources = {path for path, _ in self.config.image_sources()}
         trained_on = {feeds[path].fingerprint: feeds[path].stage for path in feeds if path in sources}
+        roles = {path: source.role for path, source in self.config.image_sources()}
+        of_objects = {feeds[path].fingerprint for path in feeds if roles.get(path) == "objects"}
         for path, feed in feeds.items():
             origins = {} if path in sources or feed.kind == "encoder" else _image_sets(feed)
             if origins and not origins.keys() & trained_on.keys():
@@ -44,6 +46,13 @@ class Pretrain(Stage[PretrainConfig]):
                     f"{feed.stage} is made from the images of {', '.join(origins.values())}, and this stage trains on "
                     f"those of {', '.join(trained_on.values())}",
                     f"name a {feed.kind} stage that is made from the same images",
+                )
+            elif origins and feed.kind == "neighbors" and not origins.keys() & of_objects:
+                yield (
+                    path,
+                    f"{feed.stage} is made from the images of {', '.join(origins.values())}, which are scenes here: "
+                    "neighbours are those of images of role objects",
+                    "give these images role: objects, or do without the neighbours",
                 )
 
     def run(self, context: Context) -> Outcome:

@@ -20,6 +20,18 @@ class Crops(Settings):
     scale: Range = Field(description="area of a crop as a fraction of the image's")
 
 
+def check_crops(global_crops: Crops, local_crops: Crops) -> None:
+    """For methods in which a crop predicts another one, the target being a global one.
+
+    Raises:
+        ValueError: if there are too few crops for that.
+    """
+    if global_crops.count < 1:
+        raise ValueError("global_crops.count: targets are of global crops; give at least 1")
+    if global_crops.count + local_crops.count < 2:
+        raise ValueError("global_crops.count, local_crops.count: a crop predicts another one; give at least 2 in all")
+
+
 class HeadSettings(Settings):
     """A projection head: an MLP of three layers, l2-normalisation, and scores against prototypes.
 

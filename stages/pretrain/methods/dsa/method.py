@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from pipeline.errors import UsageError
 from pipeline.store.artifact import Artifact
 from stages.models.encoder import Encoder
 from stages.models.heads import at_least_float32
@@ -216,7 +217,8 @@ class StudentViews:
             Representations z (2B, D) and their pixels (2B, 3, S, S).
 
         Raises:
-            ValueError: if the host never ran the student, or its views include no second one of that size.
+            UsageError: if the host's views include no second one of that size.
+            ValueError: if the host never ran the student.
         """
         if not self.heard:
             raise ValueError("dsa heard no forward pass of the encoder while its host computed its terms")
@@ -228,7 +230,7 @@ class StudentViews:
         for view_B3SS in (view for name in self.names for view in batch.views[name]):
             if view_B3SS.shape == images.shape and not torch.equal(view_B3SS, images):
                 return torch.cat([z, self.student(view_B3SS).vector]), torch.cat([images, view_B3SS])
-        raise ValueError(
+        raise UsageError(
             f"dsa compares two views of an image, and its host makes one of {size} pixels: give it a second one "
             "(method.host.global_crops.count: 2)"
         )
