@@ -17,7 +17,7 @@ from stages.pretrain.data.sampler import apportion
 Notes = Mapping[str, Mapping[str, Any] | None]  # of each image set, by the path of its input; None: not made yet
 
 
-def misfits(config: PretrainConfig, *, workers: int | None, notes: Notes) -> Iterator[tuple[str, str, str]]:
+def conflicts(config: PretrainConfig, *, workers: int | None, notes: Notes) -> Iterator[tuple[str, str, str]]:
     """What does not fit.
 
     Args:
@@ -64,7 +64,9 @@ def check_start(config: PretrainConfig, context: Context, workers: int) -> None:
         UsageError: with all that does not fit.
     """
     notes = {path: artifact.manifest.notes for path, artifact in context.inputs.items()}
-    if found := [f"{path}: {what} ({remedy})" for path, what, remedy in misfits(config, workers=workers, notes=notes)]:
+    if found := [
+        f"{path}: {what} ({remedy})" for path, what, remedy in conflicts(config, workers=workers, notes=notes)
+    ]:
         raise UsageError("\n".join(found))
     for remark in remarks(config, notes):
         context.say(remark)

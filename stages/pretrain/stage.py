@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from pipeline.stage import Context, Feed, Outcome, Stage
 from stages.pretrain.config.pretrain import PretrainConfig
-from stages.pretrain.fit import misfits
+from stages.pretrain.fit import conflicts
 
 
 class Pretrain(Stage[PretrainConfig]):
@@ -33,7 +33,7 @@ class Pretrain(Stage[PretrainConfig]):
         """
         notes = {path: feed.notes for path, feed in feeds.items()}
         asked = self.config.resources.workers
-        yield from misfits(self.config, workers=None if asked is None else max(asked, 1), notes=notes)
+        yield from conflicts(self.config, workers=None if asked is None else max(asked, 1), notes=notes)
         sources = {path for path, _ in self.config.image_sources()}
         trained_on = {feeds[path].fingerprint: feeds[path].stage for path in feeds if path in sources}
         roles = {path: source.role for path, source in self.config.image_sources()}

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import UsageError
 from stages.pretrain.config.pretrain import PretrainConfig
-from stages.pretrain.fit import check_start, misfits, remarks
+from stages.pretrain.fit import check_start, conflicts, remarks
 
 SIMCLR = {"images": "photos", "backbone": {"name": "resnet18"}, "method": {"name": "simclr"}, "steps": 1}
 MIXED = {"images": [{"from": "objects", "weight": 63}, {"from": "scenes", "role": "scenes"}]}
@@ -20,7 +20,7 @@ D3SSL = {"name": "d3ssl", "boxes": "boxes"}
 def found(*, workers: int | None = None, splits: dict[str, int] | None = None, **settings: Any) -> list[str]:
     config = PretrainConfig.model_validate({**SIMCLR, "batch_size": 16, **settings})
     notes = {path: splits and {"splits": splits} for path, _ in config.image_sources()}
-    return [f"{path}: {what} ({remedy})" for path, what, remedy in misfits(config, workers=workers, notes=notes)]
+    return [f"{path}: {what} ({remedy})" for path, what, remedy in conflicts(config, workers=workers, notes=notes)]
 
 
 def stated(splits: dict[str, int], **settings: Any) -> list[str]:

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from pipeline.errors import UsageError
 from pipeline.store.artifact import Artifact
 from stages.models.encoder import Encoder
 from stages.models.heads import at_least_float32
@@ -217,8 +216,7 @@ class StudentViews:
             Representations z (2B, D) and their pixels (2B, 3, S, S).
 
         Raises:
-            UsageError: if the host's views include no second one of that size.
-            ValueError: if the host never ran the student.
+            ValueError: if the host never ran the student, or its views include no second one of that size.
         """
         if not self.heard:
             raise ValueError("dsa heard no forward pass of the encoder while its host computed its terms")
@@ -230,7 +228,7 @@ class StudentViews:
         for view_B3SS in (view for name in self.names for view in batch.views[name]):
             if view_B3SS.shape == images.shape and not torch.equal(view_B3SS, images):
                 return torch.cat([z, self.student(view_B3SS).vector]), torch.cat([images, view_B3SS])
-        raise UsageError(
+        raise ValueError(
             f"dsa compares two views of an image, and its host makes one of {size} pixels: give it a second one "
             "(method.host.global_crops.count: 2)"
         )

@@ -9,7 +9,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline.errors import UsageError
 from stages.models.encoder import Encoder
 from stages.models.settings import Backbone
 from stages.pretrain.config.method import method_settings
@@ -85,7 +84,7 @@ def test_a_host_whose_student_sees_one_view_needs_another_of_its_size() -> None:
     method = build(method_settings({"name": "dsa", "host": host, "auxiliary": AUXILIARY}))
     batch = a_batch()
     batch.views["global"] = batch.views["global"][:1]
-    with pytest.raises(UsageError, match=r"its host makes one of 32 pixels.*global_crops\.count: 2"):
+    with pytest.raises(ValueError, match=r"its host makes one of 32 pixels.*global_crops\.count: 2"):
         method(batch)
     method.views.names = ["teacher", "global"]  # as FLSL: the teacher's crop has the student's size
     batch.views["teacher"] = batch.views["global"] + 1
