@@ -43,7 +43,7 @@ class Method(Trainable):
             The method, with its teacher and heads if it has any.
 
         Raises:
-            ValueError: if the method cannot use this encoder, or the batch is too small for it.
+            ValueError: if the method cannot use this encoder.
         """
         return cls(settings, encoder)
 

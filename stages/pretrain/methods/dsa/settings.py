@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, mo
 
 from pipeline.stage import Input, Settings
 from stages.models.settings import Backbone
-from stages.pretrain.config.method import MethodSettings, method_settings
+from stages.pretrain.config.method import MethodSettings, QueueSize, method_settings
 
 Variant = Literal["text", "released"]
 # The two terms of each variant, which have no name in common, with their weights: nu and upsilon of the paper's Eq. 17,
@@ -155,3 +155,7 @@ class DSASettings(MethodSettings):
     def term_weights(self) -> dict[str, float]:
         """The host's terms with the host's weights, then DSA's own two."""
         return {**self.host.term_weights(), **super().term_weights()}
+
+    def queues(self) -> dict[str, QueueSize]:
+        """The host's."""
+        return {f"host.{name}": queue for name, queue in self.host.as_host().queues().items()}

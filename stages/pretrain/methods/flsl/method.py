@@ -43,7 +43,8 @@ class FLSL(SelfDistillation):
 
     def __init__(self, settings: FLSLSettings, encoder: Encoder) -> None:
         require_usable(encoder, settings)
-        super().__init__(Branch(encoder, {HEAD: make_head(encoder.width, settings.head)}), settings.teacher)
+        student = Branch(encoder, {HEAD: make_head(encoder.width, settings.head)})
+        super().__init__(student, settings.teacher, settings.export)
         self.settings = settings
         self.register_buffer("center", torch.zeros(settings.head.prototypes))
         self.previous: Encoder | None = None  # the earlier teacher of multi-stage training

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
 from stages.pretrain.config.method import MethodSettings
-from stages.pretrain.config.parts import Crops, HeadSettings, Range, TeacherSettings, TeacherTemperature
+from stages.pretrain.config.parts import Crops, Export, HeadSettings, Range, TeacherSettings, TeacherTemperature
 
 
 class TeacherCrop(Settings):
@@ -112,6 +112,7 @@ class FLSLSettings(MethodSettings):
     )
     center_momentum: float = Field(0.9, ge=0, le=1)
     teacher: TeacherSettings = TeacherSettings()
+    export: Export = Field("teacher", description="whose encoder is evaluated; teacher as in the official code")
     previous: PreviousStage | None = Field(None, description="multi-stage training")
 
     def over_one_pass(self) -> tuple[str, ...]:

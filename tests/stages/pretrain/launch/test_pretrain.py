@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.errors import ClusterError
+from pipeline.errors import ClusterError, UsageError
 from pipeline.stage import Context, Outcome
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
@@ -110,6 +110,16 @@ def test_a_killed_training_worker_changes_nothing(run_stage: RunStage, ray_local
 def test_more_cpus_than_the_cluster_has_are_refused(run_stage: RunStage, ray_local: None) -> None:
     with pytest.raises(ClusterError, match=r"2 workers with 64 CPUs each need 128, the cluster has"):
         run_stage("f" * 24, {"steps": 1, "resources": {"workers": 2, "cpus": 64}})
+
+
+@pytest.mark.slow
+def test_a_batch_that_the_workers_cannot_share_is_refused_before_they_start(
+    run_stage: RunStage, ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = "ray.train.v2.api.data_parallel_trainer.DataParallelTrainer"
+    monkeypatch.setattr(f"{trainer}.fit", lambda self: pytest.fail("Ray Train was started"))
+    with pytest.raises(UsageError, match="4 images, which 3 workers cannot share equally"):
+        run_stage("f" * 24, {"steps": 1, "resources": {"workers": 3}})
 
 
 def train_workers() -> list[psutil.Process]:

@@ -271,10 +271,6 @@ def test_settings_say_what_is_wrong() -> None:
         D3SSLSettings(boxes="b", size=200)
     with pytest.raises(ValidationError, match="every term weighs 0"):
         D3SSLSettings(boxes="b", weights={"decouple": 0, "deposition": 0})
-    with pytest.raises(ValueError, match="pastes regions onto another image"):
-        settings().build(tiny_encoder(), total_steps=1, steps_per_epoch=1, global_batch=1)
-    with pytest.raises(ValueError, match=r"method.background_group is 3, which does not divide the 8 images"):
-        build(background_group=3)(drawn_batch(settings()))
     assert settings(boxes=["a", "b"]).boxes == ["a", "b"]
 
 

@@ -59,11 +59,18 @@ def share(batch: Batch, rank: int, world_size: int) -> Batch:
     size = len(batch) // world_size
     rows = slice(rank * size, (rank + 1) * size)
     assert batch.neighbor_ids is not None
+    has_neighbor = batch.neighbor_ids >= 0
+    before, mine = int(has_neighbor[: rows.start].sum()), int(has_neighbor[rows].sum())
+    views = {name: view[:, rows] for name, view in batch.views.items()}
+    affines = {name: affine[:, rows] for name, affine in batch.affines.items()}
+    if "neighbor" in views:
+        views["neighbor"] = batch.views["neighbor"][:, before : before + mine]
+        affines["neighbor"] = batch.affines["neighbor"][:, before : before + mine]
     return Batch(
         image_ids=batch.image_ids[rows],
         source=batch.source[rows],
-        views={name: view[:, rows] for name, view in batch.views.items()},
-        affines={name: affine[:, rows] for name, affine in batch.affines.items()},
+        views=views,
+        affines=affines,
         extras={name: extra[rows] for name, extra in batch.extras.items()},
         neighbor_ids=batch.neighbor_ids[rows],
         seed=batch.seed,
