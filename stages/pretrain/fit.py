@@ -64,10 +64,9 @@ def check_start(config: PretrainConfig, context: Context, workers: int) -> None:
         UsageError: with all that does not fit.
     """
     notes = {path: artifact.manifest.notes for path, artifact in context.inputs.items()}
-    if found := [
-        f"{path}: {what} ({remedy})" for path, what, remedy in conflicts(config, workers=workers, notes=notes)
-    ]:
-        raise UsageError("\n".join(found))
+    found = list(conflicts(config, workers=workers, notes=notes))
+    if found:
+        raise UsageError("\n".join(f"{path}: {what} ({remedy})" for path, what, remedy in found))
     for remark in remarks(config, notes):
         context.say(remark)
 
