@@ -6,11 +6,11 @@ cached takes the time of its plan. What was committed stays committed, however t
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,12 @@ from pipeline.plan.plan import check_inputs
 from pipeline.run import capacity
 from pipeline.run.capacity import Place
 from pipeline.run.failure import RunFailed, StagesFailed, explain_in, stopped_by
+from pipeline.run.mirrors import require_installed
 from pipeline.run.provenance import git_commit, package_versions
+from pipeline.run.result import RunResult, StageResult
 from pipeline.run.tracking import FAILED, FINISHED, KILLED, StageTracker, Tracker, masked
 from pipeline.stage import Context, Outcome
+from pipeline.store import uses
 
 if TYPE_CHECKING:
     from pipeline.config.load import Pipeline, PipelineStage
@@ -32,64 +35,6 @@ if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
     from pipeline.store.lease import Holder
     from pipeline.store.store import ArtifactStore
-
-
-@dataclass
-class StageResult:
-    """How one stage of a run ended. `shows_metrics` is its type's."""
-
-    planned: PlannedStage
-    shows_metrics: bool
-    state: (
-        str  # "cached", "done", "failed", "skipped" (it needs one that failed); "run" where the run stopped before it
-    )
-    seconds: float = 0.0
-    artifact: Artifact | None = None
-    error: str | None = None
-
-    @property
-    def results(self) -> dict[str, float] | None:
-        """The artifact's metrics, where the stage says that they are results of the run."""
-        return dict(self.artifact.manifest.metrics) if self.shows_metrics and self.artifact is not None else None
-
-    def to_json(self) -> dict[str, Any]:
-        """One entry of `stages` in what `tessera run --json` prints."""
-        planned = self.planned
-        row: dict[str, Any] = {
-            "name": planned.name,
-            "uses": planned.uses,
-            "kind": planned.kind,
-            "fingerprint": planned.fingerprint,
-            "state": self.state,
-            "reasons": list(planned.reasons),
-            "inputs": dict(planned.inputs),
-            "seconds": round(self.seconds, 3),
-            "artifact": self.artifact.address if self.artifact else None,
-        }
-        if self.results is not None:
-            row["metrics"] = self.results
-        if self.error is not None:
-            row["error"] = self.error
-        return row
-
-
-@dataclass
-class RunResult:
-    """How a run ended, stage by stage in execution order."""
-
-    pipeline: str
-    stages: list[StageResult] = field(default_factory=list)
-    tracking: str | None = None  # the address, when the run was tracked
-    seconds: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """What `tessera run --json` prints."""
-        return {
-            "pipeline": self.pipeline,
-            "stages": [stage.to_json() for stage in self.stages],
-            "seconds": round(self.seconds, 3),
-            "tracking": self.tracking,
-        }
 
 
 def run(
@@ -115,23 +60,29 @@ def run(
         ConfigError: a stage cannot run on this machine or cluster; nothing was started.
         RunFailed: a stage failed.
         StagesFailed: with `keep_going`, one or more stages failed.
+        UsageError: a mirror's package is not installed.
         KeyboardInterrupt, SystemExit: the run was interrupted.
     """
     started = time.monotonic()
+    if plan.to_run:
+        require_installed(pipeline.mirrors)
     working = _Run(pipeline, store, display, address, keep_going)
     for planned in plan.stages:
-        shows_metrics = pipeline.stages[planned.name].stage.shows_metrics
-        working.result.stages.append(StageResult(planned, shows_metrics, planned.state, artifact=planned.artifact))
+        stage = pipeline.stages[planned.name].stage
+        working.result.stages.append(
+            StageResult(planned, stage.shows_metrics, stage.units, planned.state, artifact=planned.artifact)
+        )
     status = FAILED
     try:
-        working.check_start(plan)
-        for result in working.result.stages:
-            if result.state == "run" and not working.skip(result):
+        with working.claimed(plan):
+            working.check_start(plan)
+            for result in working.result.stages:
+                if result.state != "run" or working.skip(result):
+                    continue
                 working.execute(result)
-            if result.artifact is not None:
-                history.remember(store, pipeline.name, result.planned.name, result.planned.known_as)
-            if result.state in ("done", "cached") and result.planned.artifact is None:
-                working.check_below(result, plan)
+                if result.artifact is not None:  # else it failed, and the run goes on
+                    working.remember(result.planned)
+                    working.check_below(result, plan)
         if working.failures:
             raise StagesFailed(working.failures, working.result)
         status = FINISHED
@@ -155,8 +106,26 @@ class _Run:
         self.failures: list[RunFailed] = []  # with keep_going
         self.result = RunResult(pipeline.name)
         self.began = _now()
-        self.tracker = Tracker(pipeline.tracking, pipeline.name, display.warn)
+        self.tracker = Tracker(pipeline.tracking, pipeline.name, display.warn, pipeline.mirrors)
         self.cluster: Cluster | None = None
+
+    @contextlib.contextmanager
+    def claimed(self, plan: Plan) -> Iterator[None]:
+        """Keep all that the plan needs from removal while the body runs, and note what is cached as used."""
+        with contextlib.ExitStack() as stack:
+            if plan.to_run:
+                needed = [f"{planned.kind}/{planned.fingerprint}" for planned in plan.needed.values()]
+                stack.enter_context(uses.needed_while(self.store.objects, needed))
+            for planned in plan.stages:
+                if planned.state == "cached":
+                    self.remember(planned)
+            yield
+
+    def remember(self, planned: PlannedStage) -> None:
+        """Keep what the stage was, for later plans, and that this pipeline uses its artifact, for `artifacts gc`."""
+        history.remember(self.store, self.pipeline.name, planned.name, planned.known_as)
+        artifact = f"{planned.kind}/{planned.fingerprint}"
+        uses.note_use(self.store.objects, artifact, self.pipeline.name, planned.name)
 
     def check_start(self, plan: Plan) -> None:
         """Refuse at once what would stop a stage hours later: resources that are not there, weights that do not fit."""
@@ -309,6 +278,7 @@ class _Run:
                 resources=entry.stage.config.resources,
                 log_metrics=tracked.log_metrics,
                 report_progress=self.display.progress,
+                show_figures=self.display.figures,
                 say=self.display.say,
             )
         )
@@ -327,6 +297,7 @@ class _Run:
                 "preview": outcome.preview,
                 "packages": package_versions(entry.stage.packages),
                 "git": git_commit(),
+                "made_by": uses.maker(self.pipeline.name),
                 "created": _now(),
                 "seconds": time.monotonic() - started,
                 "tracking": {"uri": masked(self.tracker.uri or ""), "run": tracked.run_id} if tracked.run_id else {},

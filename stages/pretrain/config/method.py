@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -30,6 +30,14 @@ class Start:
     filtered: bool  # whether an earlier training gave it an object-aware filter
 
 
+class QueueSize(NamedTuple):
+    """How large a method's queue of entries from earlier steps is."""
+
+    entries: int
+    of_an_image: int = 1  # entries that an image adds in a step
+    shared: bool = False  # each worker computes with a share of it, and all shares must be of one size
+
+
 class MethodSettings(Settings):
     """`method:` in YAML.
 
@@ -39,6 +47,7 @@ class MethodSettings(Settings):
     variant_group: ClassVar[str | None] = METHODS
     builds: ClassVar[str]  # "package.module:Class" of the method; imported when the method is built, not before
     terms: ClassVar[tuple[str, ...]]  # the names that `weights` may scale
+    projects_views: ClassVar[bool] = False  # `Method.projection` is a module: one projection of every view
     default_weights: ClassVar[Mapping[str, float]] = {}  # the paper's weights that are not 1; a config replaces them
 
     name: str = Field(description="entry point in the group tessera.methods")
@@ -68,19 +77,33 @@ class MethodSettings(Settings):
         """Every term with its weight, in the method's order. The training loop sums the terms with these weights."""
         return {term: weight_of(self.weights, term) for term in self.terms}
 
+    def over_one_pass(self) -> tuple[str, ...]:
+        """What the method computes over all images of a forward pass, in words, batch norms aside.
+
+        It is told when a step accumulates the gradients of several passes, which then see less than the batch.
+        """
+        return ()
+
     def as_host(self) -> MethodSettings:
         """The settings to use when DSA, which compares two views of an image, wraps this method.
 
-        A method that shows the student only one view by default overrides this.
+        A method that shows the student only one view by default overrides this, and one that DSA cannot wrap.
+
+        Raises:
+            ValueError: if DSA cannot wrap this method, with the reason.
         """
         return self
 
     def least_batch(self) -> int:
-        """The fewest images that a global batch may hold.
+        """The fewest images that one forward pass of all workers may hold (stages/pretrain/fit.py checks it).
 
         It is 2 for methods whose terms compare images or normalise over them.
         """
         return 1
+
+    def queues(self) -> dict[str, QueueSize]:
+        """The method's queues of entries from earlier steps, by the dotted name of the option that sizes them."""
+        return {}
 
     def view_sizes(self) -> Iterator[tuple[str, int]]:
         """The side in pixels of every square view that the encoder sees, with the dotted path of its setting.
@@ -121,12 +144,8 @@ class MethodSettings(Settings):
             The `Method`.
 
         Raises:
-            ValueError: if the method cannot use this encoder, or the batch is too small for it.
+            ValueError: if the method cannot use this encoder.
         """
-        if global_batch < self.least_batch():
-            raise ValueError(
-                f"method {self.name} compares the images of a batch: set batch_size to at least {self.least_batch()}"
-            )
         return registry.imported(self.builds).build(
             self, encoder, total_steps=total_steps, steps_per_epoch=steps_per_epoch, global_batch=global_batch
         )
