@@ -6,15 +6,16 @@ Ray Data actors hold the model; `neighbors` reads what they write.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from pipeline.stage import Context, Input, Outcome, Stage, StageConfig
+from pipeline.stage import Context, Feed, Input, Outcome, Stage, StageConfig
 from stages.models import weights
+from stages.models.planned import backbone_of, undivided
 from stages.models.settings import Backbone
 
 _SHOWN = 32  # photographs in the preview
@@ -47,6 +48,11 @@ class Embeddings(Stage[EmbeddingsConfig]):
     kind = "embeddings"
     packages = ("timm",)
     Config = EmbeddingsConfig
+
+    def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
+        """A crop that does not split into a ViT's patches."""
+        backbone = self.config.backbone or backbone_of(feeds.get("encoder"))
+        yield from undivided(backbone, {"crop": self.config.crop})
 
     def obstacles(self, say: Callable[[str], None]) -> Iterator[tuple[str, str, str]]:
         """Weights of its own backbone that cannot be had."""

@@ -6,8 +6,8 @@ from tests.mistakes.base import Mistake
 
 
 def _resources(row: str, what: str, resources: str, *words: str) -> Mistake:
-    """A mistake in the resources of `warmup`."""
-    replace = [("resources: {workers: 0}", f"resources: {resources}")]
+    """A mistake in the resources of `warmup`, whose batch 512 workers can share."""
+    replace = [("resources: {workers: 0}", f"resources: {resources}"), ("batch_size: 16", "batch_size: 512")]
     return Mistake(
         row, what, ["p.yaml:12: stages.warmup.resources.", *words], replace=replace, command=("run", "p.yaml")
     )
@@ -19,9 +19,7 @@ IN_CLUSTERS = [
     _resources(
         "36c", "more CPUs than there are", "{cpus: 4096}", "cpus: ", "asks for 4096 CPUs", "lower resources.cpus"
     ),
-    _resources(
-        "36d", "more workers than CPUs", "{workers: 4096}", "workers: ", "4096 workers with", "this machine has"
-    ),
+    _resources("36d", "more workers than CPUs", "{workers: 512}", "workers: ", "512 workers with", "this machine has"),
     Mistake(
         "36e",
         "more GPUs than there are for actors",
