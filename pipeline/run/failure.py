@@ -63,7 +63,7 @@ def on_purpose(error: BaseException) -> TesseraError | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreError(
             f"a disk is full: {str(error).splitlines()[0]} (free space, `tessera artifacts gc` lists what can go; or "
-            "name a store on another disk with --store, and another place for temporary files with RAY_TMPDIR and TMPDIR)"
+            "name a store on another disk with --store, and for temporary files with RAY_TMPDIR and TMPDIR)"
         )
     return on_purpose(error.__cause__) if error.__cause__ is not None else None
 
