@@ -11,7 +11,7 @@ from pipeline.stage import field_name
 
 if TYPE_CHECKING:
     from pipeline.config.load import Pipeline
-    from pipeline.run.runner import RunResult
+    from pipeline.run.result import RunResult
 
 # "backbone.checkpoint: ...", or "batch_size, accumulate: ...": the settings that a message is about.
 _SETTINGS = re.compile(r"(?P<first>[a-z_]\w*(\.\w+)*)(, [\w., ]+)?: (?P<rest>.+)", re.DOTALL)

@@ -11,7 +11,6 @@ import datetime
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from pipeline.run.capacity import Place
 from pipeline.run.failure import RunFailed, StagesFailed, explain_in, stopped_by
 from pipeline.run.mirrors import require_installed
 from pipeline.run.provenance import git_commit, package_versions
+from pipeline.run.result import RunResult, StageResult
 from pipeline.run.tracking import FAILED, FINISHED, KILLED, StageTracker, Tracker, masked
 from pipeline.stage import Context, Outcome
 from pipeline.store import uses
@@ -35,65 +35,6 @@ if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
     from pipeline.store.lease import Holder
     from pipeline.store.store import ArtifactStore
-
-
-@dataclass
-class StageResult:
-    """How one stage of a run ended. `shows_metrics` and `units` are its type's."""
-
-    planned: PlannedStage
-    shows_metrics: bool
-    units: Mapping[str, str]  # of its metrics
-    state: (
-        str  # "cached", "done", "failed", "skipped" (it needs one that failed); "run" where the run stopped before it
-    )
-    seconds: float = 0.0
-    artifact: Artifact | None = None
-    error: str | None = None
-
-    @property
-    def results(self) -> dict[str, float] | None:
-        """The artifact's metrics, where the stage says that they are results of the run."""
-        return dict(self.artifact.manifest.metrics) if self.shows_metrics and self.artifact is not None else None
-
-    def to_json(self) -> dict[str, Any]:
-        """One entry of `stages` in what `tessera run --json` prints."""
-        planned = self.planned
-        row: dict[str, Any] = {
-            "name": planned.name,
-            "uses": planned.uses,
-            "kind": planned.kind,
-            "fingerprint": planned.fingerprint,
-            "state": self.state,
-            "reasons": list(planned.reasons),
-            "inputs": dict(planned.inputs),
-            "seconds": round(self.seconds, 3),
-            "artifact": self.artifact.address if self.artifact else None,
-        }
-        if self.results is not None:
-            row["metrics"], row["units"] = self.results, dict(self.units)
-        if self.error is not None:
-            row["error"] = self.error
-        return row
-
-
-@dataclass
-class RunResult:
-    """How a run ended, stage by stage in execution order."""
-
-    pipeline: str
-    stages: list[StageResult] = field(default_factory=list)
-    tracking: str | None = None  # the address, when the run was tracked
-    seconds: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """What `tessera run --json` prints."""
-        return {
-            "pipeline": self.pipeline,
-            "stages": [stage.to_json() for stage in self.stages],
-            "seconds": round(self.seconds, 3),
-            "tracking": self.tracking,
-        }
 
 
 def run(

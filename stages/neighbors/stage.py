@@ -70,7 +70,7 @@ class Neighbors(Stage[NeighborsConfig]):
         if config.k > len(ids) - 1:
             raise SourceError(
                 f"stages.{context.name}.k: k is {config.k}, but each of the {len(ids)} images has only "
-                f"{max(0, len(ids) - 1)} others: set stages.{context.name}.k to {max(1, len(ids) - 1)} or less, or add images"
+                f"{max(0, len(ids) - 1)} others: set it to {max(1, len(ids) - 1)} or less, or add images"
             )
         settings = IndexSettings(**config.model_dump(include=set(IndexSettings.__dataclass_fields__)))
         index = Neighbourhood(vectors, ids, settings, seed=config.seed)
