@@ -27,7 +27,10 @@ NEEDS = {
 def test_a_recipe_is_a_valid_pipeline_with_a_header(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     pipeline = load_pipeline(recipe)
-    assert any(stage.uses == "pretrain" for stage in pipeline.stages.values())
+    trainings = [stage.stage.config for stage in pipeline.stages.values() if stage.uses == "pretrain"]
+    assert trainings
+    for config in trainings:  # Ray's workers and replays get their settings like this
+        assert PretrainConfig.model_validate(config.model_dump(mode="json", by_alias=True)) == config
     header = (ROOT / recipe).read_text().split("\n\n")[0]
     assert header.startswith("# ")
 

@@ -33,6 +33,7 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
     packages = ("timm",)
     uses_ray = False
     shows_metrics = True
+    units = dict.fromkeys(("top1", "top5"), "%")
     Config = ClassifyKnnConfig
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:

@@ -32,6 +32,7 @@ class SegmentLinear(Stage[SegmentLinearConfig]):
     packages = ("timm",)
     uses_ray = False
     shows_metrics = True
+    units = dict.fromkeys(("miou", "pixel_accuracy", "mean_accuracy"), "%")
     Config = SegmentLinearConfig
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:

@@ -5,10 +5,14 @@ Planning imports this file and must stay fast: torch and Ray are imported when t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from pipeline.stage import Context, Feed, Outcome, Stage
+from pipeline.stage import Context, Feed, Outcome, Stage, StageConfig
+from stages.models import weights
+from stages.pretrain.config.continuing import CONTINUE, continuing_problems
+from stages.pretrain.config.method import Start
 from stages.pretrain.config.pretrain import PretrainConfig
+from stages.pretrain.fit import conflicts
 
 
 class Pretrain(Stage[PretrainConfig]):
@@ -18,6 +22,10 @@ class Pretrain(Stage[PretrainConfig]):
     version = 1
     tracked_as = "model"
     exports = ("encoder.safetensors", "encoder.json", "*.safetensors")
+    change_remarks = {
+        "steps": "trains anew from the start; `continue` goes on from a stage with keep_state",
+        "epochs": "trains anew from the start; `continue` goes on from a stage with keep_state",
+    }
     Config = PretrainConfig
 
     @property
@@ -26,9 +34,20 @@ class Pretrain(Stage[PretrainConfig]):
         return self.config.resources.workers != 0
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
-        """Tables (boxes, superpixels, neighbours, embeddings) that describe none of the image sets trained on."""
+        """What a training with these inputs would stop at.
+
+        Numbers that do not fit together; tables (boxes, superpixels, neighbours, embeddings) that describe none of the
+        image sets trained on; a training that cannot go on from another; an encoder that the method cannot train.
+        """
+        if CONTINUE in feeds:
+            yield from continuing_problems(self.config, feeds)
+        notes = {path: feed.notes for path, feed in feeds.items()}
+        asked = self.config.resources.workers
+        yield from conflicts(self.config, workers=None if asked is None else max(asked, 1), notes=notes)
         sources = {path for path, _ in self.config.image_sources()}
         trained_on = {feeds[path].fingerprint: feeds[path].stage for path in feeds if path in sources}
+        roles = {path: source.role for path, source in self.config.image_sources()}
+        of_objects = {feeds[path].fingerprint for path in feeds if roles.get(path) == "objects"}
         for path, feed in feeds.items():
             origins = {} if path in sources or feed.kind == "encoder" else _image_sets(feed)
             if origins and not origins.keys() & trained_on.keys():
@@ -38,6 +57,28 @@ class Pretrain(Stage[PretrainConfig]):
                     f"those of {', '.join(trained_on.values())}",
                     f"name a {feed.kind} stage that is made from the same images",
                 )
+            elif origins and feed.kind == "neighbors" and not origins.keys() & of_objects:
+                yield (
+                    path,
+                    f"{feed.stage} is made from the images of {', '.join(origins.values())}, which are scenes here: "
+                    "neighbours are those of images of role objects",
+                    "give these images role: objects, or do without the neighbours",
+                )
+
+        start = _start(self.config, feeds)
+        if start is not None:
+            for path, what, remedy in self.config.method.misfits(start):
+                yield f"method.{path}", what, remedy
+
+    def obstacles(self, say: Callable[[str], None]) -> Iterator[tuple[str, str, str]]:
+        """Weights that cannot be had, and a GPU that training in the driver's process would not find."""
+        yield from weights.obstacles(self.config, say)
+        if self.config.resources.workers == 0 and self.config.resources.gpus:
+            import torch
+
+            if not torch.cuda.is_available():
+                what = "torch sees no GPU on this machine, and workers: 0 trains here"
+                yield "resources.gpus", what, "set it to 0 to train on the CPU, or install torch's build for the driver"
 
     def run(self, context: Context) -> Outcome:
         """Train, or continue a training that was interrupted, and write the encoder with its curves and pictures."""
@@ -58,3 +99,16 @@ def _image_sets(feed: Feed) -> dict[str, str]:
         if above.kind != "encoder":
             found |= _image_sets(above)
     return found
+
+
+def _start(config: StageConfig, feeds: Mapping[str, Feed]) -> Start | None:
+    """The encoder that a training starts from, through all trainings before it; None where another stage made it."""
+    if not isinstance(config, PretrainConfig):
+        return None
+    if config.backbone is not None:
+        return Start(config.backbone, filtered=False)
+    before = _start(feeds["init"].config, feeds["init"].inputs)
+    if before is None:
+        return None
+    method = getattr(feeds["init"].config, "method", None)
+    return Start(before.backbone, before.filtered or getattr(method, "filter", None) is not None)
