@@ -1,4 +1,4 @@
-"""How a run ended: every stage with its state, its artifact and its results."""
+"""How a run ended, stage by stage: what the terminal's tables, `--json` and errors are made from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class StageResult:
     planned: PlannedStage
     shows_metrics: bool
     units: Mapping[str, str]  # of its metrics
-    state: str  # "cached", "done", "failed"; "skipped": it needs one that failed; "run": the run stopped before it
+    state: str  # "cached", "done", "failed", "skipped" (it needs one that failed), "run" (the run stopped before it)
     seconds: float = 0.0
     artifact: Artifact | None = None
     error: str | None = None

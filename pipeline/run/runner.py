@@ -74,15 +74,14 @@ def run(
         )
     status = FAILED
     try:
+        working.check_start(plan)
         with working.claimed(plan):
-            working.check_start(plan)
             for result in working.result.stages:
-                if result.state != "run" or working.skip(result):
-                    continue
-                working.execute(result)
-                if result.artifact is not None:  # else it failed, and the run goes on
-                    working.remember(result.planned)
-                    working.check_below(result, plan)
+                if result.state == "run" and not working.skip(result):
+                    working.execute(result)
+                    if result.artifact is not None:
+                        working.remember(result.planned)
+                        working.check_below(result, plan)
         if working.failures:
             raise StagesFailed(working.failures, working.result)
         status = FINISHED

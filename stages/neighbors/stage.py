@@ -68,10 +68,9 @@ class Neighbors(Stage[NeighborsConfig]):
         shards = _read(context.inputs["embeddings"])
         ids, vectors = (np.concatenate([shard[i] for shard in shards]) for i in (0, 1))
         if config.k > len(ids) - 1:
-            others = max(0, len(ids) - 1)
             raise SourceError(
-                f"stages.{context.name}.k: k is {config.k}, but each of the {len(ids)} images has only {others} others"
-                f": set stages.{context.name}.k to {max(1, others)} or less, or add images"
+                f"stages.{context.name}.k: k is {config.k}, but each of the {len(ids)} images has only "
+                f"{max(0, len(ids) - 1)} others: set it to {max(1, len(ids) - 1)} or less, or add images"
             )
         settings = IndexSettings(**config.model_dump(include=set(IndexSettings.__dataclass_fields__)))
         index = Neighbourhood(vectors, ids, settings, seed=config.seed)

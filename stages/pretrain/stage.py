@@ -38,7 +38,7 @@ class Pretrain(Stage[PretrainConfig]):
         """What a training with these inputs would stop at.
 
         Numbers that do not fit together; tables (boxes, superpixels, neighbours, embeddings) that describe none of the
-        image sets trained on; an encoder that the method cannot train; a training that cannot go on from another.
+        image sets trained on; a training that cannot go on from another; an encoder that the method cannot train.
         """
         if CONTINUE in feeds:
             yield from continuing_problems(self.config, feeds)

@@ -19,7 +19,13 @@ IN_CLUSTERS = [
     _resources(
         "36c", "more CPUs than there are", "{cpus: 4096}", "cpus: ", "asks for 4096 CPUs", "lower resources.cpus"
     ),
-    _resources("36d", "more workers than CPUs", "{workers: 512}", "workers: ", "512 workers with", "this machine has"),
+    Mistake(
+        "36d",
+        "more workers than CPUs",
+        ["p.yaml:12: stages.warmup.resources.workers: ", "32 workers with 16 CPUs", "this machine has"],
+        replace=[("batch_size: 16", "batch_size: 32"), ("{workers: 0}", "{workers: 32, cpus: 16}")],
+        command=("run", "p.yaml"),
+    ),
     Mistake(
         "36e",
         "more GPUs than there are for actors",

@@ -23,20 +23,20 @@ from stages.training.settings import weight_of
 METHODS = "tessera.methods"  # entry-point group
 
 
-@dataclass(frozen=True)
-class Start:
-    """The encoder that a training starts from, as far as the pipeline file tells."""
-
-    backbone: Backbone
-    filtered: bool  # whether an earlier training gave it an object-aware filter
-
-
 class QueueSize(NamedTuple):
     """How large a method's queue of entries from earlier steps is."""
 
     entries: int
     of_an_image: int = 1  # entries that an image adds in a step
     shared: bool = False  # each worker computes with a share of it, and all shares must be of one size
+
+
+@dataclass(frozen=True)
+class Start:
+    """The encoder that a training starts from, as far as the pipeline file tells."""
+
+    backbone: Backbone
+    filtered: bool  # whether an earlier training gave it an object-aware filter
 
 
 class MethodSettings(Settings):
@@ -94,6 +94,10 @@ class MethodSettings(Settings):
             ValueError: if DSA cannot wrap this method, with the reason.
         """
         return self
+
+    def no_host_with(self, start: Start) -> str | None:
+        """Why DSA cannot wrap this method with this encoder; None where it can."""
+        return None
 
     def least_batch(self) -> int:
         """The fewest images that one forward pass of all workers may hold (stages/pretrain/fit.py checks it).

@@ -142,7 +142,7 @@ def test_two_images_are_each_others_neighbours(store: ArtifactStore, images: Cal
 
 def test_more_neighbours_than_images_is_an_error_with_the_numbers(store: ArtifactStore, embeddings: Artifact) -> None:
     with pytest.raises(
-        SourceError, match=r"k is 12, but each of the 12 images has only 11 others: set stages\.near\.k"
+        SourceError, match=r"k is 12, but each of the 12 images has only 11 others: set it to 11 or less"
     ):
         run(store, embeddings, k=12)
 

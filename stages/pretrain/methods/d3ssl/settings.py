@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
-from stages.pretrain.config.method import MethodSettings, QueueSize
+from stages.pretrain.config.method import MethodSettings, QueueSize, Start
 from stages.pretrain.config.parts import Export, Range, TeacherSettings
 
 
@@ -133,3 +133,9 @@ class D3SSLSettings(MethodSettings):
         """Both sizes."""
         yield from super().view_sizes()
         yield "small_size", self.small_size
+
+    def no_host_with(self, start: Start) -> str | None:
+        """Of a ResNet it trains regions of the C4 map, and computes no vector of a whole view."""
+        if start.backbone.is_vit is not False:
+            return None
+        return f"d3ssl takes regions of the C4 map of {start.backbone.name}, and dsa compares vectors of whole views"

@@ -161,6 +161,9 @@ class DSASettings(MethodSettings):
         return {f"host.{name}": queue for name, queue in self.host.as_host().queues().items()}
 
     def misfits(self, start: Start) -> Iterator[tuple[str, str, str]]:
-        """What its host cannot do with the encoder."""
-        for path, what, remedy in self.host.as_host().misfits(start):
+        """What its host cannot do with the encoder, by itself and as a host."""
+        host = self.host.as_host()
+        if (reason := host.no_host_with(start)) is not None:
+            yield "host", reason, "name a ViT, or another host"
+        for path, what, remedy in host.misfits(start):
             yield f"host.{path}", what, remedy
