@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import subprocess
-import sys
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +21,8 @@ from stages.models.export import SNIPPET
 from stages.models.feature_extractor import ObjectAwareFilter
 from stages.models.settings import Backbone
 from tests.conftest import ROOT
+
+from .alone import Lines, run_alone
 
 VIT = Backbone(name="vit_tiny_patch16_224", img_size=64, kwargs={"embed_dim": 48, "depth": 3, "num_heads": 3})
 FLSL = VIT.model_copy(update={"class_token": False, "pos_embed": "sincos", "pos_interp": "scale_factor_plus_0.1"})
@@ -86,23 +85,6 @@ KINDS = {
     ),
 }
 
-ALONE = """
-import importlib.util, json, os, sys
-sys.path += json.loads(sys.argv[1])
-assert all(importlib.util.find_spec(name) is None for name in ("stages", "pipeline")), sys.path
-for folder, snippet, sizes in json.loads(sys.argv[2]):
-    os.chdir(folder)
-    names = {}
-    exec(snippet, names)
-    import torch
-    found = {"own": [names["images"], names["vector"], names["map"]]}
-    for size in sizes:
-        images = torch.rand(2, 3, *size)
-        found[str(tuple(size))] = [images, *names["encoder"](names["encoder"].normalise(images))]
-    numbers = {name: getattr(names["encoder"], name) for name in ("width", "vector_width", "stride", "image_size")}
-    torch.save({"features": found, "numbers": numbers}, sys.argv[3] + "/" + os.path.basename(folder) + ".pt")
-"""
-
 
 def committed(encoder: Encoder, store: ArtifactStore, fingerprint: str = "e1") -> Artifact:
     """The artifact that the pretrain stage would write."""
@@ -112,14 +94,6 @@ def committed(encoder: Encoder, store: ArtifactStore, fingerprint: str = "e1") -
     return writer.commit(uses="pretrain", stage="warmup")
 
 
-def run_alone(jobs: list[tuple[Path, str, tuple[tuple[int, int], ...]]], out: Path) -> None:
-    """Runs a snippet in each folder, in one process that sees installed packages and not this project."""
-    packages = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
-    arguments = [json.dumps(packages), json.dumps([(str(folder), *rest) for folder, *rest in jobs]), str(out)]
-    # -I: neither this folder nor PYTHONPATH; -S: no .pth files, by which an editable install is found.
-    subprocess.run([sys.executable, "-I", "-S", "-c", ALONE, *arguments], cwd="/", check=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Every kind: its artifact, its exported folder, and what the snippet in that folder's README gave."""
@@ -127,13 +101,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     store = ArtifactStore(str(base / "store"))
     torch.manual_seed(0)
     artifacts = {name: committed(kind.build(), store, name) for name, kind in KINDS.items()}
-    jobs = []
+    jobs = {}
     for name, artifact in artifacts.items():
         copy_out(artifact, base / name)
         (snippet,) = re.findall(r"```python\n(.*?)```", (base / name / "README.md").read_text(), flags=re.S)
-        jobs.append((base / name, snippet, KINDS[name].sizes))
-    run_alone(jobs, base)
-    return {name: (artifacts[name], base / name, torch.load(base / f"{name}.pt")) for name in KINDS}
+        jobs[name] = Lines(base / name, snippet, [torch.rand(2, 3, *size) for size in KINDS[name].sizes])
+    alone = run_alone(jobs, base)
+    return {name: (artifacts[name], base / name, alone[name]) for name in KINDS}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -142,7 +116,7 @@ def test_the_exported_features_are_the_evaluated_ones(name: str, made: Made) -> 
     evaluated = Encoder.load(artifact).eval()
     facts = json.loads((folder / "encoder.json").read_text())
     assert len(alone["features"]) == 1 + len(KINDS[name].sizes)
-    for images, vector, map_BDhw in alone["features"].values():
+    for images, vector, map_BDhw in alone["features"]:
         mean, std = (torch.tensor(facts["normalisation"][key]).view(3, 1, 1) for key in ("mean", "std"))
         with torch.no_grad():
             ours = evaluated((images - mean) / std)
@@ -162,8 +136,8 @@ def test_the_projects_readme_prints_the_same_lines(made: Made, tmp_path: Path) -
     artifact, folder, _ = made["filter_post"]
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "encoder").symlink_to(folder)
-    run_alone([(tmp_path / "home", snippet, ())], tmp_path)
-    images, vector, map_BDhw = torch.load(tmp_path / "home.pt")["features"]["own"]
+    alone = run_alone({"readme": Lines(tmp_path / "home", snippet)}, tmp_path)
+    [[images, vector, map_BDhw]] = alone["readme"]["features"]
     encoder = Encoder.load(artifact).eval()
     with torch.no_grad():
         ours = encoder(encoder.normalise(images))
