@@ -18,6 +18,7 @@ from stages.models.feature_extractor import ObjectAwareFilter
 from stages.models.settings import Backbone
 
 TINY = {"embed_dim": 48, "depth": 3, "num_heads": 3}
+SWIN = {"embed_dim": 24, "depths": [1, 1, 1, 1], "window_size": 2}
 VIT = Backbone(name="vit_tiny_patch16_224", img_size=64, kwargs=TINY)
 
 
@@ -37,8 +38,11 @@ def features_of(encoder: Encoder, *size: int):
         (Backbone(name="resnet18", output_stride=8), (64, 96), 512, 8, (8, 12)),
         (Backbone(name="resnet18", out_stage="c4"), (64, 96), 256, 16, (4, 6)),
         (Backbone(name="convnext_atto"), (64, 96), 320, 32, (2, 3)),
+        (Backbone(name="swin_tiny_patch4_window7_224", img_size=64, kwargs=SWIN), (64, 64), 192, 32, (2, 2)),
+        (Backbone(name="ghostnet_050"), (64, 96), 480, 32, (2, 3)),
+        (Backbone(name="levit_128s"), (224, 224), 384, 64, (4, 4)),
     ],
-    ids=["vit", "patch8", "no_cls_sincos", "resnet", "dilated", "c4", "convnext"],
+    ids=["vit", "patch8", "no_cls_sincos", "resnet", "dilated", "c4", "convnext", "swin", "no_drop_path", "levit"],
 )
 def test_shapes(backbone, size, width, stride, grid) -> None:
     encoder = Encoder.build(backbone)
@@ -234,6 +238,7 @@ def test_missing_checkpoint_is_named(tmp_path) -> None:
         ({"name": "resnet18", "pos_embed": "sincos"}, "resnet18 is not a plain ViT"),
         ({"name": "vit_tiny_patch16_224", "output_stride": 16}, "is a ViT; remove them"),
         ({"name": "vit_tiny_patch16_224", "kwargs": {"colour": 1}}, "does not accept them.*colour"),
+        ({"name": "ghostnet_050", "drop_path": 0.1}, "backbone.drop_path: ghostnet_050 has no stochastic depth"),
     ],
 )
 def test_rules_of_backbones(backbone, rule) -> None:
