@@ -135,7 +135,7 @@ class Encoder(FeatureExtractor):
                 _, width, rows, _ = self._map_of_zeros(side)
             except (ValueError, RuntimeError, AssertionError) as error:
                 raise UsageError(f"backbone.name: {name} has no dense features: {error}") from error
-        if width != self.width or abs(rows - side / self.stride) >= 2:
+        if width != self.width or not 0.5 <= rows * self.stride / side <= 1.5:  # some cut the border off
             raise UsageError(
                 f"backbone.name: {name} gives a map of {width} channels and {rows} rows for an image of {side} pixels, "
                 f"where timm says {self.width} channels and stride {self.stride}: name another model"
