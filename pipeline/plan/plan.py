@@ -160,7 +160,12 @@ def _reasons(pipeline: Pipeline, store: ArtifactStore, planned: PlannedStage) ->
         return ["new"]
     if last["fingerprint"] == planned.fingerprint:
         return ["artifact gone from the store"]
-    return history.differences(planned.name, last, planned.known_as)
+    remarks = pipeline.stages[planned.name].stage.change_remarks
+    reasons = []
+    for reason in history.differences(planned.name, last, planned.known_as):
+        remark = remarks.get(reason.split(" ")[0].removeprefix(f"stages.{planned.name}."))
+        reasons.append(f"{reason} ({remark})" if remark else reason)
+    return reasons
 
 
 def _source_digests(

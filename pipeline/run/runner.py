@@ -6,19 +6,22 @@ cached takes the time of its plan. What was committed stays committed, however t
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, ConfigError, StageFailed, TesseraError
 from pipeline.plan import fingerprint, history
 from pipeline.plan.plan import check_inputs
+from pipeline.run.mirrors import require_installed
 from pipeline.run.provenance import git_commit, package_versions
 from pipeline.run.tracking import FAILED, FINISHED, KILLED, StageTracker, Tracker, masked
 from pipeline.stage import Context, Outcome
+from pipeline.store import uses
 
 if TYPE_CHECKING:
     from pipeline.config.load import Pipeline, PipelineStage
@@ -32,10 +35,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class StageResult:
-    """How one stage of a run ended. `shows_metrics` is its type's."""
+    """How one stage of a run ended. `shows_metrics` and `units` are its type's."""
 
     planned: PlannedStage
     shows_metrics: bool
+    units: Mapping[str, str]  # of its metrics
     state: str  # "cached", "done", "failed"; "run" where the run stopped before it
     seconds: float = 0.0
     artifact: Artifact | None = None
@@ -61,7 +65,7 @@ class StageResult:
             "artifact": self.artifact.address if self.artifact else None,
         }
         if self.results is not None:
-            row["metrics"] = self.results
+            row["metrics"], row["units"] = self.results, dict(self.units)
         if self.error is not None:
             row["error"] = self.error
         return row
@@ -109,20 +113,26 @@ def run(
 
     Raises:
         RunFailed: a stage failed.
+        UsageError: a mirror's package is not installed.
         KeyboardInterrupt, SystemExit: the run was interrupted.
     """
     started = time.monotonic()
+    if plan.to_run:
+        require_installed(pipeline.mirrors)
     working = _Run(pipeline, store, display, address)
     for planned in plan.stages:
-        shows_metrics = pipeline.stages[planned.name].stage.shows_metrics
-        working.result.stages.append(StageResult(planned, shows_metrics, planned.state, artifact=planned.artifact))
+        stage = pipeline.stages[planned.name].stage
+        working.result.stages.append(
+            StageResult(planned, stage.shows_metrics, stage.units, planned.state, artifact=planned.artifact)
+        )
     status = FAILED
     try:
-        for result in working.result.stages:
-            if result.state == "run":
-                working.execute(result)
-                working.check_below(result, plan)
-            history.remember(store, pipeline.name, result.planned.name, result.planned.known_as)
+        with working.claimed(plan):
+            for result in working.result.stages:
+                if result.state == "run":
+                    working.execute(result)
+                    working.check_below(result, plan)
+                    working.remember(result.planned)
         status = FINISHED
     except BaseException as error:
         status = FAILED if isinstance(error, Exception) else KILLED
@@ -140,8 +150,26 @@ class _Run:
         self.pipeline, self.store, self.display, self.address = pipeline, store, display, address
         self.result = RunResult(pipeline.name)
         self.began = _now()
-        self.tracker = Tracker(pipeline.tracking, pipeline.name, display.warn)
+        self.tracker = Tracker(pipeline.tracking, pipeline.name, display.warn, pipeline.mirrors)
         self.cluster: Cluster | None = None
+
+    @contextlib.contextmanager
+    def claimed(self, plan: Plan) -> Iterator[None]:
+        """Keep all that the plan needs from removal while the body runs, and note what is cached as used."""
+        with contextlib.ExitStack() as stack:
+            if plan.to_run:
+                needed = [f"{planned.kind}/{planned.fingerprint}" for planned in plan.needed.values()]
+                stack.enter_context(uses.needed_while(self.store.objects, needed))
+            for planned in plan.stages:
+                if planned.state == "cached":
+                    self.remember(planned)
+            yield
+
+    def remember(self, planned: PlannedStage) -> None:
+        """Keep what the stage was, for later plans, and that this pipeline uses its artifact, for `artifacts gc`."""
+        history.remember(self.store, self.pipeline.name, planned.name, planned.known_as)
+        artifact = f"{planned.kind}/{planned.fingerprint}"
+        uses.note_use(self.store.objects, artifact, self.pipeline.name, planned.name)
 
     def check_below(self, done: StageResult, plan: Plan) -> None:
         """Stop where what a finished artifact holds shows that a stage which reads it cannot work.
@@ -252,6 +280,7 @@ class _Run:
                 resources=entry.stage.config.resources,
                 log_metrics=tracked.log_metrics,
                 report_progress=self.display.progress,
+                show_figures=self.display.figures,
                 say=self.display.say,
             )
         )
@@ -270,6 +299,7 @@ class _Run:
                 "preview": outcome.preview,
                 "packages": package_versions(entry.stage.packages),
                 "git": git_commit(),
+                "made_by": uses.maker(self.pipeline.name),
                 "created": _now(),
                 "seconds": time.monotonic() - started,
                 "tracking": {"uri": masked(self.tracker.uri or ""), "run": tracked.run_id} if tracked.run_id else {},

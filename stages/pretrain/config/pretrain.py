@@ -33,6 +33,17 @@ class PretrainConfig(LoopSettings, StageConfig):
     init: Input["encoder"] | None = Field(None, description="start from this encoder; else from `backbone`")
     backbone: Backbone | None = None
     method: Annotated[SerializeAsAny[MethodSettings], BeforeValidator(method_settings)]
+    continue_: Input["encoder"] | None = Field(
+        None,
+        alias="continue",
+        description="go on with the training of this pretrain stage, which must have keep_state and the same settings; "
+        "epochs or steps are those of both together, and the schedules those of one training of that length",
+    )
+    keep_state: bool = Field(
+        False,
+        description="put heads, optimiser and queues into the artifact, several times the encoder's size, so that a "
+        "later stage can `continue` this training",
+    )
     renderer: Literal["auto", "cpu", "gpu"] = Field(
         "auto", description="what makes the views: OpenCV in loader processes, or torch on the GPU"
     )

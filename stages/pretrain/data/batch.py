@@ -1,6 +1,9 @@
 """What a method's `compute_terms` gets: the views of B images, stacked, with the geometry that made them.
 
 Shape legend: V views of one kind, B images of this rank, S side of a view in pixels.
+
+A view of a neighbour has a row for each image that has a neighbour only, `neighbor_ids >= 0`, in their order: nothing
+stands in for a neighbour that is not there.
 """
 
 from __future__ import annotations
@@ -45,6 +48,19 @@ class Batch:
             labels={name: move(label) for name, label in self.labels.items()},
             extras={name: move(extra) for name, extra in self.extras.items()},
             neighbor_ids=None if self.neighbor_ids is None else move(self.neighbor_ids),
+        )
+
+    def first(self, count: int) -> Batch:
+        """The first `count` images, on the same device."""
+        return replace(
+            self,
+            image_ids=self.image_ids[:count],
+            source=self.source[:count],
+            views={name: view[:, :count] for name, view in self.views.items()},
+            affines={name: affine[:, :count] for name, affine in self.affines.items()},
+            labels={name: label[:, :count] for name, label in self.labels.items()},
+            extras={name: extra[:count] for name, extra in self.extras.items()},
+            neighbor_ids=None if self.neighbor_ids is None else self.neighbor_ids[:count],
         )
 
     def watched_images(self) -> Tensor:

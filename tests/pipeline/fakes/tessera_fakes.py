@@ -2,7 +2,8 @@
 
 The folder has entry points of its own, so that putting it on the path is all it takes, as for a user's package.
 What a stage did is appended to the file that TESSERA_FAKES_LOG names, and TESSERA_FAKES_HOLD makes `fake_scaled`
-wait, once it has begun, for as long as that file exists.
+wait, once it has begun, for as long as that file exists; before it writes, while one with "-before-writing" behind its
+name exists (it then makes one with "-has-read").
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ class Scaled(Stage[ScaledConfig]):
     kind, uses_ray, Config = "numbers", False, ScaledConfig
 
     def run(self, context: Context) -> Outcome:
-        log(f"run {context.name}")
         print("a library says hello")
-        os.system("echo a child says hello")
+        os.system("echo a child says hello")  # ignores Ctrl-C while it lasts, so it comes before the log's line
+        log(f"run {context.name}")
         hold = os.environ.get("TESSERA_FAKES_HOLD")
         while hold and Path(hold).exists():
             time.sleep(0.02)
@@ -70,6 +71,10 @@ class Scaled(Stage[ScaledConfig]):
         if self.config.fail == "bug":
             raise ZeroDivisionError("a bug")
         values = [self.config.factor * value for value in numbers(context)]
+        if hold and (before_writing := Path(f"{hold}-before-writing")).exists():
+            Path(f"{hold}-has-read").touch()
+            while before_writing.exists():
+                time.sleep(0.02)
         for step, value in enumerate(values):
             context.log_metrics({"loss/term": value}, step)
             context.report_progress(step + 1, len(values), "numbers")
