@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.stage import Input, StageConfig
-from stages.models.settings import Backbone
+from pipeline.stage import Feed, Input, StageConfig
+from stages.models.settings import Backbone, backbone_of
 
 
 class FrozenEncoderConfig(StageConfig):
@@ -24,6 +25,10 @@ class FrozenEncoderConfig(StageConfig):
         if (self.encoder is None) == (self.backbone is None):
             raise ValueError("exactly one of encoder and backbone says where features come from; set one of them")
         return self
+
+    def whose(self, feeds: Mapping[str, Feed]) -> Backbone | None:
+        """The backbone, its own or its encoder's, as far as the pipeline file tells."""
+        return self.backbone or (backbone_of(feeds["encoder"]) if "encoder" in feeds else None)
 
 
 class EmbeddingsConfig(FrozenEncoderConfig):

@@ -22,6 +22,7 @@ JSONS = {  # what the jsons of a COCO source are called, by what they hold
     "panoptic": re.compile(r"(?:annotations/)?panoptic_(\w+)\.json"),
 }
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_MASKS_OF_COCO = re.compile(r"(?:annotations/)?(?:panoptic_|stuff)[^/]*/.*\.png")
 _IMAGE_FOLDERS = {"image", "images", "img", "imgs", "photo", "photos", "jpegimages", "leftimg8bit", "input", "inputs"}
 _MASK_FOLDERS = {
     "annotation", "annotations", "ground_truth", "groundtruth", "gt", "gtcoarse", "gtfine", "label", "labels", "mask",
@@ -41,6 +42,7 @@ class Look:
     words: str  # what was seen
     settings: str  # what a config says for it, beside `layout`
     photographs: str = ""  # the folder of the images alone, where masks lie beside them
+    mixed: bool = True  # files that end like images, and are none, lie among them
     under: str = ""  # the folder in which all of it lies, where that is not the source itself
 
 
@@ -80,7 +82,7 @@ def contradiction(config: IngestConfig, paths: Sequence[str]) -> tuple[str, str]
         paths = [path for path in paths if path.split("/", 1)[0] in folders.values()]
     found = recognise(paths)
     if config.layout == "folder" and config.label == "none":
-        found = [look for look in found if look.layout != "coco"]  # its photographs are right, its folders no labels
+        found = [look for look in found if look.mixed]  # else the photographs are right, only their folders no labels
     if missing is None and (config.layout != "folder" or not found):
         return None
     words, look = "", found[0] if found else None
@@ -96,7 +98,7 @@ def contradiction(config: IngestConfig, paths: Sequence[str]) -> tuple[str, str]
         alone = posixpath.join(config.source, look.under, look.photographs)
         remedy += f"; for the photographs alone: source: {alone}"
     elif look.layout == "coco":
-        remedy += "; for the photographs alone: label: none"
+        remedy += f"; for the photographs alone: {'name their folder as source' if look.mixed else 'label: none'}"
     return f"{place} {words}, not class folders", f"{remedy}; check_layout: false insists on class folders"
 
 
@@ -199,7 +201,8 @@ def _coco(paths: Sequence[str]) -> Look | None:
         return None
     kind = "instances" if jsons["instances"] else "panoptic"
     settings = "" if kind == "instances" else "masks_from: panoptic"
-    return Look("coco", f"COCO ({jsons[kind][0]})", settings)
+    mixed = any(_MASKS_OF_COCO.match(path) for path in paths)
+    return Look("coco", f"COCO ({jsons[kind][0]})", settings, mixed=mixed)
 
 
 def _parquet(paths: Sequence[str]) -> Look | None:

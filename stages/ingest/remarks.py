@@ -28,6 +28,18 @@ _SPLITS = ("not all folders beside those are called after a split", "name the sp
 LABEL_MAP = "a label map gives values their classes: label_map: {7: road, 8: sidewalk}, a file, or cityscapes19"
 
 
+def summary(config: IngestConfig, shards: Shards, vocabulary: Vocabulary) -> str:
+    """What was read, in one line: images by split, and the classes of labels and masks."""
+    splits = ", ".join(f"{name} {split.images}" for name, split in sorted(shards.splits.items()))
+    parts = [f"read as layout {config.layout}: images by split: {splits}"]
+    if shards.labels:
+        parts.append(f"{len(shards.labels)} classes of labels ({_some(sorted(shards.labels))})")
+    if shards.mask_values:
+        names = _class_names(shards.mask_values, vocabulary)
+        parts.append(f"{len(names)} classes in masks ({_some(names)})")
+    return "; ".join(parts)
+
+
 def of_listing(config: IngestConfig, items: Sequence[Item], files: Files) -> list[str]:
     """What the listing shows: folders named after splits that are none, links out of the source."""
     found = []
@@ -56,7 +68,7 @@ def of_masks(shards: Shards, vocabulary: Vocabulary) -> list[str]:
     found = []
     for name, split in sorted(shards.splits.items()):
         if split.masks and len(split.mask_values) <= 1:
-            one = "".join(_class_names(split.mask_values, vocabulary))
+            one = "".join(_class_names(split.mask_values, vocabulary, values=True))
             hold = "holds" if split.masks == 1 else "hold"
             what = f"{hold} one class only, {one}" if one else f"{hold} no class, all is ignored"
             count = "the only mask" if split.masks == 1 else f"all {split.masks} masks"
@@ -127,9 +139,11 @@ def remedy_for(problems: Sequence[dict[str, str]]) -> str | None:
     return None
 
 
-def _class_names(values: Collection[int], vocabulary: Vocabulary) -> list[str]:
+def _class_names(present: Collection[int], vocabulary: Vocabulary, *, values: bool = False) -> list[str]:
     names = vocabulary.mask_classes
-    return [f"{names[value]} (value {value})" if names else str(value) for value in sorted(values)]
+    if names is None:
+        return [str(value) for value in sorted(present)]
+    return [f"{names[value]} (value {value})" if values else names[value] for value in sorted(present)]
 
 
 def _images(count: int) -> str:

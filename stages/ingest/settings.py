@@ -69,8 +69,8 @@ class IngestConfig(StageConfig):
     label_map: Source | dict[int | str, str | int | list[int] | None] | None = Field(
         None,
         exclude_if=_unset,
-        description="classes of mask values: value -> class (null: ignored), class -> values, a JSON or YAML file of "
-        "that, or a shipped map (cityscapes19, cityscapes27, coco_panoptic27, coco_stuff27); others are ignored",
+        description="value -> class (null: ignored), or class -> values, or a JSON or YAML file of that, or a shipped "
+        "map by its name; values that are not listed are ignored",
     )
     label: Literal["source", "none", "largest_object"] = Field(
         "source", description="an image's label: as the source has it, none, or the category of its largest object"

@@ -98,6 +98,7 @@ class Ingest(Stage[IngestConfig]):
         said += remarks.of_masks(done, listing.vocabulary) + remarks.of_rows(config, done, listing.vocabulary)
         usable = [item for item in items if item.key not in done.skipped]
         context.output.put_file("preview.png", contact_sheet(layout, listing.vocabulary, usable))
+        context.say(remarks.summary(config, done, listing.vocabulary))
         self._say(context, problems, said)
         counts = {"images": done.images, "skipped": len(items) - done.images, "problems": len(problems), **done.counts}
         notes = {

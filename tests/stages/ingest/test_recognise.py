@@ -101,6 +101,8 @@ def test_photographs_beside_masks_can_still_be_had() -> None:
     assert contradiction(IngestConfig(source="in", check_layout=False), PAIRS) is None
     assert contradiction(IngestConfig(source="in", label="none"), COCO) is None
     assert contradiction(IngestConfig(source="in", splits={"train": "train2017"}), COCO) is None
+    _, remedy = contradiction(IngestConfig(source="in", label="none"), PANOPTIC) or ("", "")
+    assert "for the photographs alone: name their folder as source" in remedy
 
 
 @pytest.mark.parametrize(
