@@ -28,7 +28,7 @@ class FrozenEncoderConfig(StageConfig):
 
     def whose(self, feeds: Mapping[str, Feed]) -> Backbone | None:
         """The backbone, its own or its encoder's, as far as the pipeline file tells."""
-        return self.backbone or (backbone_of(feeds["encoder"]) if "encoder" in feeds else None)
+        return self.backbone or backbone_of(feeds.get("encoder"))
 
 
 class EmbeddingsConfig(FrozenEncoderConfig):

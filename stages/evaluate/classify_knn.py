@@ -40,7 +40,7 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
         """Images without labels, a split without any, one class or fewer than `k`; a crop of no whole patches."""
         config, feed = self.config, feeds["images"]
-        yield from size_misfits(backbone_of(feeds["encoder"]), config.crop, "crop")
+        yield from size_misfits(backbone_of(feeds.get("encoder")), config.crop, "crop")
         yield from lacking(feed, "labels", {"train_split": config.train_split, "test_split": config.test_split})
         train = split_counts(feed).get(config.train_split, {})
         images, name = train.get("labels"), f"split {config.train_split!r} of {feed.stage}"

@@ -42,7 +42,7 @@ class SegmentLinear(Stage[SegmentLinearConfig]):
         yield from lacking(feeds["images"], "masks", splits)
         yield from single_class(feeds["images"], splits)
         for name in ("train_size", "test_size"):
-            yield from size_misfits(backbone_of(feeds["encoder"]), getattr(self.config, name), name)
+            yield from size_misfits(backbone_of(feeds.get("encoder")), getattr(self.config, name), name)
 
     def run(self, context: Context) -> Outcome:
         """Trains and scores.

@@ -113,13 +113,14 @@ class Backbone(Settings):
         return self.model_copy(update={"checkpoint": str(as_path(self.checkpoint).absolute())})
 
 
-def backbone_of(feed: Feed) -> Backbone | None:
+def backbone_of(feed: Feed | None) -> Backbone | None:
     """The backbone of a stage of kind `encoder`, through all that it starts from, as far as the pipeline file tells."""
+    if feed is None:
+        return None
     own = getattr(feed.config, "backbone", None)
-    before = feed.inputs.get("init") or feed.inputs.get("continue")
-    if own is None and before is not None:
-        return backbone_of(before)
-    return own if isinstance(own, Backbone) else None
+    if isinstance(own, Backbone):
+        return own
+    return backbone_of(feed.inputs.get("init") or feed.inputs.get("continue"))
 
 
 def size_misfits(backbone: Backbone | None, size: int, path: str) -> Iterator[tuple[str, str, str]]:
