@@ -1,16 +1,21 @@
-"""Users' mistakes, each with the answer it must get: exit code, rule, place and remedy, and never a traceback."""
+"""Users' mistakes, each with the answer it must get: exit code, rule, place and remedy, and never a traceback.
+
+The rows are in tests/mistakes/: a file `in_<where>.py` holds the list `IN_<WHERE>`.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from tests.mistakes.base import Mistake
-from tests.mistakes.in_configs import IN_CONFIGS
-from tests.mistakes.in_training_again import IN_TRAINING_AGAIN
 
-MISTAKES = [*IN_CONFIGS, *IN_TRAINING_AGAIN]
+TABLES = sorted(path.stem for path in (Path(__file__).parent / "mistakes").glob("in_*.py"))
+MISTAKES: list[Mistake] = [
+    mistake for name in TABLES for mistake in getattr(import_module(f"tests.mistakes.{name}"), name.upper())
+]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=str)

@@ -36,7 +36,9 @@ class SourceDigest:
 
 
 def source_digest(address: str, store: ArtifactStore, report_progress: ProgressCallback | None = None) -> SourceDigest:
-    """The digest of a file, a folder or a bucket prefix. Names that begin with a dot are not part of a source.
+    """The digest of a file, a folder or a bucket prefix.
+
+    Names that begin with a dot, or are not UTF-8, are not part of a source.
 
     The digest depends on the files' relative paths and contents alone: a copy elsewhere has the same one, and so
     has a single file under another name.
@@ -106,7 +108,9 @@ class _Local:
         except OSError as error:
             raise SourceError(f"cannot read {error.filename or self.written}: {error.strerror}") from error
         if not found:
-            raise SourceError(f"there is no file in {self.written} (names that begin with a dot do not count)")
+            raise SourceError(
+                f"there is no file in {self.written} (names that begin with a dot or are not UTF-8 do not count)"
+            )
         return found
 
     def settled(self) -> dict[str, _Entry]:
@@ -129,7 +133,7 @@ class _Local:
                 if entry.name.startswith("."):
                     continue
                 if any("\udc80" <= letter <= "\udcff" for letter in entry.name):  # Python's form of other bytes
-                    raise SourceError(f"{entry.path!r}: a file's name must be UTF-8 (rename it)")
+                    continue  # no stage can read it by its name; `ingest` says which ones it left out
                 if entry.is_dir():
                     stat = entry.stat()
                     if (stat.st_dev, stat.st_ino) not in above:  # following a link to a folder above would not end

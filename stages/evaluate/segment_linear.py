@@ -9,10 +9,11 @@ Reading order: this file wires, `segment_linear_steps.py` encodes, trains and sc
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.stage import Context, Outcome, Stage
+from pipeline.stage import Context, Feed, Outcome, Stage
+from stages.evaluate.requirements import lacking, single_class
 from stages.evaluate.segment_linear_settings import SegmentLinearConfig
 
 if TYPE_CHECKING:
@@ -34,11 +35,17 @@ class SegmentLinear(Stage[SegmentLinearConfig]):
     units = dict.fromkeys(("miou", "pixel_accuracy", "mean_accuracy"), "%")
     Config = SegmentLinearConfig
 
+    def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
+        """Images without masks, a split without any, or with masks of one class."""
+        splits = {"train_split": self.config.train_split, "test_split": self.config.test_split}
+        yield from lacking(feeds["images"], "masks", splits)
+        yield from single_class(feeds["images"], splits)
+
     def run(self, context: Context) -> Outcome:
         """Trains and scores.
 
-        Raises: SourceError for a split without masks or without pixels of a class, UsageError for a size that does not
-            split into patches.
+        Raises: SourceError for a split without masks, or without pixels of two classes, UsageError for a size that
+            does not split into patches.
         """
         from stages.evaluate.confusion import scores
         from stages.evaluate.mask_classes import MaskClasses

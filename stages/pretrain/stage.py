@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pipeline.stage import Context, Feed, Outcome, Stage
 from stages.pretrain.config.continuing import CONTINUE, continuing_problems
 from stages.pretrain.config.pretrain import PretrainConfig
+from stages.pretrain.fit import conflicts
 
 
 class Pretrain(Stage[PretrainConfig]):
@@ -31,11 +32,20 @@ class Pretrain(Stage[PretrainConfig]):
         return self.config.resources.workers != 0
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
-        """Tables that describe none of the image sets trained on, and a training that cannot go on from another."""
+        """What a training with these inputs would stop at.
+
+        Numbers that do not fit together; tables (boxes, superpixels, neighbours, embeddings) that describe none of the
+        image sets trained on; a training that cannot go on from another.
+        """
         if CONTINUE in feeds:
             yield from continuing_problems(self.config, feeds)
+        notes = {path: feed.notes for path, feed in feeds.items()}
+        asked = self.config.resources.workers
+        yield from conflicts(self.config, workers=None if asked is None else max(asked, 1), notes=notes)
         sources = {path for path, _ in self.config.image_sources()}
         trained_on = {feeds[path].fingerprint: feeds[path].stage for path in feeds if path in sources}
+        roles = {path: source.role for path, source in self.config.image_sources()}
+        of_objects = {feeds[path].fingerprint for path in feeds if roles.get(path) == "objects"}
         for path, feed in feeds.items():
             origins = {} if path in sources or feed.kind == "encoder" else _image_sets(feed)
             if origins and not origins.keys() & trained_on.keys():
@@ -44,6 +54,13 @@ class Pretrain(Stage[PretrainConfig]):
                     f"{feed.stage} is made from the images of {', '.join(origins.values())}, and this stage trains on "
                     f"those of {', '.join(trained_on.values())}",
                     f"name a {feed.kind} stage that is made from the same images",
+                )
+            elif origins and feed.kind == "neighbors" and not origins.keys() & of_objects:
+                yield (
+                    path,
+                    f"{feed.stage} is made from the images of {', '.join(origins.values())}, which are scenes here: "
+                    "neighbours are those of images of role objects",
+                    "give these images role: objects, or do without the neighbours",
                 )
 
     def run(self, context: Context) -> Outcome:

@@ -6,7 +6,7 @@ Free of torch: making a plan reads settings only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,6 +18,14 @@ from stages.training.settings import weight_of
 METHODS = "tessera.methods"  # entry-point group
 
 
+class QueueSize(NamedTuple):
+    """How large a method's queue of entries from earlier steps is."""
+
+    entries: int
+    of_an_image: int = 1  # entries that an image adds in a step
+    shared: bool = False  # each worker computes with a share of it, and all shares must be of one size
+
+
 class MethodSettings(Settings):
     """`method:` in YAML.
 
@@ -27,6 +35,7 @@ class MethodSettings(Settings):
     variant_group: ClassVar[str | None] = METHODS
     builds: ClassVar[str]  # "package.module:Class" of the method; imported when the method is built, not before
     terms: ClassVar[tuple[str, ...]]  # the names that `weights` may scale
+    projects_views: ClassVar[bool] = False  # `Method.projection` is a module: one projection of every view
     default_weights: ClassVar[Mapping[str, float]] = {}  # the paper's weights that are not 1; a config replaces them
 
     name: str = Field(description="entry point in the group tessera.methods")
@@ -56,19 +65,33 @@ class MethodSettings(Settings):
         """Every term with its weight, in the method's order. The training loop sums the terms with these weights."""
         return {term: weight_of(self.weights, term) for term in self.terms}
 
+    def over_one_pass(self) -> tuple[str, ...]:
+        """What the method computes over all images of a forward pass, in words, batch norms aside.
+
+        It is told when a step accumulates the gradients of several passes, which then see less than the batch.
+        """
+        return ()
+
     def as_host(self) -> MethodSettings:
         """The settings to use when DSA, which compares two views of an image, wraps this method.
 
-        A method that shows the student only one view by default overrides this.
+        A method that shows the student only one view by default overrides this, and one that DSA cannot wrap.
+
+        Raises:
+            ValueError: if DSA cannot wrap this method, with the reason.
         """
         return self
 
     def least_batch(self) -> int:
-        """The fewest images that a global batch may hold.
+        """The fewest images that one forward pass of all workers may hold (stages/pretrain/fit.py checks it).
 
         It is 2 for methods whose terms compare images or normalise over them.
         """
         return 1
+
+    def queues(self) -> dict[str, QueueSize]:
+        """The method's queues of entries from earlier steps, by the dotted name of the option that sizes them."""
+        return {}
 
     def build(self, encoder: Any, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Any:
         """Imports the method's class and builds the method (stages/pretrain/methods/method.py) around a student.
@@ -83,12 +106,8 @@ class MethodSettings(Settings):
             The `Method`.
 
         Raises:
-            ValueError: if the method cannot use this encoder, or the batch is too small for it.
+            ValueError: if the method cannot use this encoder.
         """
-        if global_batch < self.least_batch():
-            raise ValueError(
-                f"method {self.name} compares the images of a batch: set batch_size to at least {self.least_batch()}"
-            )
         return registry.imported(self.builds).build(
             self, encoder, total_steps=total_steps, steps_per_epoch=steps_per_epoch, global_batch=global_batch
         )

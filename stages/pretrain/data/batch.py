@@ -1,6 +1,9 @@
 """What a method's `compute_terms` gets: the views of B images, stacked, with the geometry that made them.
 
 Shape legend: V views of one kind, B images of this rank, S side of a view in pixels.
+
+A view of a neighbour has a row for each image that has a neighbour only, `neighbor_ids >= 0`, in their order: nothing
+stands in for a neighbour that is not there.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import torch
 
 from pipeline.stage import Context, Outcome
 from stages.pretrain.config.pretrain import PretrainConfig
+from stages.pretrain.fit import check_start
 from stages.pretrain.launch.artifact import write_artifact
 from stages.pretrain.launch.assemble import assemble
 from stages.pretrain.launch.continuing import FromKeptState
@@ -18,6 +19,7 @@ from stages.training.loop import train
 
 def train_alone(config: PretrainConfig, context: Context, curves: CurveLog) -> Outcome:
     """Train here, from the last checkpoint where there is one, and write the artifact's files."""
+    check_start(config, context, workers=1)
     checkpoints = CheckpointFolder(context.output.progress_folder / "checkpoints", context.fingerprint, say=context.say)
     training = assemble(
         config,

@@ -14,6 +14,8 @@ from stages.pretrain.launch.relay import CurveLog
 def pretrain(config: PretrainConfig, context: Context) -> Outcome:
     """Train (or continue), save the encoder, its curves and its pictures."""
     curves = CurveLog(context)
+    if config.accumulate > 1:
+        context.say(f"{context.name}: {accumulated(config)}")
     if config.backbone is not None:  # the workers' working folder is not the driver's
         config = config.model_copy(update={"backbone": config.backbone.anywhere()})
     if CONTINUE in context.inputs:
@@ -38,3 +40,14 @@ def _train(config: PretrainConfig, context: Context, curves: CurveLog) -> Outcom
     from stages.pretrain.launch.ray_train import train_on_ray
 
     return train_on_ray(config, context, curves)
+
+
+def accumulated(config: PretrainConfig) -> str:
+    """What the passes of an accumulated step do not see of each other, in one line."""
+    seen = config.method.over_one_pass()
+    alone = ", ".join([*seen, f"{'and ' if seen else ''}batch norms where the networks have any"])
+    return (
+        f"accumulate: {config.accumulate} makes forward passes of {config.batch_size // config.accumulate} images. "
+        f"Computed over one pass, not over the batch of {config.batch_size}: {alone} "
+        "(docs/methods.md#accumulated-steps)"
+    )

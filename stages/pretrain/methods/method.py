@@ -43,7 +43,7 @@ class Method(Trainable):
             The method, with its teacher and heads if it has any.
 
         Raises:
-            ValueError: if the method cannot use this encoder, or the batch is too small for it.
+            ValueError: if the method cannot use this encoder.
         """
         return cls(settings, encoder)
 
@@ -86,5 +86,13 @@ class Method(Trainable):
 
         DSA, which wraps other methods, reads the representations from this module's forward passes (dsa/method.py).
         MAE returns its own module, because its encoder sees only some patches of the image.
+        """
+        return None
+
+    def projection(self) -> tuple[nn.Module, int] | None:
+        """The module that maps the student's views to projections, and their width; None if there is none.
+
+        DSA's released variant, which compares projections, reads them from this module's forward passes. The settings
+        say whether a method has one (`MethodSettings.projects_views`).
         """
         return None

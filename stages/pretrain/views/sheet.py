@@ -66,22 +66,23 @@ def view_sheet(
         anchor = batch.affines[first[0]][first[1], b].cpu()
         anchor_size = batch.views[first[0]].shape[-1]
         numbered: list[tuple[str, NDArray[np.float32]]] = []
-        row = []
+        row: list[tuple[NDArray[np.uint8], str, list[tuple[str, NDArray[np.float32]]]]] = []
         for number, (name, v) in enumerate(names):
+            if name in neighbors:
+                row.append((*_neighbor(batch, name, v, b, mean, std), []))
+                continue
             affine, size = batch.affines[name][v, b].cpu(), batch.views[name].shape[-1]
             caption = f"{name} {v}{', mirrored' if flipped(affine) else ''}"
             boxes = []
-            if (name, v) != first and name not in neighbors:
+            if (name, v) != first:
                 there, here, valid = overlap(anchor, affine, anchor_size, size)
                 if valid:
                     numbered.append((str(number), there.numpy()))
                     boxes = [(str(number), here.numpy())]
-            if name in neighbors and batch.neighbor_ids is not None:
-                caption = f"{name}: image {int(batch.neighbor_ids[b])}"
-            row.append((_pixels(batch.views[name][v, b], mean, std), boxes, caption))
+            row.append((_pixels(batch.views[name][v, b], mean, std), caption, boxes))
         at = names.index(first)
-        row[at] = (row[at][0], numbered, f"image {int(batch.image_ids[b])}: {row[at][2]}")
-        for picture, shared, caption in row:
+        row[at] = (row[at][0], f"image {int(batch.image_ids[b])}: {row[at][1]}", numbered)
+        for picture, caption, shared in row:
             corners = np.array([box for _, box in shared], np.float32).reshape(-1, 4)
             pictures.append(draw_boxes(picture, corners, [number for number, _ in shared], side=side))
             captions.append(caption)
@@ -101,6 +102,18 @@ def _panel(panel: Panel, b: int, mean: Sequence[float], std: Sequence[float], si
         boxes = panel.boxes[b].cpu().float().numpy()
         picture = draw_boxes(picture, boxes, [str(k + 1) for k in range(len(boxes))], side=side)
     return picture
+
+
+def _neighbor(
+    batch: Batch, name: str, v: int, b: int, mean: Sequence[float], std: Sequence[float]
+) -> tuple[NDArray[np.uint8], str]:
+    """Pixels and caption of an image's neighbour; black where there is none."""
+    assert batch.neighbor_ids is not None
+    views = batch.views[name][v]
+    if batch.neighbor_ids[b] < 0:
+        return np.zeros((*views.shape[-2:], 3), np.uint8), f"{name}: none"
+    at = int((batch.neighbor_ids[:b] >= 0).sum())  # views hold the neighbours that there are
+    return _pixels(views[at], mean, std), f"{name}: image {int(batch.neighbor_ids[b])}"
 
 
 def _pixels(view_3SS: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:

@@ -126,3 +126,16 @@ class ViCESettings(MethodSettings):
         if self.region == "mean":
             return {"swapped": weight_of(self.weights, "swapped")}
         return {term: self.weights.get(term, 0.5) for term in self.terms}
+
+    def over_one_pass(self) -> tuple[str, ...]:
+        """Assignments are balanced over the regions of a pass and the queue; with `regions` all of them weigh alike."""
+        weighed = ("the mean over regions",) if self.loss_mean == "regions" else ()
+        return ("Sinkhorn's assignments of regions", *weighed)
+
+    def as_host(self) -> ViCESettings:
+        """Refuses: the backbone's levels go to the decoder, and nothing computes the vector that DSA compares.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("vice trains a backbone's levels and makes no vector of a view, so dsa has nothing to compare")

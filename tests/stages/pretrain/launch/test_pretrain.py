@@ -13,11 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.errors import ClusterError
+from pipeline.errors import ClusterError, UsageError
+from pipeline.stage import Context, Outcome
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from stages.models.encoder import Encoder
-from tests.stages.pretrain.conftest import RunStage, write_photographs
+from stages.pretrain.config.pretrain import PretrainConfig
+from stages.pretrain.launch import alone
+from stages.pretrain.launch.pretrain import pretrain
+from tests.stages.pretrain.conftest import SMALL, RunStage, write_photographs
 
 ALONE = {"resources": {"workers": 0}}
 TERMS = ("align_image", "total", "grad_norm", "lr")
@@ -54,6 +58,28 @@ def test_unreadable_images_are_named_in_the_artifact(run_stage: RunStage, store:
     assert outcome.counts["skipped: unreadable image"] >= 4  # each is met again in the second epoch
 
 
+def test_a_run_says_what_the_passes_of_a_step_do_not_see(
+    store: ArtifactStore, images: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alone, "train_alone", lambda *given: Outcome())
+
+    def said(**changes: object) -> list[str]:
+        lines: list[str] = []
+        config = PretrainConfig.model_validate({**SMALL, "steps": 1, **ALONE, **changes})
+        context = Context("warmup", "a" * 24, {"images": images}, store.begin("encoder", "a" * 24), config.resources)
+        context.say = lines.append
+        pretrain(config, context)
+        return lines
+
+    assert said() == []
+    (line,) = said(accumulate=2, method={"name": "simclr"})
+    assert line.startswith("warmup: accumulate: 2 makes forward passes of 2 images. Computed over one pass")
+    assert "not over the batch of 4: negatives, and batch norms where the networks have any" in line
+    (line,) = said(accumulate=2)
+    assert "not over the batch of 4: and" not in line
+    assert "batch of 4: batch norms" in line
+
+
 @pytest.mark.slow
 def test_ray_train_gives_the_terms_of_a_plain_process(run_stage: RunStage, ray_local: None) -> None:
     _, alone = run_stage("b" * 24, {"steps": 4, **ALONE})
@@ -84,6 +110,16 @@ def test_a_killed_training_worker_changes_nothing(run_stage: RunStage, ray_local
 def test_more_cpus_than_the_cluster_has_are_refused(run_stage: RunStage, ray_local: None) -> None:
     with pytest.raises(ClusterError, match=r"2 workers with 64 CPUs each need 128, the cluster has"):
         run_stage("f" * 24, {"steps": 1, "resources": {"workers": 2, "cpus": 64}})
+
+
+@pytest.mark.slow
+def test_a_batch_that_the_workers_cannot_share_is_refused_before_they_start(
+    run_stage: RunStage, ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = "ray.train.v2.api.data_parallel_trainer.DataParallelTrainer"
+    monkeypatch.setattr(f"{trainer}.fit", lambda self: pytest.fail("Ray Train was started"))
+    with pytest.raises(UsageError, match="4 images, which 3 workers cannot share equally"):
+        run_stage("f" * 24, {"steps": 1, "resources": {"workers": 3}})
 
 
 def train_workers() -> list[psutil.Process]:

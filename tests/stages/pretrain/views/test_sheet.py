@@ -16,14 +16,14 @@ def test_a_sheet_shows_every_view_and_the_overlaps() -> None:
     whole = crop_affine(torch.tensor([0.0, 0, 64, 64]), 32)
     part = crop_affine(torch.tensor([16.0, 16, 48, 48]), 16, flip=True)
     views = {"global": torch.zeros(1, 2, 3, 32, 32), "local": torch.zeros(2, 2, 3, 16, 16)}
-    views["neighbor"] = torch.ones(1, 2, 3, 32, 32)
+    views["neighbor"] = torch.ones(1, 1, 3, 32, 32)  # of the second image
     affines = {
         "global": whole.expand(1, 2, 2, 3),
         "local": part.expand(2, 2, 2, 3),
-        "neighbor": whole.expand(1, 2, 2, 3),
+        "neighbor": whole.expand(1, 1, 2, 3),
     }
     ids = torch.arange(2)
-    batch = Batch(ids, torch.zeros(2, dtype=torch.int64), views, affines, neighbor_ids=ids)
+    batch = Batch(ids, torch.zeros(2, dtype=torch.int64), views, affines, neighbor_ids=torch.tensor([-1, 5]))
     plan = ViewPlan((ViewSpec("global", 32), ViewSpec("local", 16, 2), ViewSpec("neighbor", 32, of="neighbor")))
     marked = decode(view_sheet(batch, plan, (0, 0, 0), (1, 1, 1)))
     far = crop_affine(torch.tensor([70.0, 70, 90, 90]), 16)
@@ -31,6 +31,9 @@ def test_a_sheet_shows_every_view_and_the_overlaps() -> None:
     plain = decode(view_sheet(batch, plan, (0, 0, 0), (1, 1, 1)))
     assert marked.shape == plain.shape
     assert marked.shape[1] > 4 * 200
+    last = plain[:, 3 * marked.shape[1] // 4 + 40 : -40].max(axis=(1, 2)) > 200  # the rows' last cells
+    assert not last[60 : marked.shape[0] // 2 - 60].any()  # nothing where there is no neighbour
+    assert last[marked.shape[0] // 2 + 60 :].any()
     changed = np.abs(marked.astype(int) - plain).max(2) > 60
     assert changed[:, : marked.shape[1] // 4].any()  # in the first view
     assert changed[:, marked.shape[1] // 4 :].any()  # and in the local ones
