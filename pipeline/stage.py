@@ -198,6 +198,20 @@ class Stage(ABC, Generic[C]):
         """
         yield from ()
 
+    def obstacles(self, say: Callable[[str], None]) -> Iterator[tuple[str, str, str]]:
+        """What would stop this stage on this machine today: weights that cannot be downloaded or do not fit, ...
+
+        Asked of every stage that must run when a run starts, before anything else, and by `tessera doctor`. May read
+        files and ask the network, for a few seconds; must not start Ray.
+
+        Args:
+            say: for one line that the user should know though nothing is wrong.
+
+        Yields:
+            (field path, what is wrong, what to do).
+        """
+        yield from ()
+
     @abstractmethod
     def run(self, context: Context) -> Outcome:
         """Write the artifact's files through `context.output`; the runner commits them.

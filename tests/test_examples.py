@@ -90,6 +90,8 @@ def test_an_example_fits_its_images(make: Callable[[Path], None], tmp_path: Path
     loaded = load_pipeline(EXAMPLES / f"{make.__name__}.yaml")
     images = next(name for name, stage in loaded.stages.items() if stage.uses == "ingest")
     overrides = [f"stages.{images}.source={tmp_path / 'images'}"]
+    # A batch must not be larger than the set, and these sets are a few images.
+    overrides += [f"stages.{name}.batch_size=2" for name, stage in loaded.stages.items() if stage.uses == "pretrain"]
     pipeline = load_pipeline(EXAMPLES / f"{make.__name__}.yaml", overrides, str(tmp_path / "store"))
     store = ArtifactStore(str(tmp_path / "store"))
     plan = make_plan(pipeline, store)

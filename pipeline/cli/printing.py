@@ -26,7 +26,7 @@ PIPE_WIDTH = 240
 PROBLEMS_SHOWN = 20
 RANDOM = "_random"  # how the name of an untrained encoder's metric ends
 STATE_STYLES = {"cached": "green", "done": "green", "run": "yellow", "failed": "red", "ok": "green", "warn": "yellow"}
-STATE_STYLES |= {"fail": "red"}
+STATE_STYLES |= {"fail": "red", "skipped": "red"}
 
 
 def stdout() -> Console:

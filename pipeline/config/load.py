@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from pipeline.config import registry
 from pipeline.config.complaints import add_problems
-from pipeline.config.document import Complaints, Key, Node, Place, nearest, override, read
+from pipeline.config.document import Complaints, Key, Node, Place, nearest, nearest_path, override, read
 from pipeline.errors import ConfigError, Problem, UsageError
 from pipeline.stage import Edge, Stage, edges, sources
 
@@ -124,8 +124,7 @@ def _read(file: Path, complaints: Complaints) -> Node:
     try:
         return read(file, complaints)
     except FileNotFoundError as error:
-        beside = [other.name for other in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-        problem = Problem("", "there is no such pipeline file", nearest(file.name, beside), str(file))
+        problem = Problem("", "there is no such pipeline file", nearest_path(file, "*.y*ml"), str(file))
         raise ConfigError([problem]) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([Problem("", f"cannot be read: {error}", "a pipeline is UTF-8 YAML", str(file))]) from error

@@ -23,8 +23,8 @@ MODE: JsonSchemaMode = "validation"
 def pipeline_schema(stage_types: Mapping[str, type[Stage[Any]]] | None = None) -> dict[str, Any]:
     """The schema, for the installed stage types unless others are given.
 
-    What an extended file may supply is not required: a stage without `uses` changes one of an extended file, and only
-    `tessera plan` can check it.
+    What an extended file may supply is not required: in a file with `extends`, a stage without `uses` changes one of
+    the extended file, and only `tessera plan` can check it.
     """
     types = stage_types if stage_types is not None else registry.stage_classes()
     variants = {base: _loaded(base) for base in _variant_bases(types[name].Config for name in sorted(types))}
@@ -85,6 +85,8 @@ def pipeline_schema(stage_types: Mapping[str, type[Stage[Any]]] | None = None) -
         },
         "additionalProperties": False,
         "anyOf": [{"required": ["stages"]}, {"required": ["extends"]}],
+        "if": {"not": {"required": ["extends"]}},
+        "then": {"properties": {"stages": {"additionalProperties": {"required": ["uses"]}}}},
         "$defs": defs,
     }
 

@@ -35,7 +35,9 @@ class SourceDigest:
     bytes: int
 
 
-def source_digest(address: str, store: ArtifactStore, report_progress: ProgressCallback | None = None) -> SourceDigest:
+def source_digest(
+    address: str, store: ArtifactStore, report_progress: ProgressCallback | None = None, *, remember: bool = True
+) -> SourceDigest:
     """The digest of a file, a folder or a bucket prefix.
 
     Names that begin with a dot, or are not UTF-8, are not part of a source.
@@ -47,6 +49,7 @@ def source_digest(address: str, store: ArtifactStore, report_progress: ProgressC
         address: a path, or an address of a bucket.
         store: keeps what was found.
         report_progress: called for every file that is read.
+        remember: write what was found into the store.
 
     Raises:
         SourceError: nothing is there, there is no file in it, or it changes while it is read.
@@ -73,6 +76,8 @@ def source_digest(address: str, store: ArtifactStore, report_progress: ProgressC
     for path in sorted(listing):
         digest.update(f"{path}\0{contents[path]}\n".encode())
     found = SourceDigest(digest.hexdigest(), len(listing), sum(entry.size for entry in listing.values()))
+    if not remember:
+        return found
     with contextlib.suppress(StoreError):  # without these records the next plan reads the source again, nothing else
         # The long record first: when the short one is found, the long one is there too.
         store.write_record(f"{name}-files", {path: [tags[path], contents[path]] for path in listing})

@@ -88,7 +88,8 @@ class RunDisplay:
         self.line(f"[bold]{escape(self._stage)}[/]: [{style}]{escape(outcome)}[/]")
 
     def say(self, text: str) -> None:
-        """A remark of the stage at work."""
+        """A remark of the stage at work; its name in front of it is said once."""
+        text = text.removeprefix(f"{self._stage}: ")
         self.line(f"  {escape(self._stage)}: {escape(text)}" if self._stage else escape(text))
 
     def warn(self, text: str) -> None:

@@ -293,16 +293,6 @@ def probe(uri: str) -> None:
         socket.create_connection((parts.hostname or "", port), timeout=PROBE_SECONDS).close()
 
 
-def try_out(uri: str) -> None:
-    """Write a tag of an experiment called `doctor`, and nothing else.
-
-    Raises:
-        Exception: what MLflow or its database raises when that fails.
-    """
-    client, experiment = _connect(uri, "doctor")
-    client.set_experiment_tag(experiment, "tessera.doctor", str(int(time.time())))
-
-
 def _connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     """A client and the id of the experiment; database and experiment are made once, by one process."""
     for name, value in QUIET.items():

@@ -35,6 +35,7 @@ _LOCAL = (
         "raise the limit, `ulimit -f`, or name a store on another disk",
     ),
     Meaning(r"\b(os error|Errno) (17|20)\b", "a part of its path is a file, not a folder", "name a folder"),
+    Meaning(r"\b(os error|Errno) 2\b", "its folder cannot be made", "name a folder that can be made"),
     Meaning(r"\b(os error|Errno) 5\b", "the disk reports an error", "check the disk; recompute what it held"),
 )
 _REMOTE = (

@@ -6,7 +6,7 @@ Ray Data actors hold the model; `neighbors` reads what they write.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from pipeline.stage import Context, Input, Outcome, Stage, StageConfig
+from stages.models import weights
 from stages.models.settings import Backbone
 
 _SHOWN = 32  # photographs in the preview
@@ -46,6 +47,10 @@ class Embeddings(Stage[EmbeddingsConfig]):
     kind = "embeddings"
     packages = ("timm",)
     Config = EmbeddingsConfig
+
+    def obstacles(self, say: Callable[[str], None]) -> Iterator[tuple[str, str, str]]:
+        """Weights of its own backbone that cannot be had."""
+        yield from weights.obstacles(self.config, say)
 
     def run(self, context: Context) -> Outcome:
         """Writes the vectors of all images, and a contact sheet of some, alike ones side by side."""

@@ -19,7 +19,7 @@ from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pipeline.errors import UsageError
+from pipeline.errors import SourceError, UsageError
 from stages.models.checkpoints import load_checkpoint
 from stages.models.positions import interpolate_plus_tenth, sincos_table
 from stages.models.settings import IMAGENET_MEAN, IMAGENET_STD, Backbone
@@ -262,6 +262,13 @@ class Encoder(nn.Module):
             )
         except TypeError as error:
             raise UsageError(f"backbone.kwargs: {backbone.name} does not accept them: {error}") from error
+        except Exception as error:
+            if not backbone.pretrained:
+                raise
+            raise SourceError(  # a server, a network, a cache: the download can fail in any way
+                f"backbone.pretrained: the weights of {backbone.name} cannot be had: {type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else ''} (name a file with backbone.checkpoint instead)"
+            ) from error
         encoder = cls(model, backbone, kwargs)
         if encoder.is_vit and backbone.pos_embed == "sincos":
             encoder._fix_positions()

@@ -5,10 +5,12 @@ Planning imports this file and must stay fast: torch and Ray are imported when t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from pipeline.stage import Context, Feed, Outcome, Stage
+from pipeline.stage import Context, Feed, Outcome, Stage, StageConfig
+from stages.models import weights
 from stages.pretrain.config.continuing import CONTINUE, continuing_problems
+from stages.pretrain.config.method import Start
 from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.fit import conflicts
 
@@ -42,7 +44,7 @@ class Pretrain(Stage[PretrainConfig]):
         """What a training with these inputs would stop at.
 
         Numbers that do not fit together; tables (boxes, superpixels, neighbours, embeddings) that describe none of the
-        image sets trained on; a training that cannot go on from another.
+        image sets trained on; a training that cannot go on from another; an encoder that the method cannot train.
         """
         if CONTINUE in feeds:
             yield from continuing_problems(self.config, feeds)
@@ -70,6 +72,21 @@ class Pretrain(Stage[PretrainConfig]):
                     "give these images role: objects, or do without the neighbours",
                 )
 
+        start = _start(self.config, feeds)
+        if start is not None:
+            for path, what, remedy in self.config.method.misfits(start):
+                yield f"method.{path}", what, remedy
+
+    def obstacles(self, say: Callable[[str], None]) -> Iterator[tuple[str, str, str]]:
+        """Weights that cannot be had, and a GPU that training in the driver's process would not find."""
+        yield from weights.obstacles(self.config, say)
+        if self.config.resources.workers == 0 and self.config.resources.gpus:
+            import torch
+
+            if not torch.cuda.is_available():
+                what = "torch sees no GPU on this machine, and workers: 0 trains here"
+                yield "resources.gpus", what, "set it to 0 to train on the CPU, or install torch's build for the driver"
+
     def run(self, context: Context) -> Outcome:
         """Train, or continue a training that was interrupted, and write the encoder with its curves and pictures."""
         from stages.pretrain.launch.pretrain import pretrain
@@ -89,3 +106,16 @@ def _image_sets(feed: Feed) -> dict[str, str]:
         if above.kind != "encoder":
             found |= _image_sets(above)
     return found
+
+
+def _start(config: StageConfig, feeds: Mapping[str, Feed]) -> Start | None:
+    """The encoder that a training starts from, through all trainings before it; None where another stage made it."""
+    if not isinstance(config, PretrainConfig):
+        return None
+    if config.backbone is not None:
+        return Start(config.backbone, filtered=False)
+    before = _start(feeds["init"].config, feeds["init"].inputs)
+    if before is None:
+        return None
+    method = getattr(feeds["init"].config, "method", None)
+    return Start(before.backbone, before.filtered or getattr(method, "filter", None) is not None)

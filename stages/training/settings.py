@@ -21,8 +21,8 @@ class OptimizerSettings(Settings):
     lr_biases: float | None = Field(
         None,
         gt=0,
-        description="peak learning rate of biases and norms, on the schedule of lr and multiplied as it is; null: lr. "
-        "LARS leaves them out of its adaptation, so that lr as it stands is often too much for them",
+        description="peak learning rate of biases and norms, on the schedule of lr and multiplied as it is; default: "
+        "lr. LARS leaves them out of its adaptation, so that lr as it stands is often too much for them",
     )
     lr_end: float = Field(1e-6, ge=0, description="what the cosine falls to")
     lr_drops: tuple[float, ...] = Field(

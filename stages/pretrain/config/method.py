@@ -5,7 +5,9 @@ Free of torch: making a plan reads settings only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
@@ -13,6 +15,8 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.config import registry
 from pipeline.errors import UsageError
 from pipeline.stage import Settings
+from stages.models.settings import Backbone, near_multiples
+from stages.pretrain.config.parts import Crops
 from stages.training.settings import weight_of
 
 METHODS = "tessera.methods"  # entry-point group
@@ -24,6 +28,14 @@ class QueueSize(NamedTuple):
     entries: int
     of_an_image: int = 1  # entries that an image adds in a step
     shared: bool = False  # each worker computes with a share of it, and all shares must be of one size
+
+
+@dataclass(frozen=True)
+class Start:
+    """The encoder that a training starts from, as far as the pipeline file tells."""
+
+    backbone: Backbone
+    filtered: bool  # whether an earlier training gave it an object-aware filter
 
 
 class MethodSettings(Settings):
@@ -82,6 +94,10 @@ class MethodSettings(Settings):
         """
         return self
 
+    def no_host_with(self, start: Start) -> str | None:
+        """Why DSA cannot wrap this method with this encoder; None where it can."""
+        return None
+
     def least_batch(self) -> int:
         """The fewest images that one forward pass of all workers may hold (stages/pretrain/fit.py checks it).
 
@@ -92,6 +108,32 @@ class MethodSettings(Settings):
     def queues(self) -> dict[str, QueueSize]:
         """The method's queues of entries from earlier steps, by the dotted name of the option that sizes them."""
         return {}
+
+    def view_sizes(self) -> Iterator[tuple[str, int]]:
+        """The side in pixels of every square view that the encoder sees, with the dotted path of its setting.
+
+        As it stands: `size`, and the size of every field of `Crops` that has any crop.
+        """
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if name == "size" and isinstance(value, int):
+                yield name, value
+            elif isinstance(value, Crops) and value.count:
+                yield f"{name}.size", value.size
+
+    def misfits(self, start: Start) -> Iterator[tuple[str, str, str]]:
+        """What this method cannot do with an encoder. Asked when the plan is made; `build` checks the encoder itself.
+
+        Yields:
+            (dotted path in the method's settings, what is wrong, what to do).
+        """
+        patch = start.backbone.patch
+        for path, size in self.view_sizes():
+            if patch is not None and size % patch:
+                what = (
+                    f"a view of {size} pixels does not split into the patches of {start.backbone.name}, {patch} pixels"
+                )
+                yield path, what, f"set it to {near_multiples(size, patch)}"
 
     def build(self, encoder: Any, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Any:
         """Imports the method's class and builds the method (stages/pretrain/methods/method.py) around a student.
@@ -127,7 +169,9 @@ def method_settings(value: Any) -> Any:
     if not isinstance(value, dict) or "name" not in value:
         raise ValueError(f"a method is a mapping with a name, one of {', '.join(known)}")
     if value["name"] not in known:
-        raise ValueError(f"no method is called {value['name']!r}; there are {', '.join(known)}")
+        close = difflib.get_close_matches(str(value["name"]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+        raise ValueError(f"no method is called {value['name']!r}; {hint}")
     try:
         settings_class: type[MethodSettings] = registry.load(METHODS, value["name"])
     except UsageError as error:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
 from pipeline.stage import Input, Settings, StageConfig
 from stages.models.settings import Backbone
@@ -23,8 +23,17 @@ class SourceSettings(Settings):
     )
 
 
+def _exactly_one(*fields: str) -> dict[str, Any]:
+    """The JSON schema of a mapping that sets one of these fields: the rules below, for editors."""
+    return {"oneOf": [{"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in fields]}
+
+
 class PretrainConfig(LoopSettings, StageConfig):
     """The images, the encoder or backbone to start from, the method, and how to train."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"allOf": [_exactly_one("init", "backbone"), _exactly_one("epochs", "steps")]}
+    )
 
     images: Input["images"] | list[SourceSettings] = Field(description="a stage, or several with weights")
     split: str | None = Field(

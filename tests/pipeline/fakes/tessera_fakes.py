@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
 from pipeline.errors import SourceError
-from pipeline.stage import Context, Input, NoFingerprint, Outcome, Source, Stage, StageConfig
+from pipeline.stage import Context, Feed, Input, NoFingerprint, Outcome, Source, Stage, StageConfig
 
 PICTURE = bytes.fromhex(  # one grey pixel
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49444154789c6360000000020001"
@@ -129,11 +130,20 @@ class FakeEncoder(Stage[EncoderConfig]):
 
 class ScoreConfig(StageConfig):
     of: Input["numbers", "encoder"]
+    at_least: Annotated[int, NoFingerprint] = 0  # numbers that it must be given
 
 
 class Score(Stage[ScoreConfig]):
     kind, uses_ray, Config = "metrics", False, ScoreConfig
     shows_metrics = True
+
+    def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
+        feed: Feed | None = feeds["of"]
+        while feed is not None and feed.counts is None:  # the nearest artifact above that is made
+            feed = next(iter(feed.inputs.values()), None)
+        found = (feed.counts or {}).get("numbers", self.config.at_least) if feed else self.config.at_least
+        if found < self.config.at_least:
+            yield "at_least", f"{feed.stage if feed else ''} holds {found} numbers", "lower it"
 
     def run(self, context: Context) -> Outcome:
         log(f"run {context.name}")

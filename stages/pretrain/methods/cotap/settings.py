@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
-from stages.pretrain.config.method import MethodSettings
+from stages.pretrain.config.method import MethodSettings, Start
 from stages.pretrain.config.parts import Crops, DenseSettings, Export, HeadSettings, TeacherSettings
 
 
@@ -100,3 +101,10 @@ class CoTAPSettings(MethodSettings):
     def least_batch(self) -> int:
         """2 for the ranking of pairs of images, else 1."""
         return 2 if self.uses("sc_patch") else 1
+
+    def misfits(self, start: Start) -> Iterator[tuple[str, str, str]]:
+        """A filter before a ViT's last block needs a ViT."""
+        yield from super().misfits(start)
+        if self.filter is not None and self.filter.placement == "pre_last" and start.backbone.is_vit is False:
+            what = f"pre_last needs a ViT's last block, and {start.backbone.name} has none"
+            yield "filter.placement", what, "set it to post, or name a ViT"

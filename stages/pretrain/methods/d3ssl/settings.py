@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
-from stages.pretrain.config.method import MethodSettings, QueueSize
+from stages.pretrain.config.method import MethodSettings, QueueSize, Start
 from stages.pretrain.config.parts import Export, Range, TeacherSettings
 
 
@@ -127,3 +128,14 @@ class D3SSLSettings(MethodSettings):
         """The bank of regions, which takes those of one or of both views of the teacher."""
         views = 2 if self.bank.holds == "both" else 1
         return {"bank.size": QueueSize(self.bank.size, of_an_image=self.proposals * views)}
+
+    def view_sizes(self) -> Iterator[tuple[str, int]]:
+        """Both sizes."""
+        yield from super().view_sizes()
+        yield "small_size", self.small_size
+
+    def no_host_with(self, start: Start) -> str | None:
+        """Of a ResNet it trains regions of the C4 map, and computes no vector of a whole view."""
+        if start.backbone.is_vit is not False:
+            return None
+        return f"d3ssl takes regions of the C4 map of {start.backbone.name}, and dsa compares vectors of whole views"

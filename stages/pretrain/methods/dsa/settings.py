@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from pipeline.stage import Input, Settings
 from stages.models.settings import Backbone
-from stages.pretrain.config.method import MethodSettings, QueueSize, method_settings
+from stages.pretrain.config.method import MethodSettings, QueueSize, Start, method_settings
 
 Variant = Literal["text", "released"]
 # The two terms of each variant, which have no name in common, with their weights: nu and upsilon of the paper's Eq. 17,
@@ -159,3 +159,11 @@ class DSASettings(MethodSettings):
     def queues(self) -> dict[str, QueueSize]:
         """The host's."""
         return {f"host.{name}": queue for name, queue in self.host.as_host().queues().items()}
+
+    def misfits(self, start: Start) -> Iterator[tuple[str, str, str]]:
+        """What its host cannot do with the encoder, by itself and as a host."""
+        host = self.host.as_host()
+        if (reason := host.no_host_with(start)) is not None:
+            yield "host", reason, "name a ViT, or another host"
+        for path, what, remedy in host.misfits(start):
+            yield f"host.{path}", what, remedy

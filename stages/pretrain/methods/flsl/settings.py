@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
-from stages.pretrain.config.method import MethodSettings
+from stages.pretrain.config.method import MethodSettings, Start
 from stages.pretrain.config.parts import Crops, Export, HeadSettings, Range, TeacherSettings, TeacherTemperature
 
 
@@ -137,3 +137,25 @@ class FLSLSettings(MethodSettings):
         if self.two_teacher_views and self.local_crops.count:
             raise ValueError("local_crops: two_teacher_views has none; leave them out or set two_teacher_views: false")
         return self
+
+    def view_sizes(self) -> Iterator[tuple[str, int]]:
+        """The student's and the teacher's crops; with two teacher views there are no local ones."""
+        unused = "local_crops.size" if self.two_teacher_views else ""
+        yield from ((path, size) for path, size in super().view_sizes() if path != unused)
+        yield "teacher_crop.size", self.teacher_crop.size
+
+    def misfits(self, start: Start) -> Iterator[tuple[str, str, str]]:
+        """With `tokens: paper`, the encoder must be a ViT without [CLS] and with fixed positions."""
+        yield from super().misfits(start)
+        backbone, otherwise = start.backbone, "or set method.tokens: map to train on any feature map"
+        if self.tokens == "paper" and backbone.is_vit is False:
+            yield (
+                "tokens",
+                f"FLSL clusters the tokens of a ViT, and {backbone.name} is none",
+                f"name a ViT, {otherwise}",
+            )
+        elif self.tokens == "paper" and backbone.is_vit:
+            if backbone.class_token:
+                yield "tokens", "FLSL's ViT has no [CLS]", f"set backbone.class_token: false, {otherwise}"
+            if backbone.pos_embed != "sincos":
+                yield "tokens", "FLSL's ViT has fixed positions", f"set backbone.pos_embed: sincos, {otherwise}"

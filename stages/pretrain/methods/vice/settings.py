@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
-from stages.pretrain.config.method import MethodSettings
+from stages.pretrain.config.method import MethodSettings, Start
 from stages.pretrain.config.parts import Range
 from stages.training.settings import weight_of
 
@@ -139,3 +140,10 @@ class ViCESettings(MethodSettings):
             ValueError: always.
         """
         raise ValueError("vice trains a backbone's levels and makes no vector of a view, so dsa has nothing to compare")
+
+    def misfits(self, start: Start) -> Iterator[tuple[str, str, str]]:
+        """A filter sees none of the backbone's levels that ViCE trains."""
+        yield from super().misfits(start)
+        if start.filtered:
+            what = "vice trains the backbone's levels, which the object-aware filter of init does not see"
+            yield "name", what, "name an init without a filter"
