@@ -27,11 +27,18 @@ class Pretrain(Stage[PretrainConfig]):
     version = 1
     tracked_as = "model"
     exports = ("encoder.safetensors", "encoder.json", "*.safetensors")
-    change_remarks = {
-        "steps": "trains anew from the start; `continue` goes on from a stage with keep_state",
-        "epochs": "trains anew from the start; `continue` goes on from a stage with keep_state",
-    }
     Config = PretrainConfig
+
+    @property
+    def change_remarks(self) -> Mapping[str, str]:  # type: ignore[override]
+        """What a plan says of another length: whoever changes it may expect that the same training goes on."""
+        before = self.config.continue_
+        text = (
+            "trains anew from the start; `continue` goes on from a stage with keep_state"
+            if before is None
+            else f"goes on from the end of {before} again, not from where this stage was"
+        )
+        return dict.fromkeys(("steps", "epochs"), text)
 
     @property
     def uses_ray(self) -> bool:  # type: ignore[override]
