@@ -62,8 +62,10 @@ class Place:
         total = demand.workers * demand.cpus, demand.workers * demand.gpus
         if self.most is not None and total[0] <= self.most.cpus and total[1] <= (self.most.gpus or 0):
             return None
-        grows = f", and grows to {self.most.cpus:g} and {self.most.gpus or 0:g} at most" if self.most else ""
-        return f"{self.short_of(demand)}{grows}"
+        if self.most is None:
+            return self.short_of(demand)
+        most = f"{_count(self.most.cpus, 'CPU')} and {_count(self.most.gpus or 0, 'GPU')}"
+        return f"{self.short_of(demand)}, and its autoscaler has at most {most}"
 
     def short_of(self, demand: Demand) -> str:
         """What a stage asks for, beside what there is."""

@@ -326,7 +326,12 @@ def _ray(asked: subprocess.Popen[str], pipeline: Pipeline | None, planned: list[
         lacking = list(capacity.lacking(pipeline, names, place))
         for problem in lacking:
             yield Check("resources", FAIL, str(replace(problem, remedy="")), problem.remedy)
-        if not lacking:
+        demands = [capacity.demand_of(pipeline, name, seen["gpus"]) for name in names]
+        growing = [demand for demand in demands if demand is not None and not demand.fits(place.machines)]
+        for demand in growing if not lacking else ():
+            remedy = f"the autoscaler must add nodes: the stage waits up to {cluster.GROWTH_SECONDS / 60:g} minutes"
+            yield Check("resources", WARN, place.short_of(demand), remedy)
+        if not lacking and not growing:
             yield Check("resources", OK, f"{place.name} has what every stage asks for")
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import traceback
 from typing import TYPE_CHECKING
 
-from pipeline.errors import ConfigError, StageFailed, TesseraError
+from pipeline.errors import ConfigError, StageFailed, StoreError, TesseraError
 from pipeline.stage import field_name
 
 if TYPE_CHECKING:
@@ -51,11 +52,19 @@ def stopped_by(error: BaseException) -> BaseException | None:
 
 
 def on_purpose(error: BaseException) -> TesseraError | None:
-    """The TesseraError that a stage raised, also where Ray has wrapped it; None for a bug."""
+    """The TesseraError that a stage raised, also where Ray has wrapped it; None for a bug.
+
+    A full disk is no bug, wherever it was met: in the store, in a worker's scratch, in a library's temporary file.
+    """
     if isinstance(getattr(error, "cause", None), BaseException):  # Ray's wrapper, which has its cause's type too
         return on_purpose(error.cause)  # type: ignore[attr-defined]
     if isinstance(error, TesseraError):
         return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreError(
+            f"a disk is full: {str(error).splitlines()[0]} (free space, `tessera artifacts gc` lists what can go; or "
+            "name a store on another disk with --store, and for temporary files with RAY_TMPDIR and TMPDIR)"
+        )
     return on_purpose(error.__cause__) if error.__cause__ is not None else None
 
 

@@ -15,7 +15,7 @@ from pipeline.errors import UsageError
 from pipeline.stage import Context, Feed, Outcome, Stage
 from stages.embeddings.settings import FeaturesConfig
 from stages.models import weights
-from stages.models.settings import size_misfits
+from stages.models.planned import undivided
 
 if TYPE_CHECKING:
     from stages.embeddings.embedder import DenseEmbedder
@@ -36,7 +36,7 @@ class DenseFeatures(Stage[FeaturesConfig]):
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
         """A size that the encoder cannot cut into patches."""
         if self.config.fit != "aspect":  # which takes whole patches
-            yield from size_misfits(self.config.whose(feeds), self.config.size, "size")
+            yield from undivided(self.config.whose(feeds), {"size": self.config.size})
 
     def obstacles(self, say: Callable[[str], None]) -> Iterator[tuple[str, str, str]]:
         """Weights of its own backbone that cannot be had."""

@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pipeline.stage import Feed, Input, StageConfig
-from stages.models.settings import Backbone, backbone_of
+from stages.models.planned import backbone_of
+from stages.models.settings import Backbone
 
 
 class FrozenEncoderConfig(StageConfig):

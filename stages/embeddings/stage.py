@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.stage import Context, Feed, Outcome, Stage
 from stages.embeddings.settings import EmbeddingsConfig
 from stages.models import weights
-from stages.models.settings import size_misfits
+from stages.models.planned import undivided
 
 _SHOWN = 32  # photographs in the preview
 
@@ -28,8 +28,8 @@ class Embeddings(Stage[EmbeddingsConfig]):
     Config = EmbeddingsConfig
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
-        """A crop that the encoder cannot cut into patches."""
-        yield from size_misfits(self.config.whose(feeds), self.config.crop, "crop")
+        """A crop that does not split into a ViT's patches."""
+        yield from undivided(self.config.whose(feeds), {"crop": self.config.crop})
 
     def obstacles(self, say: Callable[[str], None]) -> Iterator[tuple[str, str, str]]:
         """Weights of its own backbone that cannot be had."""

@@ -17,7 +17,7 @@ from pipeline.errors import SourceError
 from pipeline.stage import Context, Feed, Outcome, Stage
 from stages.evaluate.classify_knn_settings import ClassifyKnnConfig
 from stages.evaluate.requirements import lacking, split_counts
-from stages.models.settings import backbone_of, size_misfits
+from stages.models.planned import backbone_of, undivided
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
@@ -38,9 +38,9 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
     Config = ClassifyKnnConfig
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
-        """Images without labels, a split without any, one class or fewer than `k`; a crop of no whole patches."""
+        """Images without labels, a split without any, train images of one class or fewer than `k`; no whole patches."""
         config, feed = self.config, feeds["images"]
-        yield from size_misfits(backbone_of(feeds.get("encoder")), config.crop, "crop")
+        yield from undivided(backbone_of(feeds.get("encoder")), {"crop": config.crop})
         yield from lacking(feed, "labels", {"train_split": config.train_split, "test_split": config.test_split})
         train = split_counts(feed).get(config.train_split, {})
         images, name = train.get("labels"), f"split {config.train_split!r} of {feed.stage}"

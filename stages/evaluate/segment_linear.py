@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.stage import Context, Feed, Outcome, Stage
 from stages.evaluate.requirements import lacking, single_class
 from stages.evaluate.segment_linear_settings import SegmentLinearConfig
-from stages.models.settings import backbone_of, size_misfits
+from stages.models.planned import backbone_of, undivided
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
@@ -38,11 +38,11 @@ class SegmentLinear(Stage[SegmentLinearConfig]):
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
         """Images without masks, a split without any, or with masks of one class; sizes of no whole patches."""
+        sizes = {"train_size": self.config.train_size, "test_size": self.config.test_size}
+        yield from undivided(backbone_of(feeds.get("encoder")), sizes)
         splits = {"train_split": self.config.train_split, "test_split": self.config.test_split}
         yield from lacking(feeds["images"], "masks", splits)
         yield from single_class(feeds["images"], splits)
-        for name in ("train_size", "test_size"):
-            yield from size_misfits(backbone_of(feeds.get("encoder")), getattr(self.config, name), name)
 
     def run(self, context: Context) -> Outcome:
         """Trains and scores.

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.stage import Feed, Settings, Source
+from pipeline.stage import Settings, Source
 from stages.models import timm_catalogue
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -111,23 +110,6 @@ class Backbone(Settings):
         if self.checkpoint is None or "://" in self.checkpoint:
             return self
         return self.model_copy(update={"checkpoint": str(as_path(self.checkpoint).absolute())})
-
-
-def backbone_of(feed: Feed | None) -> Backbone | None:
-    """The backbone of a stage of kind `encoder`, through all that it starts from, as far as the pipeline file tells."""
-    if feed is None:
-        return None
-    own = getattr(feed.config, "backbone", None)
-    if isinstance(own, Backbone):
-        return own
-    return backbone_of(feed.inputs.get("init") or feed.inputs.get("continue"))
-
-
-def size_misfits(backbone: Backbone | None, size: int, path: str) -> Iterator[tuple[str, str, str]]:
-    """A side in pixels that a ViT cannot cut into patches, as `Stage.mismatches` yields it; `path` is its field."""
-    if backbone is not None and backbone.patch and size % backbone.patch:
-        what = f"{size} pixels do not split into patches of {backbone.patch} ({backbone.name})"
-        yield path, what, f"set it to {near_multiples(size, backbone.patch)}"
 
 
 def as_path(written: str) -> Path:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.stage import Context, Feed, Outcome, Stage, StageConfig
+from pipeline.stage import Context, Feed, Outcome, Stage
 from stages.models import weights
+from stages.models.planned import backbone_of
 from stages.pretrain.config.continuing import CONTINUE, continuing_problems
 from stages.pretrain.config.method import Start
 from stages.pretrain.config.pretrain import PretrainConfig
@@ -120,14 +121,13 @@ def _image_sets(feed: Feed) -> dict[str, str]:
     return found
 
 
-def _start(config: StageConfig, feeds: Mapping[str, Feed]) -> Start | None:
-    """The encoder that a training starts from, through all trainings before it; None where another stage made it."""
-    if not isinstance(config, PretrainConfig):
-        return None
+def _start(config: PretrainConfig, feeds: Mapping[str, Feed]) -> Start | None:
+    """The encoder that a training starts from, as far as the plan knows it; None where another stage type made it."""
     if config.backbone is not None:
         return Start(config.backbone, filtered=False)
-    before = _start(feeds["init"].config, feeds["init"].inputs)
-    if before is None:
-        return None
-    method = getattr(feeds["init"].config, "method", None)
-    return Start(before.backbone, before.filtered or getattr(method, "filter", None) is not None)
+    before: Feed | None = feeds["init"]
+    backbone, filtered = backbone_of(feeds["init"]), False
+    while before is not None:
+        filtered |= getattr(getattr(before.config, "method", None), "filter", None) is not None
+        before = before.inputs.get("init")
+    return Start(backbone, filtered) if backbone is not None else None

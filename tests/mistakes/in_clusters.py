@@ -6,8 +6,8 @@ from tests.mistakes.base import Mistake
 
 
 def _resources(row: str, what: str, resources: str, *words: str) -> Mistake:
-    """A mistake in the resources of `warmup`."""
-    replace = [("resources: {workers: 0}", f"resources: {resources}")]
+    """A mistake in the resources of `warmup`, whose batch 512 workers can share."""
+    replace = [("resources: {workers: 0}", f"resources: {resources}"), ("batch_size: 16", "batch_size: 512")]
     return Mistake(
         row, what, ["p.yaml:12: stages.warmup.resources.", *words], replace=replace, command=("run", "p.yaml")
     )

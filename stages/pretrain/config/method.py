@@ -15,7 +15,8 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.config import registry
 from pipeline.errors import UsageError
 from pipeline.stage import Settings
-from stages.models.settings import Backbone, near_multiples
+from stages.models.planned import undivided
+from stages.models.settings import Backbone
 from stages.pretrain.config.parts import Crops
 from stages.training.settings import weight_of
 
@@ -127,13 +128,7 @@ class MethodSettings(Settings):
         Yields:
             (dotted path in the method's settings, what is wrong, what to do).
         """
-        patch = start.backbone.patch
-        for path, size in self.view_sizes():
-            if patch is not None and size % patch:
-                what = (
-                    f"a view of {size} pixels does not split into the patches of {start.backbone.name}, {patch} pixels"
-                )
-                yield path, what, f"set it to {near_multiples(size, patch)}"
+        yield from undivided(start.backbone, dict(self.view_sizes()))
 
     def build(self, encoder: Any, *, total_steps: int, steps_per_epoch: int, global_batch: int) -> Any:
         """Imports the method's class and builds the method (stages/pretrain/methods/method.py) around a student.

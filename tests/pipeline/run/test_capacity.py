@@ -55,7 +55,7 @@ def test_a_cluster_that_grows_is_not_refused_below_its_most(workshop: Workshop) 
     small = [Machine(2, 0)]
     assert list(lacking(asking(workshop, "gpus: 1"), ["s"], Place("here", small, Machine(8, 4)))) == []
     (problem,) = lacking(asking(workshop, "gpus: 5"), ["s"], Place("here", small, Machine(8, 4)))
-    assert "here has 2 CPUs and 0 GPUs, and grows to 8 and 4 at most" in problem.rule
+    assert "here has 2 CPUs and 0 GPUs, and its autoscaler has at most 8 CPUs and 4 GPUs" in problem.rule
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,10 @@ def test_what_a_run_would_trip_over_is_found_and_nothing_is_left(
     wrong = {check["name"]: check for check in found if check["state"] == FAIL}
     assert "stages.scaled.resources.cpus: the stage asks for 999 CPUs" in wrong["start"]["detail"]
     assert "stages.big.resources.gpus: the stage asks for 1 CPU and 1 GPU, R has 2 CPUs" in wrong["resources"]["detail"]
+    monkeypatch.setattr(doctor, "_ask_ray", lambda address: answering(most=[8, 1]))
+    found = workshop.json("doctor", "p.yaml", "--set", "stages.big.resources.gpus=1")["checks"]
+    (grows,) = (check for check in found if check["name"] == "resources")
+    assert (grows["state"], "the autoscaler must add nodes" in grows["remedy"]) == (WARN, True)
     found = workshop.json("doctor", "p.yaml", "--set", "stages.numbers.source=number.txt", code=1)["checks"]
     (wrong_source,) = (check for check in found if check["state"] == FAIL)
     assert wrong_source["detail"].startswith(

@@ -275,6 +275,9 @@ def test_explain_finds_the_sentence_that_was_meant() -> None:
     for error in (meant, WrappedLikeRay(meant), WrappedLikeRay(WrappedLikeRay(meant)), chained):
         assert on_purpose(error) is meant
         assert explain(error) == str(meant)
+    full = WrappedLikeRay(OSError(28, "Error writing bytes to file"))
+    assert "a disk is full: [Errno 28] Error writing bytes" in explain(full)
+    assert "tessera artifacts gc" in explain(full)
     bug = WrappedLikeRay(ValueError("bad shape"))
     assert on_purpose(bug) is None
     assert explain(bug) == "ValueError: bad shape"
