@@ -151,8 +151,8 @@ def artifacts_gc(
     if doomed and not (dry_run or yes):
         if as_json or not sys.stdin.isatty():
             raise UsageError(
-                f"{len(doomed)} artifacts would be removed, and nobody is here to be asked: say --yes, or see with "
-                "--dry-run which ones"
+                f"{len(doomed)} artifacts would be removed, and there is no terminal to ask on: give --yes to remove "
+                "them, or --dry-run to list them"
             )
         print_removed(listed, dry_run=True)
         if not typer.confirm(f"Remove these {len(doomed)} artifacts from {opened.address}?", err=True):

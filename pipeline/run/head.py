@@ -52,11 +52,12 @@ def joinable(address: str) -> str:
 def _ask(address: str) -> dict[str, str]:
     """What the head says of itself: ray_version, python_version."""
     command = [sys.executable, "-c", ASK, address]
-    asking = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Unbuffered: what is read beyond the first line would be lost to `communicate`.
+    asking = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
     try:
         assert asking.stdout is not None
         asking.stdout.readline()  # Ray is imported, which takes its time on a busy machine
-        output, errors = asking.communicate(timeout=ANSWER_SECONDS)
+        output, errors = (text.decode() for text in asking.communicate(timeout=ANSWER_SECONDS))
     except subprocess.TimeoutExpired as error:
         asking.kill()
         asking.communicate()
@@ -80,11 +81,17 @@ def _ask(address: str) -> dict[str, str]:
 
 
 def _answer() -> None:
-    """What the process that `_ask` starts does: print a line when it begins to ask, and one of JSON."""
-    from ray._common.usage.usage_lib import get_cluster_metadata
-    from ray._private.services import canonicalize_bootstrap_address
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    """What the process that `_ask` starts does: print a line when it begins to ask, and one of JSON.
 
+    Ray has no public way to ask. Where a newer Ray keeps these functions elsewhere, nothing is known of the head.
+    """
+    try:
+        from ray._common.usage.usage_lib import get_cluster_metadata
+        from ray._private.services import canonicalize_bootstrap_address
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    except ImportError:
+        print("not asking\n{}")
+        return
     print("asking", flush=True)
     found = get_cluster_metadata(GcsClient(address=canonicalize_bootstrap_address(sys.argv[1]))) or {}
     print(json.dumps({name: str(found.get(name, "")) for name in ("ray_version", "python_version")}))

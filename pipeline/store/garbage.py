@@ -20,8 +20,8 @@ from pipeline.store.integrity import memo_path
 from pipeline.store.lease import Holder, Lease, live_holder
 from pipeline.store.manifest import MANIFEST
 from pipeline.store.objects import Objects, StoredObject
-from pipeline.store.records import record_path
-from pipeline.store.uses import ended_runs, forget_uses, is_pinned, known_users, last_used, needed_now
+from pipeline.store.records import RECORDS, record_path
+from pipeline.store.uses import USED, ended_runs, forget_uses, is_pinned, known_users, last_used, needed_now
 from pipeline.store.writer import local_progress_folder, scratch_attempt, scratch_root
 
 
@@ -64,6 +64,7 @@ def collect(
     removed += _collect_leases(objects, dry_run)
     removed += _collect_runs(objects, before, dry_run)
     removed += _collect_memos(objects, before, dry_run)
+    removed += _collect_uses(objects, before, dry_run)
     removed += _collect_scratch(objects, before, dry_run)
     return removed
 
@@ -186,6 +187,23 @@ def _collect_memos(objects: Objects, before: float, dry_run: bool) -> list[Remov
             removed.append(Removed(found.path, found.size, "its artifact is gone"))
     if not dry_run:
         objects.delete([item.path for item in removed])
+    return removed
+
+
+def _collect_uses(objects: Objects, before: float, dry_run: bool) -> list[Removed]:
+    """Who used an artifact that somebody has deleted since."""
+    by_artifact: dict[str, list[StoredObject]] = {}
+    for found in objects.walk(f"{RECORDS}/{USED}"):
+        folder = found.path.rpartition("/")[0]
+        by_artifact.setdefault(folder.removeprefix(f"{RECORDS}/{USED}/"), []).append(found)
+    removed, running = [], needed_now(objects)  # a run may be making the artifact anew
+    for name, notes in by_artifact.items():
+        gone = name not in running and objects.get(f"{name}/{MANIFEST}") is None
+        if gone and len(_old(notes, before)) == len(notes):
+            size = sum(found.size for found in notes)
+            removed.append(Removed(f"{RECORDS}/{USED}/{name}", size, "its artifact is gone"))
+            if not dry_run:
+                forget_uses(objects, name)
     return removed
 
 

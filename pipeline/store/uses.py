@@ -42,8 +42,12 @@ class Use:
     at: str  # the last time, ISO 8601, UTC
 
     def __str__(self) -> str:
-        who = f" by {self.user}@{self.host}" if self.user else ""
-        return f"stage '{self.stage}' of pipeline '{self.pipeline}'{who}"
+        return f"stage '{self.stage}' of {self.whose}"
+
+    @property
+    def whose(self) -> str:
+        """The pipeline, and who ran it."""
+        return f"pipeline '{self.pipeline}' by {self.user}@{self.host}"
 
 
 @dataclass
@@ -181,7 +185,7 @@ def judge(
         elif also_others and (others or not known):
             verdict.unneeded[key] = f"used by {others[0]}" if others else "nothing says who uses it"
         elif others or not known:
-            verdict.kept[key] = f"used by {others[0]}" if others else "nothing says who uses it"
+            verdict.kept[key] = f"used by {others[0].whose}" if others else "nothing says who uses it"
             verdict.of_others.add(key)
         else:
             verdict.unneeded[key] = f"{' and '.join(sorted(pipelines))}: not needed as the file is now"

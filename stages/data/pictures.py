@@ -240,11 +240,11 @@ def colour_mask(
 
 
 def class_colours(count: int) -> list[Colour]:
-    """`count` colours, neighbours far apart: hues by the golden ratio, three bands of brightness."""
-    bands = ((0.75, 0.95), (0.55, 0.75), (0.9, 0.6))
+    """`count` colours: hues by the golden ratio, five bands of brightness, so that 30 can be told apart."""
+    bands = ((1.0, 0.95), (0.75, 0.95), (0.55, 0.95), (0.85, 0.55), (0.65, 0.75))
     colours = []
     for i in range(count):
-        saturation, value = bands[i % 3]
+        saturation, value = bands[i % 5]
         red, green, blue = colorsys.hsv_to_rgb((0.58 + i * 0.618034) % 1.0, saturation, value)
         colours.append((round(red * 255), round(green * 255), round(blue * 255)))
     return colours

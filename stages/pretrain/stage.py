@@ -6,6 +6,8 @@ Planning imports this file and must stay fast: torch and Ray are imported when t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.stage import Context, Feed, Outcome, Stage
 from stages.models import weights
@@ -15,6 +17,9 @@ from stages.pretrain.config.method import Start
 from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.fit import conflicts
 
+if TYPE_CHECKING:
+    from pipeline.store.artifact import Artifact
+
 
 class Pretrain(Stage[PretrainConfig]):
     """Pre-trains with one of the methods, on Ray Train, and writes the encoder with its curves."""
@@ -23,11 +28,18 @@ class Pretrain(Stage[PretrainConfig]):
     version = 1
     tracked_as = "model"
     exports = ("encoder.safetensors", "encoder.json", "*.safetensors")
-    change_remarks = {
-        "steps": "trains anew from the start; `continue` goes on from a stage with keep_state",
-        "epochs": "trains anew from the start; `continue` goes on from a stage with keep_state",
-    }
     Config = PretrainConfig
+
+    @property
+    def change_remarks(self) -> Mapping[str, str]:  # type: ignore[override]
+        """What a plan says of another length: whoever changes it may expect that the same training goes on."""
+        before = self.config.continue_
+        text = (
+            "trains anew from the start; `continue` goes on from a stage with keep_state"
+            if before is None
+            else f"goes on from the end of {before} again, not from where this stage was"
+        )
+        return dict.fromkeys(("steps", "epochs"), text)
 
     @property
     def uses_ray(self) -> bool:  # type: ignore[override]
@@ -80,6 +92,13 @@ class Pretrain(Stage[PretrainConfig]):
             if not torch.cuda.is_available():
                 what = "torch sees no GPU on this machine, and workers: 0 trains here"
                 yield "resources.gpus", what, "set it to 0 to train on the CPU, or install torch's build for the driver"
+
+    @classmethod
+    def complete_export(cls, artifact: Artifact, folder: Path) -> list[Path]:
+        """The code that computes the encoder's features, and a README; the encoder is made from the files once."""
+        from stages.models.export import complete
+
+        return complete(artifact, folder)
 
     def run(self, context: Context) -> Outcome:
         """Train, or continue a training that was interrupted, and write the encoder with its curves and pictures."""

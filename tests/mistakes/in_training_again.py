@@ -37,7 +37,9 @@ def remember_the_first_run(folder: Path) -> None:
         store = ArtifactStore(pipeline.store)
         for stage in make_plan(pipeline, store).stages:
             history.remember(store, pipeline.name, stage.name, stage.known_as)
-        Path("p.yaml").write_text(Path("p.yaml").read_text().replace("steps: 4", "steps: 6"))
+        Path("p.yaml").write_text(
+            Path("p.yaml").read_text().replace("steps: 4", "steps: 6").replace("steps: 8", "steps: 9")
+        )
 
 
 IN_TRAINING_AGAIN = [
@@ -46,6 +48,14 @@ IN_TRAINING_AGAIN = [
         "changed steps",
         ["stages.warmup.steps 4 -> 6 (trains anew from the start; `continue` goes on from a stage with keep_state)"],
         code=0,
+        prepare=remember_the_first_run,
+    ),
+    Mistake(
+        "39h",
+        "changed steps of a stage that continues",
+        ["stages.longer.steps 8 -> 9 (goes on from the end of warmup again, not from where this stage was)"],
+        code=0,
+        replace=[KEPT, with_longer()],
         prepare=remember_the_first_run,
     ),
     Mistake(

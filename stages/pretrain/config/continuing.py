@@ -7,10 +7,11 @@ from typing import Any
 
 from pipeline.stage import Feed, edges, unfingerprinted
 from stages.pretrain.config.pretrain import PretrainConfig
+from stages.training.settings import OptimizerSettings
 
 CONTINUE = "continue"  # the field, as YAML has it
 # May differ between the two stages: how long, and by what schedule. All else makes the kept state meaningless.
-SCHEDULE = ("lr", "lr_per", "lr_start", "lr_end", "warmup_epochs", "weight_decay", "weight_decay_end")
+SCHEDULE = [key for key in OptimizerSettings.model_fields if key.startswith(("lr", "warmup", "weight_decay"))]
 FREE = {"steps", "epochs", "keep_state", CONTINUE, *(f"optimizer.{key}" for key in SCHEDULE)}
 
 

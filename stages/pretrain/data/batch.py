@@ -51,13 +51,18 @@ class Batch:
         )
 
     def first(self, count: int) -> Batch:
-        """The first `count` images, on the same device."""
+        """The first `count` images, with those neighbours that they have, on the same device."""
+        neighbors = 0 if self.neighbor_ids is None else int((self.neighbor_ids[:count] >= 0).sum())
+
+        def cut(views: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: view[:, : count if view.shape[1] == len(self) else neighbors] for name, view in views.items()}
+
         return replace(
             self,
             image_ids=self.image_ids[:count],
             source=self.source[:count],
-            views={name: view[:, :count] for name, view in self.views.items()},
-            affines={name: affine[:, :count] for name, affine in self.affines.items()},
+            views=cut(self.views),
+            affines=cut(self.affines),
             labels={name: label[:, :count] for name, label in self.labels.items()},
             extras={name: extra[:count] for name, extra in self.extras.items()},
             neighbor_ids=None if self.neighbor_ids is None else self.neighbor_ids[:count],

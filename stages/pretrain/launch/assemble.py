@@ -70,6 +70,7 @@ def assemble(
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
+    method.encoder().require_savable()
     method.use_inputs({path[len(OWN) :]: artifact for path, artifact in inputs.items() if path.startswith(OWN)})
     if world_size > 1:
         convert(method)  # batch norms see the global batch

@@ -27,7 +27,8 @@ def pretrain(config: PretrainConfig, context: Context) -> Outcome:
         )
     outcome = _train(config, context, curves)
     if config.keep_state:
-        context.say(f"keeps the state of the training in the artifact: {outcome.notes['training_state_bytes']:,} bytes")
+        mebibytes = outcome.notes["training_state_bytes"] / 2**20
+        context.say(f"keeps the state of the training in the artifact: {mebibytes:,.1f} MiB")
     return outcome
 
 

@@ -122,6 +122,16 @@ def test_an_old_artifact_that_was_used_a_moment_ago_stays(tmp_path: Path) -> Non
     assert collect(store, HOUR, {("encoder", "abc"): "asked for"}) == ["encoder/abc"]
 
 
+def test_what_is_known_of_the_uses_of_a_deleted_artifact_goes(store: ArtifactStore) -> None:
+    make(store)
+    uses.note_use(store.objects, "encoder/abc", "p", "warmup")
+    store.discard("encoder", "abc")  # as `--force` does before it computes anew: the uses are still true
+    assert [use.pipeline for use in uses.uses(store.objects, "encoder/abc")] == ["p"]
+    assert collect(store, HOUR) == []
+    assert collect(store) == [".tessera/records/used/encoder/abc"]
+    assert uses.uses(store.objects, "encoder/abc") == []
+
+
 def test_what_a_killed_run_needed_is_no_longer_kept_and_its_note_goes(store: ArtifactStore) -> None:
     make(store)
     write_record(store.objects, "runs/killed", {"artifacts": ["encoder/abc"]})

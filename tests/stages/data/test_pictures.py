@@ -82,6 +82,16 @@ def test_classes_have_their_colours_and_void_is_black() -> None:
     assert len(set(pictures.class_colours(80))) == 80
 
 
+def test_the_colours_of_a_whole_legend_can_be_told_apart() -> None:
+    """In CIE Lab, where a distance of 2.3 can just be seen."""
+    import cv2
+
+    colours = np.array([*pictures.class_colours(pictures.LEGEND), (0, 0, 0)], np.float32)[None] / 255  # void is black
+    lab = cv2.cvtColor(colours, cv2.COLOR_RGB2Lab)[0]
+    apart = np.linalg.norm(lab[:, None] - lab[None], axis=2)
+    assert apart[~np.eye(len(lab), dtype=bool)].min() > 15
+
+
 def test_a_legend_of_30_classes_is_whole_and_a_longer_one_says_what_is_left_out() -> None:
     names = [(f"class {i}", colour) for i, colour in enumerate(pictures.class_colours(32))]
     whole, long = (decode(pictures.grid([plain(50, 50)], 1, cell=300, legend=legend)) for legend in (names[:30], names))

@@ -17,10 +17,11 @@ from torch import nn
 from pipeline.errors import SourceError, UsageError
 from stages.models import timm_catalogue
 from stages.models.encoder import Encoder
-from stages.models.object_aware_filter import ObjectAwareFilter
+from stages.models.feature_extractor import ObjectAwareFilter
 from stages.models.settings import Backbone
 
 TINY = {"embed_dim": 48, "depth": 3, "num_heads": 3}
+SWIN = {"embed_dim": 24, "depths": [1, 1, 1, 1], "window_size": 2}
 VIT = Backbone(name="vit_tiny_patch16_224", img_size=64, kwargs=TINY)
 
 
@@ -40,8 +41,11 @@ def features_of(encoder: Encoder, *size: int):
         (Backbone(name="resnet18", output_stride=8), (64, 96), 512, 8, (8, 12)),
         (Backbone(name="resnet18", out_stage="c4"), (64, 96), 256, 16, (4, 6)),
         (Backbone(name="convnext_atto"), (64, 96), 320, 32, (2, 3)),
+        (Backbone(name="swin_tiny_patch4_window7_224", img_size=64, kwargs=SWIN), (64, 64), 192, 32, (2, 2)),
+        (Backbone(name="ghostnet_050"), (64, 96), 480, 32, (2, 3)),
+        (Backbone(name="levit_128s"), (224, 224), 384, 64, (4, 4)),
     ],
-    ids=["vit", "patch8", "no_cls_sincos", "resnet", "dilated", "c4", "convnext"],
+    ids=["vit", "patch8", "no_cls_sincos", "resnet", "dilated", "c4", "convnext", "swin", "no_drop_path", "levit"],
 )
 def test_shapes(backbone, size, width, stride, grid) -> None:
     encoder = Encoder.build(backbone)
@@ -246,6 +250,7 @@ def test_missing_checkpoint_is_named(tmp_path) -> None:
             "100 pixels do not split into patches of 16; set .* 96 or 112",
         ),
         ({"name": "vit_tiny_patch16_224", "kwargs": {"colour": 1}}, "does not accept them.*colour"),
+        ({"name": "ghostnet_050", "drop_path": 0.1}, "backbone.drop_path: ghostnet_050 has no stochastic depth"),
     ],
 )
 def test_rules_of_backbones(backbone, rule) -> None:

@@ -58,3 +58,18 @@ def test_panels_show_boxes_lines_around_regions_and_the_rest_dark() -> None:
     dark, yellow = (np.abs(divided - 54) < 3).all(1), (np.abs(divided - (255, 221, 51)) < 3).all(1)
     assert 0.45 < dark.mean() < 0.55
     assert 0 < yellow.mean() < 0.05
+
+
+def test_the_first_images_of_a_batch_keep_the_neighbours_that_they_have() -> None:
+    views = {"global": torch.arange(4.0).view(1, 4, 1, 1, 1), "neighbor": torch.tensor([7.0, 9]).view(1, 2, 1, 1, 1)}
+    affines = {"global": torch.zeros(1, 4, 2, 3), "neighbor": torch.zeros(1, 2, 2, 3)}
+    ids = torch.tensor([-1, 7, -1, 9])
+    batch = Batch(torch.arange(4), torch.zeros(4), views, affines, neighbor_ids=ids, extras={"count": torch.arange(4)})
+    first = batch.first(3)
+    assert len(first) == 3
+    assert first.views["global"].flatten().tolist() == [0, 1, 2]
+    assert first.views["neighbor"].flatten().tolist() == [7]
+    assert first.affines["neighbor"].shape[1] == 1
+    assert first.neighbor_ids is not None
+    assert first.neighbor_ids.tolist() == [-1, 7, -1]
+    assert first.extras["count"].tolist() == [0, 1, 2]
