@@ -74,8 +74,8 @@ def run(
         )
     status = FAILED
     try:
-        working.check_start(plan)
         with working.claimed(plan):
+            working.check_start(plan)
             for result in working.result.stages:
                 if result.state == "run" and not working.skip(result):
                     working.execute(result)
