@@ -119,6 +119,7 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, title: str | 
     if not series:
         raise ValueError("there is no curve to draw")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     lines = {name: points for name, points in series.items() if len(points) > 1}
     single = [
@@ -135,6 +136,7 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, title: str | 
         axes.set_title(name, fontsize=10, loc="left")
         axes.tick_params(labelsize=8)
         axes.ticklabel_format(axis="y", useOffset=False)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=(1, 2, 5, 10)))
         axes.grid(color="#e9ecef", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
     if single:

@@ -31,6 +31,7 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
     """images + encoder -> metrics top1, top5 in per cent (and top1_random, top5_random), one row a test image."""
 
     kind = "metrics"
+    version = 2
     packages = ("timm",)
     uses_ray = False
     shows_metrics = True

@@ -30,6 +30,7 @@ class SegmentLinear(Stage[SegmentLinearConfig]):
     """images + encoder -> metrics miou, pixel_accuracy, mean_accuracy in per cent (and *_random), one row a class."""
 
     kind = "metrics"
+    version = 2
     packages = ("timm",)
     uses_ray = False
     shows_metrics = True
