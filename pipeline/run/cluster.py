@@ -35,6 +35,7 @@ PROBE_SECONDS = 5.0
 # that long the first time, when the agents' code has to be read from disk.
 LOCAL_STARTS = 3
 KEEP_LOGS_SECONDS = 24 * 3600.0
+DRIVER_CPUS = "TESSERA_DRIVER_CPUS"  # set for a submitted run: the CPUs that its own job holds
 
 # Set unless the user has set them: Ray reads them when it is imported, and its workers inherit them.
 QUIET = {
