@@ -26,6 +26,7 @@ ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 MARK = "tessera"  # metadata key of the jobs that are ours; its value is the pipeline's name
 POLL_SECONDS = 1.0
 OLDEST_RAY = (2, 60)
+AGENT_SECONDS = 60.0  # a head that has just started takes jobs only when its agent is up too
 AWAY_SECONDS = 600.0  # how long a head may be away before a waiting submitter gives up
 
 
@@ -101,14 +102,21 @@ class Jobs:
             cpus: reserved for the driver on the head's or another node.
             environment: variables of the driver and of all workers.
         """
-        with self._explained():
-            return self._client.submit_job(
-                entrypoint=entrypoint,
-                submission_id=job_id,
-                runtime_env={"working_dir": str(folder), "env_vars": dict(environment)},
-                metadata={MARK: pipeline},
-                entrypoint_num_cpus=cpus,
-            )
+        end = time.monotonic() + AGENT_SECONDS
+        while True:
+            try:
+                with self._explained():
+                    return self._client.submit_job(
+                        entrypoint=entrypoint,
+                        submission_id=job_id,
+                        runtime_env={"working_dir": str(folder), "env_vars": dict(environment)},
+                        metadata={MARK: pipeline},
+                        entrypoint_num_cpus=cpus,
+                    )
+            except ClusterError as error:
+                if "available agent" not in str(error) or time.monotonic() > end:
+                    raise
+                time.sleep(POLL_SECONDS)
 
     def all(self) -> list[Job]:
         """The jobs that Tessera submitted, the newest first."""
@@ -192,9 +200,11 @@ class Jobs:
                     f"the cluster at {self.address} {what}: set RAY_AUTH_MODE=token, and the cluster's token in "
                     "RAY_AUTH_TOKEN or ~/.ray/auth_token"
                 ) from None
+            if "Failed to connect" not in text:
+                raise ClusterError(f"the job server at {self.address} could not do it: {text[:400]}") from error
             raise ClusterError(
-                f"no job server answers at {self.address}: {_first_sentence(text)} (the address is that of the head's "
-                "dashboard, http://HOST:8265; `ray start --head --dashboard-host 0.0.0.0` opens it to other machines)"
+                f"no job server answers at {self.address} (the address is that of the head's dashboard, "
+                "http://HOST:8265; `ray start --head --dashboard-host 0.0.0.0` opens it to other machines)"
             ) from error
 
 
@@ -226,7 +236,3 @@ def _job(details: JobDetails) -> Job:
         exit_code=details.driver_exit_code,
         message=" ".join((details.message or "").split()),
     )
-
-
-def _first_sentence(text: str) -> str:
-    return re.split(r"(?<=[.!])\s", text)[0][:200].rstrip(".")
