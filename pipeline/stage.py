@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar, Union, get_args, get_origin
 
@@ -188,6 +189,22 @@ class Stage(ABC, Generic[C]):
             (field path, what is wrong, what to do).
         """
         yield from ()
+
+    @classmethod
+    def complete_export(cls, artifact: Artifact, folder: Path) -> list[Path]:
+        """Add to exported files what their reader needs: code, a README. Most stages add nothing.
+
+        Args:
+            artifact: what is exported.
+            folder: holds the files that `exports` names, under their plain names.
+
+        Returns:
+            The files added.
+
+        Raises:
+            UsageError: the artifact cannot be used elsewhere; nothing is exported then.
+        """
+        return []
 
     @abstractmethod
     def run(self, context: Context) -> Outcome:

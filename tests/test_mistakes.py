@@ -8,8 +8,9 @@ import pytest
 
 from tests.mistakes.base import Mistake
 from tests.mistakes.in_configs import IN_CONFIGS
+from tests.mistakes.in_exports import IN_EXPORTS
 
-MISTAKES = [*IN_CONFIGS]
+MISTAKES = [*IN_CONFIGS, *IN_EXPORTS]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=str)

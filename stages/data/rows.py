@@ -15,17 +15,20 @@ import pyarrow.parquet as pq
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
     from pipeline.store.manifest import FileEntry
+    from pipeline.store.writer import ArtifactWriter
+
+    Readable = Artifact | ArtifactWriter
 
 _BATCH_ROWS = 16  # rows decoded from Parquet at once: of photographs a few MB
 
 
-def read_shard(artifact: Artifact, shard: FileEntry, columns: Sequence[str] | None = None) -> pa.Table:
+def read_shard(artifact: Readable, shard: FileEntry, columns: Sequence[str] | None = None) -> pa.Table:
     """One whole shard, verified against the manifest. Raises ArtifactDamaged."""
     return pq.read_table(artifact.local(shard.name), columns=None if columns is None else list(columns))
 
 
 def iter_batches(
-    artifact: Artifact,
+    artifact: Readable,
     shard: FileEntry,
     columns: Sequence[str] | None = None,
     *,
@@ -82,15 +85,18 @@ def iter_rows(
 
 
 def slice_rows(
-    artifact: Artifact, shard: FileEntry, columns: Sequence[str], start: int, stop: int
+    artifact: Readable, shard: FileEntry, columns: Sequence[str], start: int, stop: int
 ) -> Iterator[dict[str, Any]]:
     """The rows [start, stop) of one shard, each with `image_id` and `columns`. Raises ArtifactDamaged."""
     for batch in iter_batches(artifact, shard, _with_id(columns), start=start, stop=stop):
         yield from batch.to_pylist()
 
 
-def sample_rows(artifact: Artifact, count: int, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Up to `count` rows spread evenly over an artifact, always the same ones: for previews. Raises ArtifactDamaged."""
+def sample_rows(artifact: Readable, count: int, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Up to `count` rows spread evenly over an artifact, always the same ones: for previews. Raises ArtifactDamaged.
+
+    Of an artifact in the making, the rows of the shards that are finished.
+    """
     ends = np.cumsum([0, *(shard.rows or 0 for shard in artifact.shards())])
     wanted = np.unique(np.linspace(0, ends[-1] - 1, min(count, ends[-1])).astype(int))
     for index, shard in enumerate(artifact.shards()):
@@ -99,7 +105,7 @@ def sample_rows(artifact: Artifact, count: int, columns: Sequence[str]) -> Itera
 
 
 def _rows_at(
-    artifact: Artifact, shard: FileEntry, columns: Sequence[str], rows: Sequence[int]
+    artifact: Readable, shard: FileEntry, columns: Sequence[str], rows: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
     """These rows of a shard, in rising order, in one pass over the rows between the first and the last."""
     if not rows:

@@ -60,6 +60,16 @@ SCHEMAS: dict[str, pa.Schema] = {
     "boxes": pa.schema([("image_id", pa.int64()), ("boxes", pa.list_(BOX))]),  # best first
     "superpixels": pa.schema([("image_id", pa.int64()), ("labels", pa.binary()), ("count", pa.int32())]),  # pack_labels
     "embeddings": pa.schema([("image_id", pa.int64()), ("embedding", pa.list_(pa.float32()))]),  # L2-normalised
+    "features": pa.schema(
+        [
+            ("image_id", pa.int64()),
+            ("key", pa.string()),  # of the images' table
+            ("vector", pa.list_(pa.float16())),  # as the encoder gives it, not normalised
+            ("patches", pa.list_(pa.float16())),  # (grid_height, grid_width, D) in C order: row by row, a vector each
+            ("grid_height", pa.int32()),
+            ("grid_width", pa.int32()),
+        ]
+    ),
     "neighbors": pa.schema(
         [
             ("image_id", pa.int64()),
@@ -69,7 +79,9 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
 }
 
-_COPY_ROWS = 64  # rows a record batch of the mapped copy: bounds the memory that making it needs
+# A record batch of the mapped copy has at most so many rows and bytes: bounds the memory that making it needs.
+_COPY_ROWS, _COPY_BYTES = 64, 16 << 20
+_KEPT_BATCHES = 1 << 16  # of the mapped copy, open at once: 3 KB each
 _LABELS_MAGIC = b"TSP1"
 
 
@@ -88,7 +100,7 @@ class Table:
         self._dense = len(self.ids) > 0 and self.ids[0] == 0 and self.ids[-1] == len(self.ids) - 1
         self._map = pa.memory_map(str(folder / "table.arrow"))
         self._reader = pa.ipc.open_file(self._map)
-        self._batches: list[pa.RecordBatch | None] = [None] * self._reader.num_record_batches
+        self._batches: dict[int, pa.RecordBatch] = {}
         self._starts: NDArray[np.int64] = np.load(folder / "starts.npy")
         self.schema: pa.Schema = self._reader.schema
         self._getters = [(field.name, _getter(field.type)) for field in self.schema]
@@ -127,7 +139,7 @@ class Table:
     def column(self, name: str) -> NDArray[Any] | pa.ChunkedArray:
         """One whole column, in the order of `ids`: numpy for numbers ((n, d) for lists of one length), else Arrow."""
         chunks = pa.chunked_array(
-            [self._batch(b).column(name) for b in range(len(self._batches))], self.schema.field(name).type
+            [self._batch(b).column(name) for b in range(len(self._starts))], self.schema.field(name).type
         )
         kind = chunks.type
         if pa.types.is_primitive(kind) and chunks.null_count == 0:
@@ -153,10 +165,11 @@ class Table:
         return self._batch(b), row - int(self._starts[b])
 
     def _batch(self, index: int) -> pa.RecordBatch:
-        batch = self._batches[index]
-        if batch is None:
-            batch = self._batches[index] = self._reader.get_batch(index)
-        return batch
+        if index not in self._batches:
+            if len(self._batches) >= _KEPT_BATCHES:
+                self._batches.clear()
+            self._batches[index] = self._reader.get_batch(index)
+        return self._batches[index]
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -225,7 +238,10 @@ def _build(folder: Path, artifact: Artifact, shards: list[FileEntry], columns: t
     ids, starts, rows = [], [], 0
     with pa.OSFile(str(folder / "table.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for shard in shards:
-            for batch in iter_batches(artifact, shard, schema.names, batch_rows=_COPY_ROWS):
+            facts = pq.read_metadata(artifact.local(shard.name))
+            held = sum(facts.row_group(group).total_byte_size for group in range(facts.num_row_groups))
+            batch_rows = min(max(_COPY_BYTES * facts.num_rows // max(held, 1), 1), _COPY_ROWS)
+            for batch in iter_batches(artifact, shard, schema.names, batch_rows=batch_rows):
                 writer.write_batch(batch.select(schema.names).cast(schema))
                 ids.append(batch.column("image_id").to_numpy())
                 starts.append(rows)

@@ -5,45 +5,22 @@ Ray Data actors hold the model; `neighbors` reads what they write.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 
-from pipeline.stage import Context, Input, Outcome, Stage, StageConfig
-from stages.models.settings import Backbone
+from pipeline.stage import Context, Outcome, Stage
+from stages.embeddings.settings import EmbeddingsConfig
 
 _SHOWN = 32  # photographs in the preview
-
-
-class EmbeddingsConfig(StageConfig):
-    """Whose features, of which part of an image."""
-
-    images: Input["images"]
-    encoder: Input["encoder"] | None = Field(None, description="an earlier pretrain stage; or give a backbone")
-    backbone: Backbone | None = Field(None, description="a timm model or a checkpoint file; or name an encoder")
-    pooling: Literal["cls", "mean"] = Field("cls", description="[CLS] (token mean where there is none), or map mean")
-    resize: int = Field(256, gt=0, description="short side in pixels before the crop")
-    crop: int = Field(224, gt=0, description="side in pixels of the central square that is encoded")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the forward pass; the column is float32")
-    seed: int = Field(0, description="of the random weights of a backbone that has no others")
-
-    @model_validator(mode="after")
-    def _rules(self) -> EmbeddingsConfig:
-        if (self.encoder is None) == (self.backbone is None):
-            raise ValueError("exactly one of encoder and backbone says where features come from; set one of them")
-        if self.crop > self.resize:
-            raise ValueError(f"crop {self.crop} is larger than resize {self.resize}; lower crop or raise resize")
-        return self
 
 
 class Embeddings(Stage[EmbeddingsConfig]):
     """images + encoder -> embeddings. Equal up to float rounding whatever the number of workers."""
 
     kind = "embeddings"
+    version = 2
     packages = ("timm",)
     Config = EmbeddingsConfig
 
@@ -53,8 +30,6 @@ class Embeddings(Stage[EmbeddingsConfig]):
 
         import ray
 
-        from stages.data.pictures import grid
-        from stages.data.rows import sample_rows
         from stages.data.tables import SCHEMAS
         from stages.embeddings.embedder import Embedder, prepare
         from stages.map_images.ray_data import map_images
@@ -75,15 +50,7 @@ class Embeddings(Stage[EmbeddingsConfig]):
             gpus=1.0 if gpu else 0.0,
             threads=8 if gpu else 2,
         )
-        shown = list(_readable(sample_rows(images, _SHOWN, ["image"])))
-        vectors = np.array([row["embedding"] for row in Embedder(*arguments)([fit(row) for row in shown])])
-        sheet = grid(
-            [shown[i]["pixels"] for i in _along_first_component(vectors)],
-            columns=8,
-            title="Photographs along the first principal component of their embeddings",
-            cell=160,
-        )
-        context.output.put_file("preview.png", sheet)
+        context.output.put_file("preview.png", _preview(context))
         return Outcome(
             counts={"images": summary.images, "failed": summary.failed},
             problems=summary.problems,
@@ -91,13 +58,20 @@ class Embeddings(Stage[EmbeddingsConfig]):
         )
 
 
-def _readable(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The rows whose image can be decoded; the others are among the stage's problems already."""
-    from stages.data.images import ImageError, decode
+def _preview(context: Context) -> bytes:
+    """Some photographs, alike ones side by side."""
+    from stages.data.images import decode
+    from stages.data.pictures import grid
+    from stages.data.rows import iter_rows, sample_rows
 
-    for row in rows:
-        with contextlib.suppress(ImageError):
-            yield {**row, "pixels": decode(row["image"])}
+    vectors = {row["image_id"]: row["embedding"] for row in sample_rows(context.output, _SHOWN, ["embedding"])}
+    photographs = [decode(row["image"]) for row in iter_rows(context.inputs["images"], ["image"], ids=vectors.keys())]
+    return grid(
+        [photographs[i] for i in _along_first_component(np.array(list(vectors.values())))],
+        columns=8,
+        title="Photographs along the first principal component of their embeddings",
+        cell=160,
+    )
 
 
 def _along_first_component(vectors_ND: NDArray[np.floating[Any]]) -> list[int]:

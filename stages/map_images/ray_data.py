@@ -1,8 +1,9 @@
 """`map_images`: an images artifact in, one output table out, image by image, on Ray Data.
 
 Ray Data hands slices of the images to workers, which read, compute and write; a shard of the images becomes the shard
-of the same number of the output. The driver gets row numbers only, memory stays flat, and a run that was killed
-continues with the missing shards. An image that fails is named and left out; it never stops the others.
+of the same number of the output, or several where rows are large. The driver gets row numbers only, memory stays flat,
+and a run that was killed continues with the missing shards. An image that fails is named and left out; it never stops
+the others.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipeline.errors import ClusterError, SourceError, StageFailed, TesseraError
-from stages.map_images.slices import count_cuts, cut, pack
+from stages.map_images.slices import count_cuts, cut, pack, split
 from stages.map_images.worker import (
     SLICES,
     Job,
@@ -59,6 +60,7 @@ def map_images(
     arguments: Sequence[Any] = (),
     prepare: Callable[[Row], Row] | None = None,
     batch_rows: int = 16,
+    shard_rows: int | None = None,
     cpus: float = 1.0,
     gpus: float = 0.0,
     threads: int = 2,
@@ -86,6 +88,8 @@ def map_images(
         arguments: further arguments of the function, or those of the class.
         prepare: see above.
         batch_rows: rows that an instance of the class takes at once.
+        shard_rows: of an output shard at most, for rows so large that a shard would not fit into a worker's memory;
+            default: a shard of the images becomes one of the output.
         cpus: of one worker.
         gpus: of one worker.
         threads: of one actor, for `prepare`.
@@ -93,8 +97,10 @@ def map_images(
     Raises: SourceError when no image succeeds; ClusterError when the cluster cannot hold one worker.
     """
     settings = context.resources
+    shards = split([shard.rows or 0 for shard in images.shards()], shard_rows)
     job = Job(
         images,
+        shards,
         context.output,
         schema,
         tuple(dict.fromkeys(["image_id", "key", *columns])),
@@ -104,7 +110,7 @@ def map_images(
         settings.batch_size or batch_rows,
         threads,
     )
-    rows = {index: shard.rows or 0 for index, shard in enumerate(images.shards())}
+    rows = {index: one.stop - one.start for index, one in enumerate(shards)}
     missing = _missing(context.output, rows)
     if missing:
         gpus = gpus if settings.gpus is None else settings.gpus
@@ -115,7 +121,7 @@ def map_images(
         for finished in _compute(job, missing, pool):
             done += finished
             context.report_progress(done, total, "images")
-    return _sum_up(context.output, images, resumed=len(rows) - len(missing))
+    return _sum_up(context.output, images, len(rows), resumed=len(rows) - len(missing))
 
 
 def _missing(output: ArtifactWriter, rows: dict[int, int]) -> dict[int, int]:
@@ -249,11 +255,11 @@ def _cause(error: BaseException) -> TesseraError:
 
 
 # ------------------------------------------------------------------------------------------------------- at the end
-def _sum_up(output: ArtifactWriter, images: Artifact, resumed: int) -> MapSummary:
+def _sum_up(output: ArtifactWriter, images: Artifact, shards: int, resumed: int) -> MapSummary:
     """Adds up what workers have recorded of their shards. Raises SourceError when no image has a row."""
     records = output.records()
     summary, counts = MapSummary(resumed=resumed), Counter[str]()
-    for index, _ in enumerate(images.shards()):
+    for index in range(shards):
         record = records[record_name(index)]
         summary.images += record["images"]
         summary.problems += record["problems"]

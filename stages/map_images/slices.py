@@ -1,5 +1,8 @@
 """Cuts the shards of a stage into slices, and packs slices into the tasks that Ray Data hands out. Pure functions.
 
+`split` says which shards the output has; everything else is about those: their number, and rows counted from their
+first.
+
 All shards are cut into the same number of slices, so that Ray Data can put a shard together by counting: with the
 order kept, every `cuts` results are one shard.
 """
@@ -21,6 +24,17 @@ class Slice:
     shard: int
     start: int
     stop: int
+
+
+def split(rows: Sequence[int], most: int | None) -> tuple[Slice, ...]:
+    """The shards of the output, as rows of those of the images: each is one, or several of nearly the same size.
+
+    Args:
+        rows: images of every shard.
+        most: images of an output shard at most; None: as many as the images' shard has.
+    """
+    pieces = [-(-size // most) or 1 if most else 1 for size in rows]
+    return tuple(one for shard, size in enumerate(rows) for one in cut({shard: size}, pieces[shard]))
 
 
 def count_cuts(rows: Sequence[int], workers: int, *, each: int = _SLICES) -> int:

@@ -19,6 +19,7 @@ from pipeline.errors import StageFailed
 from stages.data.ahead import in_batches, prepare_ahead
 from stages.data.images import ImageError
 from stages.data.rows import slice_rows
+from stages.map_images.slices import Slice
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
@@ -37,6 +38,7 @@ class Job:
 
     Attributes:
         images: the artifact that is read.
+        shards: of the output: which rows of which shard of the images each is made from.
         output: where shards are written.
         schema: of the output table.
         columns: of an images row that `process` asks for.
@@ -48,6 +50,7 @@ class Job:
     """
 
     images: Artifact
+    shards: tuple[Slice, ...]
     output: ArtifactWriter
     schema: pa.Schema
     columns: tuple[str, ...]
@@ -142,8 +145,9 @@ def record_name(shard: int) -> str:
 
 def _read(one: pa.Table, job: Job) -> Iterator[Row]:
     [wanted] = one.to_pylist()
-    shard = next(islice(job.images.shards(), wanted["shard"], None))
-    return slice_rows(job.images, shard, job.columns, wanted["start"], wanted["stop"])
+    source = job.shards[wanted["shard"]]
+    shard = next(islice(job.images.shards(), source.shard, None))
+    return slice_rows(job.images, shard, job.columns, source.start + wanted["start"], source.start + wanted["stop"])
 
 
 def _attempt(job: Job, row: Row) -> Row | Exception:

@@ -69,14 +69,22 @@ class Inference:
         self._std = torch.tensor(encoder.std, device=self.device).view(1, 3, 1, 1) * 255
 
     @torch.inference_mode()
-    def __call__(self, pixels: Sequence[RGB]) -> Features:
-        """B images of one size, (S, S', 3) uint8 RGB -> vector (B, D) and map (B, D, h, w)."""
+    def __call__(self, pixels: Sequence[RGB], *, layer: int | None = None) -> Features:
+        """B images of one size, (S, S', 3) uint8 RGB -> vector (B, D) and map (B, D, h, w).
+
+        With `layer` the map is that of one tap of `Encoder.levels`, and the vector its mean.
+        """
         stacked_B3HW = torch.from_numpy(np.stack(pixels)).to(self.device).permute(0, 3, 1, 2)
         autocast: Any = contextlib.nullcontext()
         if self.precision == "bf16":
             autocast = torch.autocast(self.device.type, dtype=torch.bfloat16)
         with autocast:
-            features = self.encoder((stacked_B3HW.float() - self._mean) / self._std)
+            normalised_B3HW = (stacked_B3HW.float() - self._mean) / self._std
+            if layer is None:
+                features = self.encoder(normalised_B3HW)
+            else:
+                [map_BDhw] = self.encoder.levels(normalised_B3HW, [layer])
+                features = Features(map_BDhw.mean(dim=(2, 3)), map_BDhw)
         return Features(features.vector.float(), features.map.float())
 
     def pooled(self, pixels: Sequence[RGB], pooling: Literal["cls", "mean"]) -> Tensor:

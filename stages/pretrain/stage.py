@@ -6,9 +6,14 @@ Planning imports this file and must stay fast: torch and Ray are imported when t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.stage import Context, Feed, Outcome, Stage
 from stages.pretrain.config.pretrain import PretrainConfig
+
+if TYPE_CHECKING:
+    from pipeline.store.artifact import Artifact
 
 
 class Pretrain(Stage[PretrainConfig]):
@@ -38,6 +43,13 @@ class Pretrain(Stage[PretrainConfig]):
                     f"those of {', '.join(trained_on.values())}",
                     f"name a {feed.kind} stage that is made from the same images",
                 )
+
+    @classmethod
+    def complete_export(cls, artifact: Artifact, folder: Path) -> list[Path]:
+        """The code that computes the encoder's features, and a README; the encoder is made from the files once."""
+        from stages.models.export import complete
+
+        return complete(artifact, folder)
 
     def run(self, context: Context) -> Outcome:
         """Train, or continue a training that was interrupted, and write the encoder with its curves and pictures."""

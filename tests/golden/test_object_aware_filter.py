@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from stages.models.object_aware_filter import ObjectAwareFilter
+from stages.models.feature_extractor import ObjectAwareFilter
 from stages.pretrain.methods.cotap.losses.prototype_entropy import prototype_entropy
 from tests.golden.golden import assert_close, tensors
 

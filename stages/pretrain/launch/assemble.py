@@ -71,6 +71,7 @@ def assemble(
     method = config.method.build(
         encoder, total_steps=total_steps, steps_per_epoch=steps_per_epoch, global_batch=config.batch_size
     )
+    method.encoder().require_savable()
     method.use_inputs({path[len(OWN) :]: artifact for path, artifact in inputs.items() if path.startswith(OWN)})
     if world_size > 1:
         convert(method)  # batch norms see the global batch

@@ -219,12 +219,14 @@ def test_export_copies_plain_names_and_overwrites_nothing(done: Workshop) -> Non
     out = done.folder / "out"
     assert sorted(path.name for path in out.iterdir()) == ["encoder.json", "encoder.safetensors"]
     assert (out / "encoder.safetensors").read_bytes() == bytes([2, 4, 6])
-    assert "already" in done.tessera("export", "encoder", "p.yaml", "--to", "out", code=2).stderr
+    again = done.tessera("export", "encoder", "p.yaml", "--to", "out", code=2).stderr
+    assert "--to out: the folder is not empty, it holds encoder.json, encoder.safetensors (name another" in again
     refused = done.tessera("export", "scaled", "p.yaml", "--to", "out2", code=2).stderr
     assert "a stage of type fake_scaled exports nothing (name the artifact of a stage that uses fake_encoder" in refused
     file = next(path for path in files_of(done, "encoder") if path.suffix == ".safetensors")
     flip(file)
     assert file.name in done.tessera("export", "encoder", "p.yaml", "--to", "out3", code=1).stderr
+    assert not (done.folder / "out3").exists()
 
 
 def test_artifacts_of_a_type_that_is_not_installed_are_listed_verified_and_exported_whole(

@@ -14,7 +14,8 @@ from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from stages.data.images import decode
 from stages.data.tables import Table
-from stages.embeddings.stage import Embeddings, EmbeddingsConfig
+from stages.embeddings.settings import EmbeddingsConfig
+from stages.embeddings.stage import Embeddings
 from stages.models.encoder import Encoder
 from stages.models.inference import Inference, centre_square
 from stages.models.settings import Backbone

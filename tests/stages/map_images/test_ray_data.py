@@ -123,13 +123,19 @@ RECORDS = [
 ]
 
 
+@pytest.mark.parametrize(("shards", "shard_rows"), [([8] * 5, None), ([16, 24], 8)])
 def test_missing_shards_only(
-    ray_local: None, images: Callable[..., Artifact], context: Callable[..., Context], tmp_path: Path
+    ray_local: None,
+    images: Callable[..., Artifact],
+    context: Callable[..., Context],
+    tmp_path: Path,
+    shards: list[int],
+    shard_rows: int | None,
 ) -> None:
     """A first attempt dies after two shards; the second computes the rest, and the counts cover both."""
-    source = images(files(40, _003=b"bad"), [8] * 5)
+    source = images(files(40, _003=b"bad"), shards)
     first = context("sizes")
-    map_images(first, source, measure, schema=SCHEMA)
+    map_images(first, source, measure, schema=SCHEMA, shard_rows=shard_rows)
     whole = first.output.commit()
     attempt = context("sizes", "fedcba987654")
     for index, entry in list(enumerate(whole.shards()))[:2]:
@@ -138,10 +144,11 @@ def test_missing_shards_only(
     attempt.output.put_table(2, read_shard(whole, list(whole.shards())[2]))  # killed before it was counted
     attempt.output.close()
     again = context("sizes", "fedcba987654")
-    summary = map_images(again, source, measure, schema=SCHEMA, arguments=(str(tmp_path),))
+    summary = map_images(again, source, measure, schema=SCHEMA, arguments=(str(tmp_path),), shard_rows=shard_rows)
     touched = {int(path.name.split(".")[0]) for path in tmp_path.iterdir() if path.name.split(".")[0].isdigit()}
     assert touched == set(range(16, 40))
     assert summary.resumed == 2
+    assert [shard.rows for shard in whole.shards()] == [7, 8, 8, 8, 8]
     assert (summary.images, summary.failed) == (39, 1)
     assert summary.problems == [{"key": "003.jpg", "reason": "it is bad"}]
     assert ids_of(again.output.commit()) == ids_of(whole)

@@ -8,9 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.map_images.slices import Slice, count_cuts, cut, pack
+from stages.map_images.slices import Slice, count_cuts, cut, pack, split
 
 rows_of_shards = st.lists(st.integers(0, 3000), min_size=1, max_size=60)
+
+
+@given(rows_of_shards, st.integers(1, 2000))
+def test_output_shards_cover_every_row_once_and_are_small(rows: list[int], most: int) -> None:
+    shards = split(rows, most)
+    assert [row for one in shards for row in ((one.shard, at) for at in range(one.start, one.stop))] == [
+        (shard, at) for shard, size in enumerate(rows) for at in range(size)
+    ]
+    assert max(one.stop - one.start for one in shards) <= most
+    assert len(shards) == sum(-(-size // most) or 1 for size in rows), "no more shards than needed"
+    assert split(rows, None) == tuple(Slice(shard, 0, size) for shard, size in enumerate(rows))
 
 
 @given(rows_of_shards, st.integers(1, 40))

@@ -12,6 +12,7 @@ from pipeline.errors import StageFailed
 from pipeline.stage import Context
 from pipeline.store.artifact import Artifact
 from stages.data.rows import read_shard
+from stages.map_images.slices import split
 from stages.map_images.worker import SLICES, Job, run_slice, write_shard
 
 SCHEMA = pa.schema([("image_id", pa.int64()), ("halves", pa.list_(pa.list_(pa.float32(), 2)))])
@@ -26,7 +27,18 @@ def halve(row: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture
 def job(images: Callable[..., Artifact], context: Callable[..., Context]) -> Job:
     source = images({f"{i}.jpg": b"bad" if i == 4 else b"x" * i for i in range(10)}, [6, 4])
-    return Job(source, context("halves").output, SCHEMA, ("image_id", "key", "image"), halve, (), None, 16, 2)
+    return Job(
+        source,
+        split([6, 4], None),
+        context("halves").output,
+        SCHEMA,
+        ("image_id", "key", "image"),
+        halve,
+        (),
+        None,
+        16,
+        2,
+    )
 
 
 def computed(job: Job, shard: int, start: int, stop: int) -> pa.Table:

@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeline.errors import SourceError, UsageError
 from stages.models.encoder import Encoder
-from stages.models.object_aware_filter import ObjectAwareFilter
+from stages.models.feature_extractor import ObjectAwareFilter
 from stages.models.settings import Backbone
 
 TINY = {"embed_dim": 48, "depth": 3, "num_heads": 3}

@@ -20,8 +20,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from stages.models.encoder import Encoder, Features
+from stages.models.feature_extractor import ObjectAwareFilter
 from stages.models.heads import ProjectionHead, at_least_float32
-from stages.models.object_aware_filter import ObjectAwareFilter
 from stages.pretrain.config.parts import HeadSettings
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.losses.dino_loss import dino_loss

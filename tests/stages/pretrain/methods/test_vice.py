@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from pipeline.errors import UsageError
-from stages.models.object_aware_filter import ObjectAwareFilter
+from stages.models.feature_extractor import ObjectAwareFilter
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.method import Step
 from stages.pretrain.methods.vice.method import ViCE, region_index
