@@ -159,7 +159,7 @@ def nearest(index: Index, queries: Block, database: Iterable[Block], k: int) -> 
 def _merge_block(index: Index, queries: Block, block: Block, best: tuple[Ids, Vectors]) -> None:
     """Puts what one block holds into the K best of each query."""
     ids, similarities = best
-    k, width = ids.shape[1], min(ids.shape[1] + 1 + _SLACK, len(block.ids))
+    width = min(ids.shape[1] + 1 + _SLACK, len(block.ids))
     open_Q = np.arange(len(queries.ids))
     while len(open_Q):
         width = width if width <= _WIDEST else len(block.ids)

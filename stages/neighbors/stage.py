@@ -70,7 +70,9 @@ class Neighbors(Stage[NeighborsConfig]):
             )
         settings = IndexSettings(**config.model_dump(include=set(IndexSettings.__dataclass_fields__)))
         centres = _centres(embeddings, settings, config.seed) if config.index == "ivf" else None
-        job = Job(embeddings, context.output, settings, config.k, centres, gpu=False, threads=faiss.omp_get_max_threads())
+        job = Job(
+            embeddings, context.output, settings, config.k, centres, gpu=False, threads=faiss.omp_get_max_threads()
+        )
         gpus = search(context, job)
         # Which image set the ids are of: training refuses a table of another one.
         origin = embeddings.manifest.inputs.get("images")
