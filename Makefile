@@ -15,6 +15,9 @@ SLOW_TESTS := tests/test_killed_run.py tests/test_proof_recipes.py
 setup: $(STAMP)
 
 $(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "error: Tessera needs Python 3.11 to 3.13, and $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1)" \
+	    "(name another one: make setup PYTHON=python3.12)" >&2; exit 2; }
 	@command -v uv >/dev/null 2>&1 || $(PYTHON) -m uv --version >/dev/null 2>&1 || $(PYTHON) -m pip install --quiet uv
 	@UV="$$(command -v uv || echo '$(PYTHON) -m uv')"; set -e; \
 	  [ -d .venv ] || $$UV venv --quiet --python $(PYTHON) .venv; \

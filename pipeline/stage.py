@@ -61,7 +61,10 @@ class SourceMark:
     """Marks a config field as a path or address whose content belongs to the fingerprint."""
 
     def __get_pydantic_json_schema__(self, core: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        return {**handler(core), "description": "a path or an s3://, gs://, az:// address; its content counts"}
+        return {
+            **handler(core),
+            "description": "a path (from the working folder) or an s3://, gs://, az:// address; its content counts",
+        }
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ class Context:
     resources: Resources
     log_metrics: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None  # to MLflow, by the driver
     report_progress: ProgressCallback = lambda done, total, unit: None  # drives the progress bar
+    show_figures: Callable[[str], None] = lambda text: None  # a few words beside the bar: "loss 2.31, lr 1e-3"
     say: Callable[[str], None] = print  # one line for the user
 
 
@@ -169,7 +173,12 @@ class Stage(ABC, Generic[C]):
     packages: ClassVar[tuple[str, ...]] = ()  # distributions whose version belongs to the fingerprint
     uses_ray: ClassVar[bool] = True  # the runner starts or joins Ray before `run`
     shows_metrics: ClassVar[bool] = False  # its metrics are results: `tessera run` lists them, the parent run logs them
+    # Metric -> unit, such as "%". A metric called x_random is x of an untrained encoder: it is shown beside x.
+    units: ClassVar[Mapping[str, str]] = {}
     tracked_as: ClassVar[Literal["dataset", "model"]] = "dataset"  # what its artifact is in MLflow's terms
+    change_remarks: ClassVar[
+        Mapping[str, str]
+    ] = {}  # field path -> what a plan adds to the reason when the field is changed
     exports: ClassVar[tuple[str, ...]] = ()  # names of the files that `tessera export` copies, or patterns (*.json)
     Config: ClassVar[type[StageConfig]]
 
@@ -184,6 +193,20 @@ class Stage(ABC, Generic[C]):
 
         Args:
             feeds: dotted field path -> what feeds this stage there.
+
+        Yields:
+            (field path, what is wrong, what to do).
+        """
+        yield from ()
+
+    def obstacles(self, say: Callable[[str], None]) -> Iterator[tuple[str, str, str]]:
+        """What would stop this stage on this machine today: weights that cannot be downloaded or do not fit, ...
+
+        Asked of every stage that must run when a run starts, before anything else, and by `tessera doctor`. May read
+        files and ask the network, for a few seconds; must not start Ray.
+
+        Args:
+            say: for one line that the user should know though nothing is wrong.
 
         Yields:
             (field path, what is wrong, what to do).

@@ -27,7 +27,10 @@ NEEDS = {
 def test_a_recipe_is_a_valid_pipeline_with_a_header(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     pipeline = load_pipeline(recipe)
-    assert any(stage.uses == "pretrain" for stage in pipeline.stages.values())
+    trainings = [stage.stage.config for stage in pipeline.stages.values() if stage.uses == "pretrain"]
+    assert trainings
+    for config in trainings:  # Ray's workers and replays get their settings like this
+        assert PretrainConfig.model_validate(config.model_dump(mode="json", by_alias=True)) == config
     header = (ROOT / recipe).read_text().split("\n\n")[0]
     assert header.startswith("# ")
 
@@ -39,9 +42,9 @@ def test_a_plan_has_the_tables_that_its_method_reads(
     """With two small folders in place of the development images."""
     monkeypatch.chdir(ROOT)
     overrides = []
-    for name in ("scenes", "objects"):
-        (tmp_path / name / "train").mkdir(parents=True)
-        (tmp_path / name / "train" / "a.jpg").write_bytes(name.encode())
+    for name, file in (("scenes", "images/a.jpg"), ("scenes", "masks/a.png"), ("objects", "train/a/b.jpg")):
+        (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / file).write_bytes(name.encode())
         overrides.append(f"stages.{name}.source={tmp_path / name}")
     pipeline = load_pipeline(recipe, overrides, str(tmp_path / "store"))
     plan = make_plan(pipeline, ArtifactStore(str(tmp_path / "store")))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import Annotated, Optional
 
 import typer
 
@@ -18,6 +19,10 @@ from pipeline.cli.options import (
 )
 from pipeline.errors import UsageError
 
+Names = Annotated[
+    list[str],
+    typer.Argument(metavar="[CONFIG] [ARTIFACT]...", help="Stages, kind/fingerprint (or its start), or addresses."),
+]
 artifacts_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show, check and clean artifacts.")
 
 
@@ -39,10 +44,7 @@ def artifacts_ls(
 
 @artifacts_app.command("show")
 def artifacts_show(
-    names: Annotated[
-        list[str],
-        typer.Argument(metavar="[CONFIG] [ARTIFACT]...", help="Stages, kind/fingerprint (or its start), or addresses."),
-    ],
+    names: Names,
     overrides: Overrides = None,
     store: Store = None,
     as_json: Json = False,
@@ -79,33 +81,90 @@ def artifacts_verify(
         raise typer.Exit(1)
 
 
-@artifacts_app.command("gc")
-def artifacts_gc(
-    config: MaybeConfig = None,
+@artifacts_app.command("pin")
+def artifacts_pin(
+    names: Names,
     overrides: Overrides = None,
     store: Store = None,
-    older_than: Annotated[float, typer.Option(metavar="HOURS", help="Leave what was touched since.")] = 24.0,
+    undo: Annotated[bool, typer.Option("--undo")] = False,
+) -> None:
+    """Keep artifacts from removal by `gc`, whatever any pipeline needs; --undo lets them go again."""
+    from pipeline.store import uses
+
+    config, targets = config_and_targets(names)
+    if not targets:
+        raise UsageError("name the artifacts: stages of the pipeline, kind/fingerprint, or addresses")
+    catalogue = open_catalogue(config, overrides, store or store_of(targets))
+    for artifact in [catalogue.one(target) for target in targets]:
+        if not undo:
+            uses.pin(artifact.objects, artifact.name)
+            print(f"pinned: {artifact.name} (stage '{artifact.manifest.stage}')")
+        elif uses.unpin(artifact.objects, artifact.name):
+            print(f"no longer pinned: {artifact.name} (stage '{artifact.manifest.stage}')")
+        else:
+            print(f"was not pinned: {artifact.name} (stage '{artifact.manifest.stage}')")
+
+
+@artifacts_app.command("gc")
+def artifacts_gc(
+    configs: Annotated[
+        Optional[list[str]],  # noqa: UP045  # typer reads the annotation at run time
+        typer.Argument(metavar="[CONFIG]...", help="Pipeline files; leave them out with --store for a whole store."),
+    ] = None,
+    overrides: Overrides = None,
+    store: Store = None,
+    older_than: Annotated[float, typer.Option(metavar="HOURS", help="Leave what was touched or used since.")] = 24.0,
     unused: Annotated[
-        bool, typer.Option("--unused", help="With CONFIG: also remove artifacts that this pipeline does not need.")
+        bool,
+        typer.Option("--unused", help="Also remove what only you and these pipelines used, and not now."),
+    ] = False,
+    also_others: Annotated[
+        bool, typer.Option("--also-others", help="With --unused: also what other pipelines and users made or used.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before artifacts are removed.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove what interrupted runs have left behind."""
+    """Remove what interrupted runs have left behind and, when asked, artifacts that are not used."""
     import datetime
 
-    catalogue = open_catalogue(config, overrides, store)
-    if unused and config is None:
-        raise UsageError("--unused needs the pipeline whose artifacts are to stay: name its file")
-    removed = catalogue.store.gc(
-        set(catalogue.current.values()) if unused else None,
-        older_than=datetime.timedelta(hours=older_than),
-        dry_run=dry_run,
-    )
-    if as_json:
-        rows = [{"path": row.path, "bytes": row.bytes, "reason": row.reason} for row in removed]
-        print_json({"dry_run": dry_run, "removed": rows})
-    else:
-        from pipeline.cli.printing import print_removed
+    from pipeline.cli.catalogue import unused_artifacts
+    from pipeline.cli.printing import print_kept, print_removed
+    from pipeline.store.uses import Verdict
 
+    if unused and not configs:
+        raise UsageError("--unused needs the pipelines whose artifacts are to stay: name their files")
+    if also_others and not unused:
+        raise UsageError("--also-others says which unused artifacts may go: give --unused too")
+    if overrides and len(configs or ()) > 1:
+        raise UsageError("--set changes one pipeline: name one file")
+    files: list[str | None] = [*configs] if configs else [None]
+    catalogues = [open_catalogue(config, overrides, store) for config in files]
+    if len({catalogue.store.address for catalogue in catalogues}) > 1:
+        raise UsageError("these pipelines have different stores: name them one by one, or say --store")
+    opened, age = catalogues[0].store, datetime.timedelta(hours=older_than)
+    verdict = unused_artifacts(catalogues, also_others) if unused else Verdict()
+    listed = opened.gc(verdict.unneeded, older_than=age, dry_run=True)
+    doomed = [item for item in listed if item.artifact is not None]
+    if not as_json:
+        print_kept(verdict)
+    if doomed and not (dry_run or yes):
+        if as_json or not sys.stdin.isatty():
+            raise UsageError(
+                f"{len(doomed)} artifacts would be removed, and there is no terminal to ask on: give --yes to remove "
+                "them, or --dry-run to list them"
+            )
+        print_removed(listed, dry_run=True)
+        if not typer.confirm(f"Remove these {len(doomed)} artifacts from {opened.address}?", err=True):
+            print("nothing was removed")
+            raise typer.Exit(1)
+    removed = listed if dry_run else opened.gc(verdict.unneeded, older_than=age)
+    if as_json:
+        rows = [
+            {"path": row.path, "bytes": row.bytes, "reason": row.reason, "made_by": row.made_by, "made": row.made}
+            for row in removed
+        ]
+        kept = [{"artifact": "/".join(name), "reason": reason} for name, reason in verdict.kept.items()]
+        print_json({"dry_run": dry_run, "removed": rows, "kept": kept})
+    else:
         print_removed(removed, dry_run=dry_run)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, ConfigError, UsageError
+from pipeline.progress import ProgressCallback
 from pipeline.store.artifact import Artifact, Damage
 from pipeline.store.store import ArtifactStore
 
 if TYPE_CHECKING:
     from pipeline.config.load import Pipeline
     from pipeline.run.display import RunDisplay
+    from pipeline.store.uses import Verdict
 
 
 class Catalogue:
@@ -127,6 +130,20 @@ def rows(catalogue: Catalogue) -> list[dict[str, Any]]:
     ]
 
 
+def unused_artifacts(catalogues: Sequence[Catalogue], also_others: bool) -> Verdict:
+    """What may go from a store that these catalogues, each of a pipeline, share.
+
+    Raises:
+        ConfigError: a source is missing, so that nobody knows what its pipeline needs.
+    """
+    from pipeline.store.uses import judge
+
+    store = catalogues[0].store
+    needed = {name for catalogue in catalogues for name in catalogue.current.values()}
+    names = {catalogue.pipeline.name for catalogue in catalogues if catalogue.pipeline is not None}
+    return judge(store.objects, store.artifacts(), needed, names, also_others=also_others)
+
+
 def verify(catalogue: Catalogue, display: RunDisplay) -> dict[str, Any]:
     """What `artifacts verify --json` prints: how many artifacts were read, and every damaged file.
 
@@ -136,16 +153,27 @@ def verify(catalogue: Catalogue, display: RunDisplay) -> dict[str, Any]:
     damages: list[Damage] = []
     checked = 0
     for kind, fingerprint in catalogue.names():
-        found = catalogue.look(kind, fingerprint)
-        if found is None:
-            continue
-        checked += 1
-        if isinstance(found, Damage):
-            damages.append(found)
-        else:
-            damages += catalogue.store.verify(found, partial(display.watch, f"reading {kind}/{fingerprint[:12]}"))
+        report = partial(display.watch, f"reading {kind}/{fingerprint[:12]}")
+        found, wrong = _verified(catalogue, kind, fingerprint, report)
+        if found is not None:
+            checked += 1
+            damages += wrong
     return {
         "checked": checked,
         "damaged": [{"artifact": d.artifact, "file": d.file, "reason": d.reason} for d in damages],
         "notes": [{"file": d.file, "reason": d.reason} for d in records],
     }
+
+
+def _verified(
+    catalogue: Catalogue, kind: str, fingerprint: str, report: ProgressCallback
+) -> tuple[Artifact | Damage | None, list[Damage]]:
+    """An artifact and what is wrong with it. One that was removed or replaced while it was read is not damaged."""
+    found = catalogue.look(kind, fingerprint)
+    while isinstance(found, Artifact):
+        wrong = catalogue.store.verify(found, report)
+        now = catalogue.look(kind, fingerprint) if wrong else found
+        if not isinstance(now, Artifact) or now.manifest.checksum == found.manifest.checksum:
+            return now, ([now] if isinstance(now, Damage) else wrong)
+        found = now
+    return found, ([found] if isinstance(found, Damage) else [])

@@ -46,6 +46,9 @@ Address = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--address", help="host:port of a Ray cluster to join; default RAY_ADDRESS, else a local Ray."),
 ]
+KeepGoing = Annotated[
+    bool, typer.Option("--keep-going", help="When a stage fails, run those that do not need it; exit code 1.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for programs.")]
 
 

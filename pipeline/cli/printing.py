@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,18 @@ from rich.table import Table
 
 from pipeline.run.display import duration, size
 from pipeline.run.tracking import absolute_uri, flatten, how_to_open
+from pipeline.store.uses import is_pinned, known_users
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
     from pipeline.store.garbage import Removed
+    from pipeline.store.uses import Verdict
 
 PIPE_WIDTH = 240
 PROBLEMS_SHOWN = 20
+RANDOM = "_random"  # how the name of an untrained encoder's metric ends
 STATE_STYLES = {"cached": "green", "done": "green", "run": "yellow", "failed": "red", "ok": "green", "warn": "yellow"}
-STATE_STYLES |= {"fail": "red"}
+STATE_STYLES |= {"fail": "red", "skipped": "red"}
 
 
 def stdout() -> Console:
@@ -58,13 +62,23 @@ def print_results(result: dict[str, Any]) -> None:
         for stage in result["stages"]
     ]
     print_table(f"artifacts of {result['pipeline']}", ("stage", "state", "time", "artifact"), rows)
-    metrics = [
-        (stage["name"], name, number(value))
-        for stage in result["stages"]
-        for name, value in (stage.get("metrics") or {}).items()
-    ]
+    metrics = [row for stage in result["stages"] for row in result_rows(stage)]
     if metrics:
-        print_table("results", ("stage", "metric", "value"), metrics)
+        print_table("results", ("stage", "metric", "value", "untrained encoder", "difference"), metrics)
+
+
+def result_rows(stage: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
+    """Table rows of one stage of a run's JSON: one a metric, with that of an untrained encoder where there is one."""
+    metrics, units = stage.get("metrics") or {}, stage.get("units") or {}
+    for name, value in metrics.items():
+        of = name.removesuffix(RANDOM)
+        if of != name and of in metrics:
+            continue  # it stands beside its metric
+        unit, random = f" {units[name]}" if units.get(name) else "", metrics.get(f"{name}{RANDOM}")
+        points = " points" if unit == " %" else unit  # a difference of two percentages is no percentage
+        figure = partial(number, digits=2 if unit == " %" else 4)
+        beside = ("", "") if random is None else (figure(random) + unit, f"{figure(value - random, sign='+')}{points}")
+        yield stage["name"], name, figure(value) + unit, *beside
 
 
 def print_closing(result: dict[str, Any], store: str, tracking: str | None) -> None:
@@ -100,6 +114,10 @@ def print_artifact(artifact: Artifact) -> None:
     say(f"{artifact.name}, made by stage '{m.stage}' ({m.uses}, version {m.version})")
     say(f"  at        {artifact.address}")
     say(f"  made      {when(m.created)} in {duration(m.seconds)}" + (f", {git}" if (git := commit(m.git)) else ""))
+    for use in known_users(artifact):
+        say(f"  used      as {use}, last {when(use.at)}")
+    if is_pinned(artifact.objects, artifact.name):
+        say("  pinned    `tessera artifacts gc` leaves it alone")
     say(
         f"  holds     {len(m.files)} files, {size(artifact.bytes)}"
         + (f", {artifact.rows} rows" if artifact.rows else "")
@@ -148,10 +166,23 @@ def print_damages(report: dict[str, Any]) -> None:
 
 def print_removed(removed: Sequence[Removed], *, dry_run: bool) -> None:
     """Print what `artifacts gc` has removed."""
-    if removed:
-        cells = [(row.path, size(row.bytes), row.reason) for row in removed]
-        print_table("would go" if dry_run else "removed", ("what", "size", "reason"), cells)
+    artifacts = [row for row in removed if row.artifact is not None]
+    rest = [row for row in removed if row.artifact is None]
+    done = "would go" if dry_run else "removed"
+    if artifacts:
+        cells = [(row.path, size(row.bytes), row.made_by, when(row.made), row.reason) for row in artifacts]
+        print_table(f"artifacts: {done}", ("artifact", "size", "made by", "made", "why"), cells)
+    if rest:
+        print_table(f"leftovers: {done}", ("what", "size", "reason"), [(r.path, size(r.bytes), r.reason) for r in rest])
     print(f"{'would free' if dry_run else 'freed'} {size(sum(row.bytes for row in removed))}")
+
+
+def print_kept(verdict: Verdict) -> None:
+    """Print why artifacts stay that the named pipelines do not need."""
+    for reason, count in Counter(verdict.kept.values()).items():
+        print(f"kept: {count} artifact{'s' if count > 1 else ''}, {reason}")
+    if verdict.of_others:
+        print(f"({len(verdict.of_others)} of them may be needed by others; --also-others would list them for removal)")
 
 
 def print_checks(checks: Sequence[dict[str, str]]) -> None:
@@ -177,6 +208,6 @@ def shortened(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def number(value: float) -> str:
-    """A number with four decimals, or none when it is whole."""
-    return f"{value:.4f}" if isinstance(value, float) and not value.is_integer() else f"{value:g}"
+def number(value: float, digits: int = 4, sign: str = "") -> str:
+    """A number with some decimals, or none when it is whole; `sign` "+" shows that of a positive one too."""
+    return format(value, f"{sign}.{digits}f" if isinstance(value, float) and not value.is_integer() else f"{sign}g")

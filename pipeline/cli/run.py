@@ -5,7 +5,19 @@ from __future__ import annotations
 import traceback
 from typing import TYPE_CHECKING
 
-from pipeline.cli.options import Address, Config, Force, From, Json, Only, Overrides, Store, print_json, split_names
+from pipeline.cli.options import (
+    Address,
+    Config,
+    Force,
+    From,
+    Json,
+    KeepGoing,
+    Only,
+    Overrides,
+    Store,
+    print_json,
+    split_names,
+)
 
 if TYPE_CHECKING:
     from pipeline.config.load import Pipeline
@@ -21,22 +33,27 @@ def run(
     force: Force = None,
     store: Store = None,
     address: Address = None,
+    keep_going: KeepGoing = False,
     as_json: Json = False,
 ) -> None:
     """Compute what is not cached, stage by stage."""
     from pipeline.cli.printing import print_closing, print_results
     from pipeline.run import runner
     from pipeline.run.display import RunDisplay, results_only_on_stdout
+    from pipeline.run.failure import RunFailed, StagesFailed
 
     pipeline, opened, plan = _planned(config, overrides, only, from_, force, store)
     try:
         with results_only_on_stdout(), RunDisplay() as display:
-            result = runner.run(pipeline, plan, opened, display, address=address)
-    except runner.RunFailed as failure:
+            result = runner.run(pipeline, plan, opened, display, address=address, keep_going=keep_going)
+    except (RunFailed, StagesFailed) as failure:
         if as_json:
             print_json(failure.result.to_json())
-        if failure.is_bug:
-            traceback.print_exception(failure.__cause__)
+        elif isinstance(failure, StagesFailed):
+            print_results(failure.result.to_json())
+        for one in failure.failures if isinstance(failure, StagesFailed) else [failure]:
+            if one.is_bug:
+                traceback.print_exception(one.__cause__)
         raise
     if as_json:
         print_json(result.to_json())

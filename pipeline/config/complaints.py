@@ -55,6 +55,8 @@ def add_problems(
         else:
             rule = " or ".join(dict.fromkeys(_rule(details) for details in several)) + _got(first)
             remedy = _remedy(first, info)
+            if first["type"] == "value_error":
+                where, rule = _with_its_field(config, node.plain(), where, rule)
         place = node.place_of(where)
         complaints.add((*path, *where), rule, remedy, place)
 
@@ -122,6 +124,16 @@ def _got(details: ErrorDetails) -> str:
     if isinstance(value, list):
         return f", got a list of {len(value)}"
     return ", got nothing" if value is None else f", got {value!r}"
+
+
+def _with_its_field(
+    config: type[Settings], data: Any, where: tuple[Key, ...], rule: str
+) -> tuple[tuple[Key, ...], str]:
+    """Path and rule of a message about a whole mapping that begins with the name of one of its fields."""
+    name, colon, rest = rule.partition(": ")
+    model, _ = _field_at(config, data, (*where, "_"))
+    fields = [field_name(*field) for field in model.model_fields.items()] if model else []
+    return ((*where, *name.split(".")), rest) if colon and name.split(".")[0] in fields else (where, rule)
 
 
 def _remedy(details: ErrorDetails, info: FieldInfo | None) -> str:

@@ -19,6 +19,7 @@ from pipeline.errors import Problem
 
 Key: TypeAlias = "str | int"
 
+MOST_NAMES = 8  # shown of a folder
 MAX_NODES = 50_000  # aliases can multiply a small file without end
 
 
@@ -84,6 +85,43 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"there are {', '.join(names)}" if names else ""
 
 
+def nearest_path(path: str | Path, pattern: str = "*") -> str:
+    """The remedy for a local path that leads nowhere: the one that was probably meant, or what is in its folder.
+
+    Looked for from the nearest folder above it that exists.
+
+    Args:
+        path: as written; relative ones to the working folder.
+        pattern: of the names that may stand last.
+    """
+    found, missing = Path(path), []
+    while not found.is_dir() and found != found.parent:
+        missing.append(found.name)
+        found = found.parent
+    folder = found
+    while missing:
+        name = missing.pop()
+        inside = [entry.name for entry in _listed(found, "*" if missing else pattern) if not missing or entry.is_dir()]
+        stems = {Path(other).stem: other for other in sorted(inside)}  # endings alike would make any two names close
+        close = difflib.get_close_matches(Path(name).stem, stems, n=1, cutoff=0.6)
+        if name in inside:
+            found = found / name
+        elif close:
+            found = found / stems[close[0]]
+        else:
+            names = sorted(entry.name for entry in _listed(folder, pattern))
+            shown = ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "")
+            return f"{'this folder' if folder == Path() else folder} has {shown}" if names else ""
+    return f"did you mean {str(found)!r}?"
+
+
+def _listed(folder: Path, pattern: str) -> list[Path]:
+    try:
+        return [entry for entry in folder.glob(pattern) if not entry.name.startswith(".")]
+    except OSError:
+        return []
+
+
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -117,13 +155,21 @@ def parse(text: str, file: str, complaints: Complaints, *, line: bool = True) ->
         root = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        rule = f"not valid YAML: {error.problem or error.context}"
-        complaints.add("", rule, place=Place(file, mark.line + 1 if mark and line else None))
+        column = f", at column {mark.column + 1}" if mark and line else ""
+        rule, remedy = f"not valid YAML: {error.problem or error.context}{column}", ""
+        if mark and _at(text, mark) == "\t":
+            rule, remedy = f"not valid YAML: a tab{column}", "indent with spaces"
+        complaints.add("", rule, remedy, Place(file, mark.line + 1 if mark and line else None))
         return empty
     except yaml.YAMLError as error:
         complaints.add("", f"not valid YAML: {' '.join(str(error).split())}", place=Place(file))
         return empty
     return _Reader(file, complaints, line).read(root, ()) if root is not None else empty
+
+
+def _at(text: str, mark: yaml.Mark) -> str:
+    """The character at a mark; "" at the end."""
+    return "".join(text.split("\n")[mark.line : mark.line + 1])[mark.column : mark.column + 1]
 
 
 class _Reader:
@@ -234,8 +280,7 @@ def _read(file: Path, complaints: Complaints, chain: tuple[Path, ...]) -> Node:
         try:
             other = _read(target, complaints, chain)
         except FileNotFoundError:
-            beside = [path.name for path in target.parent.glob("*.y*ml")] if target.parent.is_dir() else []
-            remedy = nearest(target.name, beside) or "the path is relative to the file that names it"
+            remedy = nearest_path(target, "*.y*ml") or "the path is relative to the file that names it"
             complaints.add("extends", f"no file {target}", remedy, base.place)
             continue
         except (OSError, UnicodeDecodeError) as error:

@@ -16,13 +16,14 @@ from pydantic import ValidationError
 
 from pipeline.config import registry
 from pipeline.config.complaints import add_problems
-from pipeline.config.document import Complaints, Key, Node, Place, nearest, override, read
+from pipeline.config.document import Complaints, Key, Node, Place, nearest, nearest_path, override, read
 from pipeline.errors import ConfigError, Problem, UsageError
 from pipeline.stage import Edge, Stage, edges, sources
 
 DEFAULT_STORE = ".tessera/store"
 DEFAULT_TRACKING = "sqlite:///.tessera/mlflow.db"
-TOP_LEVEL = ("name", "description", "extends", "store", "tracking", "stages")
+TOP_LEVEL = ("name", "description", "extends", "store", "tracking", "mirrors", "stages")
+MIRRORS = ("tensorboard", "wandb")  # pipeline/run/mirrors.py
 STAGE_NAME = re.compile(r"[a-z0-9_-]+")
 
 
@@ -53,6 +54,7 @@ class Pipeline:
     tracking: str | None  # None (`tracking: null`): this pipeline is not tracked
     stages: dict[str, PipelineStage]
     description: str = ""
+    mirrors: Mapping[str, str] = field(default_factory=dict)  # name -> folder or project
     document: Node = field(repr=False, default=Node({}, Place("")))
 
     def plain(self) -> dict[str, Any]:
@@ -98,6 +100,7 @@ def load_pipeline(
         if key not in TOP_LEVEL:
             complaints.add(key, f"unknown key {key!r}", nearest(key, TOP_LEVEL), node.place)
     settings = {key: _text(root, key, complaints) for key in ("name", "description", "store", "tracking")}
+    mirrors = _mirrors(root, complaints)
     types = _Types(stage_types)
     root = _without_removed_stages(root)
     stages = _stages(root, types, complaints, file)
@@ -112,6 +115,7 @@ def load_pipeline(
         tracking=settings["tracking"] if root.child("tracking") is not None else DEFAULT_TRACKING,
         stages=_in_order(stages),
         description=settings["description"] or "",
+        mirrors=mirrors,
         document=root,
     )
 
@@ -120,8 +124,7 @@ def _read(file: Path, complaints: Complaints) -> Node:
     try:
         return read(file, complaints)
     except FileNotFoundError as error:
-        beside = [other.name for other in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-        problem = Problem("", "there is no such pipeline file", nearest(file.name, beside), str(file))
+        problem = Problem("", "there is no such pipeline file", nearest_path(file, "*.y*ml"), str(file))
         raise ConfigError([problem]) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([Problem("", f"cannot be read: {error}", "a pipeline is UTF-8 YAML", str(file))]) from error
@@ -135,6 +138,25 @@ def _text(root: Node, key: str, complaints: Complaints) -> str | None:
         complaints.add(key, f"must be a word, got {node.plain()!r}", place=node.place)
         return None
     return node.value
+
+
+def _mirrors(root: Node, complaints: Complaints) -> dict[str, str]:
+    node = root.child("mirrors")
+    if node is None or node.value is None:
+        return {}
+    if not isinstance(node.value, dict):
+        remedy = "mirrors: {tensorboard: FOLDER, wandb: PROJECT}"
+        complaints.add("mirrors", f"must be a mapping, got {node.plain()!r}", remedy, node.place)
+        return {}
+    found = {}
+    for name, value in node.value.items():
+        if name not in MIRRORS:
+            complaints.add(("mirrors", name), f"unknown mirror {name!r}", nearest(name, MIRRORS), value.place)
+        elif value.value is not None and (not isinstance(value.value, str) or not value.value):
+            complaints.add(("mirrors", name), f"must be a folder or a project, got {value.plain()!r}", "", value.place)
+        elif value.value is not None:
+            found[name] = value.value
+    return found
 
 
 class _Types:

@@ -33,9 +33,10 @@ def load(group: str, name: str) -> Any:
     entry = _entries(group)[name]
     try:
         return entry.load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a module of somebody else's package may fail in any way
         package = entry.dist.name if entry.dist else "its package"
-        raise UsageError(f"{name!r} ({entry.value}, from {package}) cannot be imported: {error}") from error
+        reason = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise UsageError(f"{name!r} ({entry.value}, from {package}) cannot be imported: {reason}") from error
 
 
 def imported(path: str) -> Any:

@@ -23,8 +23,8 @@ MODE: JsonSchemaMode = "validation"
 def pipeline_schema(stage_types: Mapping[str, type[Stage[Any]]] | None = None) -> dict[str, Any]:
     """The schema, for the installed stage types unless others are given.
 
-    What an extended file may supply is not required: a stage without `uses` changes one of an extended file, and only
-    `tessera plan` can check it.
+    What an extended file may supply is not required: in a file with `extends`, a stage without `uses` changes one of
+    the extended file, and only `tessera plan` can check it.
     """
     types = stage_types if stage_types is not None else registry.stage_classes()
     variants = {base: _loaded(base) for base in _variant_bases(types[name].Config for name in sorted(types))}
@@ -46,18 +46,35 @@ def pipeline_schema(stage_types: Mapping[str, type[Stage[Any]]] | None = None) -
             "name": {"type": "string", "description": "the pipeline's name; default: the file's"},
             "description": {"type": "string", "description": "what it is for"},
             "extends": {
-                "description": "a pipeline file, or several, that this one is a small difference from",
+                "description": "a pipeline file, or several, that this one is a small difference from: mappings are "
+                "merged, all else is replaced, null removes; a path is relative to the file that holds this key",
                 "oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
             },
             "store": {
                 "type": "string",
                 "default": DEFAULT_STORE,
-                "description": "where artifacts live: a folder, or an s3://, gs:// or az:// address",
+                "description": "where artifacts live: a folder, or an s3://, gs:// or az:// address; like every path "
+                "but that of `extends` it is relative to the working folder, also in --set",
             },
             "tracking": {
                 "type": ["string", "null"],
                 "default": DEFAULT_TRACKING,
                 "description": "MLflow: a sqlite:/// or http:// address; null: no tracking",
+            },
+            "mirrors": {
+                "type": ["object", "null"],
+                "description": "where curves and results go beside MLflow; each needs the extra of its name installed",
+                "properties": {
+                    "tensorboard": {
+                        "type": ["string", "null"],
+                        "description": "a folder for event files, shown with `tensorboard --logdir FOLDER`",
+                    },
+                    "wandb": {
+                        "type": ["string", "null"],
+                        "description": "a Weights & Biases project; WANDB_MODE=offline keeps its runs on this machine",
+                    },
+                },
+                "additionalProperties": False,
             },
             "stages": {
                 "type": "object",
@@ -68,6 +85,8 @@ def pipeline_schema(stage_types: Mapping[str, type[Stage[Any]]] | None = None) -
         },
         "additionalProperties": False,
         "anyOf": [{"required": ["stages"]}, {"required": ["extends"]}],
+        "if": {"not": {"required": ["extends"]}},
+        "then": {"properties": {"stages": {"additionalProperties": {"required": ["uses"]}}}},
         "$defs": defs,
     }
 

@@ -12,19 +12,21 @@ and no artifact that was not touched, and imports neither Ray nor torch nor MLfl
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from pipeline.config.document import nearest
+from pipeline.config.document import nearest, nearest_path
 from pipeline.config.load import Pipeline, PipelineStage
-from pipeline.errors import ArtifactDamaged, ConfigError, Problem, SourceError, UsageError
+from pipeline.errors import ArtifactDamaged, ConfigError, Problem, SourceError, StoreError, UsageError
 from pipeline.plan import history
 from pipeline.plan.fingerprint import Identity, fingerprint, identity
 from pipeline.plan.sources import as_json, source_digest
 from pipeline.stage import Feed
 from pipeline.store.artifact import Artifact
+from pipeline.store.objects import local_path
 from pipeline.store.store import ArtifactStore
 
 ReadingCallback = Callable[[str, float, float, str], None]  # a source's address, then as in ProgressCallback
@@ -84,6 +86,8 @@ def make_plan(
     from_: Collection[str] = (),
     force: Collection[str] = (),
     report_reading: ReadingCallback | None = None,
+    *,
+    remember: bool = True,
 ) -> Plan:
     """Plan a run of a pipeline, or of the part of it that `only` and `from_` select together.
 
@@ -94,10 +98,12 @@ def make_plan(
         from_: likewise.
         force: likewise.
         report_reading: called while sources are read.
+        remember: keep in the store what sources were found to hold, so that the next plan need not read them.
 
     Raises:
         UsageError: the selection is not possible.
-        ConfigError: names every stage whose source is missing or empty, or whose inputs do not belong together.
+        ConfigError: names every stage whose source is missing or empty, or whose inputs do not belong together; or
+            the store, when a stage must run and nothing can be written there.
         StoreError: the store cannot be read.
     """
     _check_names(pipeline, {"--only": only, "--from": from_, "--force": force})
@@ -105,7 +111,7 @@ def make_plan(
     if outside := [name for name in force if name not in chosen]:
         raise UsageError(f"--force {outside[0]}: the stage is not part of what is to run (add it to --only or --from)")
     needed = _upstream(pipeline, chosen)
-    digests = _source_digests(pipeline, store, needed, report_reading)
+    digests = _source_digests(pipeline, store, needed, report_reading, remember)
     planned: dict[str, PlannedStage] = {}
     for name in pipeline.stages:
         if name in needed:
@@ -114,7 +120,10 @@ def make_plan(
     wanted = _wanted(planned, chosen, strict=bool(only) and not from_)
     if problems := check_inputs(pipeline, planned, {name for name in wanted if planned[name].state == "run"}):
         raise ConfigError(problems)
-    return Plan(pipeline.name, [stage for name, stage in planned.items() if name in wanted], planned)
+    plan = Plan(pipeline.name, [stage for name, stage in planned.items() if name in wanted], planned)
+    if plan.to_run and remember:  # what is cached can be read from a store that this user may not write
+        _require_writable(pipeline, store)
+    return plan
 
 
 def _planned(
@@ -160,11 +169,20 @@ def _reasons(pipeline: Pipeline, store: ArtifactStore, planned: PlannedStage) ->
         return ["new"]
     if last["fingerprint"] == planned.fingerprint:
         return ["artifact gone from the store"]
-    return history.differences(planned.name, last, planned.known_as)
+    remarks = pipeline.stages[planned.name].stage.change_remarks
+    reasons = []
+    for reason in history.differences(planned.name, last, planned.known_as):
+        remark = remarks.get(reason.split(" ")[0].removeprefix(f"stages.{planned.name}."))
+        reasons.append(f"{reason} ({remark})" if remark else reason)
+    return reasons
 
 
 def _source_digests(
-    pipeline: Pipeline, store: ArtifactStore, names: Iterable[str], report_reading: ReadingCallback | None
+    pipeline: Pipeline,
+    store: ArtifactStore,
+    names: Iterable[str],
+    report_reading: ReadingCallback | None,
+    remember: bool,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Stage -> field path -> what its source holds. One error for all sources that are not as they should be."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
@@ -173,13 +191,29 @@ def _source_digests(
         for path, address in pipeline.stages[name].sources.items():
             report = partial(report_reading, address) if report_reading is not None else None
             try:
-                found.setdefault(name, {})[path] = as_json(source_digest(address, store, report), address)
+                found.setdefault(name, {})[path] = as_json(
+                    source_digest(address, store, report, remember=remember), address
+                )
             except SourceError as error:
-                remedy = "put the files there, or name where they are"
+                here = "://" not in address and address.strip() and not os.path.lexists(local_path(address))
+                remedy = (
+                    nearest_path(local_path(address)) if here else ""
+                ) or "put the files there, or name where they are"
                 problems.append(pipeline.problem(f"stages.{name}.{path}", str(error), remedy))
     if problems:
         raise ConfigError(problems)
     return found
+
+
+def _require_writable(pipeline: Pipeline, store: ArtifactStore) -> None:
+    try:
+        store.probe_writable()
+    except StoreError as error:
+        written = pipeline.document.child("store")
+        if written is None or written.value != pipeline.store:  # it comes from --store, or is the default
+            raise UsageError(str(error)) from error
+        rule = str(error).removeprefix(f"store {store.address}: ")
+        raise ConfigError([pipeline.problem("store", f"{store.address}: {rule}")]) from error
 
 
 def check_inputs(pipeline: Pipeline, planned: Mapping[str, PlannedStage], names: Collection[str]) -> list[Problem]:

@@ -35,8 +35,12 @@ class SourceDigest:
     bytes: int
 
 
-def source_digest(address: str, store: ArtifactStore, report_progress: ProgressCallback | None = None) -> SourceDigest:
-    """The digest of a file, a folder or a bucket prefix. Names that begin with a dot are not part of a source.
+def source_digest(
+    address: str, store: ArtifactStore, report_progress: ProgressCallback | None = None, *, remember: bool = True
+) -> SourceDigest:
+    """The digest of a file, a folder or a bucket prefix.
+
+    Names that begin with a dot, or are not UTF-8, are not part of a source.
 
     The digest depends on the files' relative paths and contents alone: a copy elsewhere has the same one, and so
     has a single file under another name.
@@ -45,6 +49,7 @@ def source_digest(address: str, store: ArtifactStore, report_progress: ProgressC
         address: a path, or an address of a bucket.
         store: keeps what was found.
         report_progress: called for every file that is read.
+        remember: write what was found into the store.
 
     Raises:
         SourceError: nothing is there, there is no file in it, or it changes while it is read.
@@ -71,6 +76,8 @@ def source_digest(address: str, store: ArtifactStore, report_progress: ProgressC
     for path in sorted(listing):
         digest.update(f"{path}\0{contents[path]}\n".encode())
     found = SourceDigest(digest.hexdigest(), len(listing), sum(entry.size for entry in listing.values()))
+    if not remember:
+        return found
     with contextlib.suppress(StoreError):  # without these records the next plan reads the source again, nothing else
         # The long record first: when the short one is found, the long one is there too.
         store.write_record(f"{name}-files", {path: [tags[path], contents[path]] for path in listing})
@@ -106,7 +113,9 @@ class _Local:
         except OSError as error:
             raise SourceError(f"cannot read {error.filename or self.written}: {error.strerror}") from error
         if not found:
-            raise SourceError(f"there is no file in {self.written} (names that begin with a dot do not count)")
+            raise SourceError(
+                f"there is no file in {self.written} (names that begin with a dot or are not UTF-8 do not count)"
+            )
         return found
 
     def settled(self) -> dict[str, _Entry]:
@@ -129,7 +138,7 @@ class _Local:
                 if entry.name.startswith("."):
                     continue
                 if any("\udc80" <= letter <= "\udcff" for letter in entry.name):  # Python's form of other bytes
-                    raise SourceError(f"{entry.path!r}: a file's name must be UTF-8 (rename it)")
+                    continue  # no stage can read it by its name; `ingest` says which ones it left out
                 if entry.is_dir():
                     stat = entry.stat()
                     if (stat.st_dev, stat.st_ino) not in above:  # following a link to a folder above would not end

@@ -14,23 +14,24 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ClusterError
+from pipeline.run import head
+from pipeline.run.capacity import Demand, Machine, Place
 
 GIB = 1 << 30
 OBJECT_STORE_LIMIT = 2 * GIB  # shards travel through it a few at a time; the rest of the memory belongs to the stages
 OBJECT_STORE_SHARE = 0.3
 LONGEST_TEMP_DIR = 60  # Ray adds about 45 bytes of session and socket names to it, and the limit is 107
-PROBE_SECONDS = 5.0
+GROWTH_SECONDS = 900.0  # how long a stage waits for an autoscaling cluster
 # Ray gives up when one of its agents needs more than 15 s to start, which cannot be configured. A busy machine may need
 # that long the first time, when the agents' code has to be read from disk.
 LOCAL_STARTS = 3
@@ -71,10 +72,45 @@ class Cluster:
     gpus: float
     nodes: int
     session: Path | None = None
+    machines: tuple[Machine, ...] = ()
+    most: Machine | None = None  # what an autoscaling cluster can grow to; None for one that does not grow
 
     def __str__(self) -> str:
-        where = "a local Ray" if self.address == "local" else f"the Ray cluster at {self.address} ({self.nodes} nodes)"
-        return f"{where} with {self.cpus:g} CPUs and {self.gpus:g} GPUs"
+        return f"{self.where} with {self.cpus:g} CPUs and {self.gpus:g} GPUs"
+
+    @property
+    def where(self) -> str:
+        """What to call it."""
+        return "a local Ray" if self.address == "local" else f"the Ray cluster at {self.address} ({self.nodes} nodes)"
+
+    @property
+    def place(self) -> Place:
+        """It as a place for stages to run."""
+        return Place(self.where, self.machines, self.most)
+
+    def wait_for(self, demand: Demand, say: Callable[[str], None]) -> None:
+        """Wait until an autoscaling cluster has grown to what a stage needs.
+
+        Raises:
+            ClusterError: it has not within GROWTH_SECONDS.
+        """
+        if demand.fits(self.machines):
+            return
+        import ray
+        from ray.util.placement_group import placement_group, remove_placement_group
+
+        say(f"{self.place.short_of(demand)}: waiting up to {GROWTH_SECONDS / 60:g} minutes for the cluster to grow")
+        bundle = {name: amount for name, amount in (("CPU", demand.cpus), ("GPU", demand.gpus)) if amount}
+        group = placement_group([bundle] * demand.workers)
+        try:
+            ray.get(group.ready(), timeout=GROWTH_SECONDS)
+        except ray.exceptions.GetTimeoutError as error:
+            raise ClusterError(
+                f"resources: {self.place.short_of(demand)}, and did not grow within {GROWTH_SECONDS / 60:g} minutes "
+                "(look at `ray status`, or lower resources.cpus, resources.gpus or resources.workers)"
+            ) from error
+        finally:
+            remove_placement_group(group)
 
 
 def start(address: str | None = None) -> Cluster:
@@ -88,7 +124,7 @@ def start(address: str | None = None) -> Cluster:
     if address == "local":
         options = _local_options()
     else:
-        options = {"address": _reachable(address)}
+        options = {"address": head.joinable(address)}
     import ray
 
     try:
@@ -96,6 +132,12 @@ def start(address: str | None = None) -> Cluster:
             context = _connect(options, attempts=LOCAL_STARTS if address == "local" else 1)
         resources, nodes = ray.cluster_resources(), len(ray.nodes())
         session = Path(context.address_info["session_dir"]) if address == "local" else None
+        machines = tuple(
+            Machine(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+            for node in ray.nodes()
+            if node["Alive"]
+        )
+        most = None if address == "local" else _most()
     except Exception as error:
         with contextlib.suppress(Exception):
             ray.shutdown()
@@ -103,7 +145,21 @@ def start(address: str | None = None) -> Cluster:
     # The run's own bars show the progress; Ray warns in every process that its bars are off.
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    return Cluster(address, resources.get("CPU", 0.0), resources.get("GPU", 0.0), nodes, session)
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    return Cluster(address, cpus, gpus, nodes, session, machines, most)
+
+
+def _most() -> Machine | None:
+    """What an autoscaler may bring the cluster to; None where there is none.
+
+    Ray Train and Ray Data look here too, but Ray has no public function for it.
+    """
+    with contextlib.suppress(Exception):  # another version of Ray: as if the cluster did not grow
+        from ray._private.state import state
+
+        found = state.get_max_resources_from_cluster_config()
+        return Machine(float(found.get("CPU", 0)), float(found.get("GPU", 0))) if found else None
+    return None
 
 
 def _connect(options: dict[str, object], *, attempts: int) -> Any:
@@ -214,28 +270,6 @@ def _local_options() -> dict[str, object]:
         "object_store_memory": object_store_bytes(),
         "_temp_dir": str(folder),
     }
-
-
-def _reachable(address: str) -> str:
-    """The address, once something has answered there; Ray itself would wait for minutes."""
-    if address == "auto":
-        return address
-    if "://" in address:
-        raise ClusterError(
-            f"--address {address}: a run joins a cluster by the host:port of its head (Ray's default port is 6379), "
-            "from a machine of that cluster"
-        )
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ClusterError(f"--address {address}: expected host:port, 'auto' or 'local'")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).close()
-    except OSError as error:
-        raise ClusterError(
-            f"no Ray cluster answers at {address}: {error} "
-            "(check --address and RAY_ADDRESS; without them a local Ray starts)"
-        ) from error
-    return address
 
 
 def _explain(address: str, error: Exception) -> str:

@@ -28,15 +28,15 @@ class RunDisplay:
         self._console = console or Console(stderr=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._stage = ""
+        self._stage = self._figures = ""
         self._started = self._line_at = 0.0
 
     def __enter__(self) -> RunDisplay:
         if self._console.is_terminal:
             columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            unit = TextColumn("{task.fields[unit]}")
+            unit, figures = TextColumn("{task.fields[unit]}"), TextColumn("{task.fields[figures]}")
             self._progress = Progress(
-                *columns, unit, TimeElapsedColumn(), Remaining(), console=self._console, transient=True
+                *columns, unit, figures, TimeElapsedColumn(), Remaining(), console=self._console, transient=True
             )
             self._progress.start()
         return self
@@ -49,19 +49,26 @@ class RunDisplay:
 
     def begin(self, stage: str, reasons: Sequence[str]) -> None:
         """A stage starts."""
-        self._stage, self._started = stage, time.monotonic()
+        self._stage, self._started, self._figures = stage, time.monotonic(), ""
         self._line_at = self._started
         self.line(f"[bold]{escape(stage)}[/]" + (f": {escape(', '.join(reasons))}" if reasons else ""))
         if self._progress is not None:
-            self._task = self._progress.add_task(escape(stage), total=None, unit="")
+            self._task = self._progress.add_task(escape(stage), total=None, unit="", figures="")
 
     def progress(self, done: float, total: float, unit: str) -> None:
         """How far the stage is; a `total` of 0 means that it is not known."""
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=int(done), total=int(total) or None, unit=unit)
+            self._progress.update(
+                self._task, completed=int(done), total=int(total) or None, unit=unit, figures=self._figures
+            )
         elif self._progress is None and time.monotonic() - self._line_at >= LINE_EVERY:
             self._line_at = time.monotonic()
-            self.say(f"{done:g} of {total:g} {unit}, {duration(self._line_at - self._started)}")
+            figures = f"{self._figures}, " if self._figures else ""
+            self.say(f"{done:g} of {total:g} {unit}, {figures}{duration(self._line_at - self._started)}")
+
+    def figures(self, text: str) -> None:
+        """A few words that stand beside the progress from now on, such as "loss 2.31"."""
+        self._figures = escape(text)
 
     def watch(self, title: str, done: float, total: float, unit: str) -> None:
         """How far work is that belongs to no stage; its bar is shown only while it lasts."""
@@ -70,7 +77,7 @@ class RunDisplay:
             if self._progress is not None:
                 if self._task is not None:
                     self._progress.remove_task(self._task)
-                self._task = self._progress.add_task(escape(title), total=None, unit="")
+                self._task = self._progress.add_task(escape(title), total=None, unit="", figures="")
         self.progress(done, total, unit)
 
     def end(self, outcome: str, style: str = "green") -> None:
@@ -81,7 +88,8 @@ class RunDisplay:
         self.line(f"[bold]{escape(self._stage)}[/]: [{style}]{escape(outcome)}[/]")
 
     def say(self, text: str) -> None:
-        """A remark of the stage at work."""
+        """A remark of the stage at work; its name in front of it is said once."""
+        text = text.removeprefix(f"{self._stage}: ")
         self.line(f"  {escape(self._stage)}: {escape(text)}" if self._stage else escape(text))
 
     def warn(self, text: str) -> None:

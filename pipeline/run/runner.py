@@ -6,19 +6,26 @@ cached takes the time of its plan. What was committed stays committed, however t
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import os
 import time
-import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import ArtifactDamaged, ArtifactMissing, ConfigError, StageFailed, TesseraError
+from pipeline.errors import ArtifactDamaged, ArtifactMissing, ConfigError
 from pipeline.plan import fingerprint, history
 from pipeline.plan.plan import check_inputs
+from pipeline.run import capacity
+from pipeline.run.capacity import Place
+from pipeline.run.failure import RunFailed, StagesFailed, explain_in, stopped_by
+from pipeline.run.mirrors import require_installed
 from pipeline.run.provenance import git_commit, package_versions
+from pipeline.run.result import RunResult, StageResult
 from pipeline.run.tracking import FAILED, FINISHED, KILLED, StageTracker, Tracker, masked
 from pipeline.stage import Context, Outcome
+from pipeline.store import uses
 
 if TYPE_CHECKING:
     from pipeline.config.load import Pipeline, PipelineStage
@@ -30,73 +37,14 @@ if TYPE_CHECKING:
     from pipeline.store.store import ArtifactStore
 
 
-@dataclass
-class StageResult:
-    """How one stage of a run ended. `shows_metrics` is its type's."""
-
-    planned: PlannedStage
-    shows_metrics: bool
-    state: str  # "cached", "done", "failed"; "run" where the run stopped before it
-    seconds: float = 0.0
-    artifact: Artifact | None = None
-    error: str | None = None
-
-    @property
-    def results(self) -> dict[str, float] | None:
-        """The artifact's metrics, where the stage says that they are results of the run."""
-        return dict(self.artifact.manifest.metrics) if self.shows_metrics and self.artifact is not None else None
-
-    def to_json(self) -> dict[str, Any]:
-        """One entry of `stages` in what `tessera run --json` prints."""
-        planned = self.planned
-        row: dict[str, Any] = {
-            "name": planned.name,
-            "uses": planned.uses,
-            "kind": planned.kind,
-            "fingerprint": planned.fingerprint,
-            "state": self.state,
-            "reasons": list(planned.reasons),
-            "inputs": dict(planned.inputs),
-            "seconds": round(self.seconds, 3),
-            "artifact": self.artifact.address if self.artifact else None,
-        }
-        if self.results is not None:
-            row["metrics"] = self.results
-        if self.error is not None:
-            row["error"] = self.error
-        return row
-
-
-@dataclass
-class RunResult:
-    """How a run ended, stage by stage in execution order."""
-
-    pipeline: str
-    stages: list[StageResult] = field(default_factory=list)
-    tracking: str | None = None  # the address, when the run was tracked
-    seconds: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """What `tessera run --json` prints."""
-        return {
-            "pipeline": self.pipeline,
-            "stages": [stage.to_json() for stage in self.stages],
-            "seconds": round(self.seconds, 3),
-            "tracking": self.tracking,
-        }
-
-
-class RunFailed(StageFailed):
-    """A stage stopped the run. `result` says how far the run came, and `__cause__` is the stage's error."""
-
-    def __init__(self, stage: str, cause: BaseException, result: RunResult) -> None:
-        self.stage, self.result = stage, result
-        self.is_bug = on_purpose(cause) is None  # then the user needs the traceback
-        super().__init__(f"stage '{stage}' failed: {explain(cause)}")
-
-
 def run(
-    pipeline: Pipeline, plan: Plan, store: ArtifactStore, display: RunDisplay, *, address: str | None = None
+    pipeline: Pipeline,
+    plan: Plan,
+    store: ArtifactStore,
+    display: RunDisplay,
+    *,
+    address: str | None = None,
+    keep_going: bool = False,
 ) -> RunResult:
     """Execute what the plan says must run. Every artifact that is committed stays, whatever happens later.
 
@@ -106,23 +54,36 @@ def run(
         store: where its artifacts are.
         display: shows the progress.
         address: of a Ray cluster; without one a local Ray is started.
+        keep_going: when a stage fails, still run the stages that do not need it.
 
     Raises:
+        ConfigError: a stage cannot run on this machine or cluster; nothing was started.
         RunFailed: a stage failed.
+        StagesFailed: with `keep_going`, one or more stages failed.
+        UsageError: a mirror's package is not installed.
         KeyboardInterrupt, SystemExit: the run was interrupted.
     """
     started = time.monotonic()
-    working = _Run(pipeline, store, display, address)
+    if plan.to_run:
+        require_installed(pipeline.mirrors)
+    working = _Run(pipeline, store, display, address, keep_going)
     for planned in plan.stages:
-        shows_metrics = pipeline.stages[planned.name].stage.shows_metrics
-        working.result.stages.append(StageResult(planned, shows_metrics, planned.state, artifact=planned.artifact))
+        stage = pipeline.stages[planned.name].stage
+        working.result.stages.append(
+            StageResult(planned, stage.shows_metrics, stage.units, planned.state, artifact=planned.artifact)
+        )
     status = FAILED
     try:
-        for result in working.result.stages:
-            if result.state == "run":
-                working.execute(result)
-                working.check_below(result, plan)
-            history.remember(store, pipeline.name, result.planned.name, result.planned.known_as)
+        working.check_start(plan)
+        with working.claimed(plan):
+            for result in working.result.stages:
+                if result.state == "run" and not working.skip(result):
+                    working.execute(result)
+                    if result.artifact is not None:
+                        working.remember(result.planned)
+                        working.check_below(result, plan)
+        if working.failures:
+            raise StagesFailed(working.failures, working.result)
         status = FINISHED
     except BaseException as error:
         status = FAILED if isinstance(error, Exception) else KILLED
@@ -136,27 +97,93 @@ def run(
 class _Run:
     """One run, with what its stages share: Ray, the MLflow run, the artifacts so far."""
 
-    def __init__(self, pipeline: Pipeline, store: ArtifactStore, display: RunDisplay, address: str | None) -> None:
+    def __init__(
+        self, pipeline: Pipeline, store: ArtifactStore, display: RunDisplay, address: str | None, keep_going: bool
+    ) -> None:
         self.pipeline, self.store, self.display, self.address = pipeline, store, display, address
+        self.keep_going = keep_going
+        self.failures: list[RunFailed] = []  # with keep_going
         self.result = RunResult(pipeline.name)
         self.began = _now()
-        self.tracker = Tracker(pipeline.tracking, pipeline.name, display.warn)
+        self.tracker = Tracker(pipeline.tracking, pipeline.name, display.warn, pipeline.mirrors)
         self.cluster: Cluster | None = None
 
+    @contextlib.contextmanager
+    def claimed(self, plan: Plan) -> Iterator[None]:
+        """Keep all that the plan needs from removal while the body runs, and note what is cached as used."""
+        with contextlib.ExitStack() as stack:
+            if plan.to_run:
+                needed = [f"{planned.kind}/{planned.fingerprint}" for planned in plan.needed.values()]
+                stack.enter_context(uses.needed_while(self.store.objects, needed))
+            for planned in plan.stages:
+                if planned.state == "cached":
+                    self.remember(planned)
+            yield
+
+    def remember(self, planned: PlannedStage) -> None:
+        """Keep what the stage was, for later plans, and that this pipeline uses its artifact, for `artifacts gc`."""
+        history.remember(self.store, self.pipeline.name, planned.name, planned.known_as)
+        artifact = f"{planned.kind}/{planned.fingerprint}"
+        uses.note_use(self.store.objects, artifact, self.pipeline.name, planned.name)
+
+    def check_start(self, plan: Plan) -> None:
+        """Refuse at once what would stop a stage hours later: resources that are not there, weights that do not fit."""
+        stages = {planned.name: self.pipeline.stages[planned.name].stage for planned in plan.to_run}
+        on_ray = [name for name, stage in stages.items() if stage.uses_ray]
+        here = Place("this machine", [capacity.this_machine()])
+        local = (self.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+        checked_here = [name for name in stages if local or name not in on_ray]
+        problems = list(capacity.lacking(self.pipeline, checked_here, here))
+        for name, stage in stages.items() if not problems else ():
+            for path, what, remedy in stage.obstacles(partial(self._remark, name)):
+                problems.append(self.pipeline.problem(f"stages.{name}.{path}", what, remedy))
+        asked = any(capacity.demand_of(self.pipeline, name, None) for name in on_ray)
+        if on_ray and not problems and (asked or not local):  # a cluster that cannot be joined is said at once
+            problems += capacity.lacking(self.pipeline, on_ray, self._ray().place)
+        if problems:
+            raise ConfigError(problems)
+
+    def _remark(self, stage: str, text: str) -> None:
+        self.display.say(f"{stage}: {text}")
+
+    def _ray(self) -> Cluster:
+        """The cluster of this run, started or joined by the first call."""
+        if self.cluster is None:
+            from pipeline.run import cluster
+
+            self.cluster = cluster.start(self.address)
+            self.display.say(f"on {self.cluster}")
+        return self.cluster
+
+    def skip(self, result: StageResult) -> bool:
+        """Whether a stage cannot run because one that it needs has failed."""
+        states = {stage.planned.name: stage.state for stage in self.result.stages}
+        lost = [name for name in result.planned.inputs.values() if states.get(name) in ("failed", "skipped")]
+        if lost:
+            result.state, result.error = "skipped", f"it needs {', '.join(map(repr, dict.fromkeys(lost)))}"
+        return bool(lost)
+
     def check_below(self, done: StageResult, plan: Plan) -> None:
-        """Stop where what a finished artifact holds shows that a stage which reads it cannot work.
+        """Stop where what a finished artifact holds shows that a later stage cannot work.
 
         Without this, images without masks would be found out by an evaluation, after hours of training.
         """
         done.planned.artifact = done.artifact
-        readers = {stage.planned.name for stage in self.result.stages if stage.state == "run"}
-        readers = {name for name in readers if done.planned.name in plan.needed[name].inputs.values()}
-        if problems := check_inputs(self.pipeline, plan.needed, readers):
-            error = ConfigError(problems)
-            name = problems[0].path.split(".")[1]
-            failed = next(stage for stage in self.result.stages if stage.planned.name == name)
-            failed.state, failed.error = "failed", str(error)
-            raise RunFailed(name, error, self.result)
+        waiting = {stage.planned.name: stage for stage in self.result.stages if stage.state == "run"}
+        problems = check_inputs(self.pipeline, plan.needed, set(waiting))
+        for name, stage in waiting.items():
+            own = [problem for problem in problems if problem.path.startswith(f"stages.{name}.")]
+            if own:
+                self._fail(stage, ConfigError(own if self.keep_going else problems))
+
+    def _fail(self, result: StageResult, error: Exception) -> None:
+        """Note that a stage has failed, and end the run unless it is to go on."""
+        result.state, result.error = "failed", explain_in(self.pipeline, result.planned.name, error)
+        failure = RunFailed(result.planned.name, result.error, error, self.result)
+        if not self.keep_going:
+            raise failure
+        self.failures.append(failure)
+        self.display.warn(f"{failure}")
 
     def execute(self, result: StageResult) -> None:
         """Compute one stage, unless another run has done so meanwhile: its lease makes a second run wait."""
@@ -173,8 +200,7 @@ class _Run:
         except Exception as error:
             if (stop := stopped_by(error)) is not None:
                 raise stop from error
-            result.state, result.error = "failed", explain(error)
-            raise RunFailed(planned.name, error, self.result) from error
+            self._fail(result, error)
         finally:
             result.seconds = time.monotonic() - started
             self.display.end(*_ending(result))
@@ -214,11 +240,10 @@ class _Run:
     def _compute(self, planned: PlannedStage) -> Artifact:
         entry = self.pipeline.stages[planned.name]
         inputs = self._inputs(planned)
-        if entry.stage.uses_ray and self.cluster is None:
-            from pipeline.run import cluster
-
-            self.cluster = cluster.start(self.address)
-            self.display.say(f"on {self.cluster}")
+        if entry.stage.uses_ray:
+            joined = self._ray()
+            if demand := capacity.demand_of(self.pipeline, planned.name, joined.gpus):
+                joined.wait_for(demand, self.display.say)
         settings = fingerprint.settings(entry.stage.config)
         tracked = self._track(planned, settings, inputs)
         status = FAILED
@@ -252,6 +277,7 @@ class _Run:
                 resources=entry.stage.config.resources,
                 log_metrics=tracked.log_metrics,
                 report_progress=self.display.progress,
+                show_figures=self.display.figures,
                 say=self.display.say,
             )
         )
@@ -270,6 +296,7 @@ class _Run:
                 "preview": outcome.preview,
                 "packages": package_versions(entry.stage.packages),
                 "git": git_commit(),
+                "made_by": uses.maker(self.pipeline.name),
                 "created": _now(),
                 "seconds": time.monotonic() - started,
                 "tracking": {"uri": masked(self.tracker.uri or ""), "run": tracked.run_id} if tracked.run_id else {},
@@ -302,36 +329,6 @@ class _Run:
         tracked = self.tracker.stage(planned.name, tags, settings)
         tracked.log_inputs(inputs, {path: (s["address"], s["digest"]) for path, s in planned.sources.items()})
         return tracked
-
-
-def stopped_by(error: BaseException) -> BaseException | None:
-    """The interrupt behind an error; None when there is none.
-
-    When Ray receives the same Ctrl-C or SIGTERM, cleaning up raises other errors on top of it.
-    """
-    while (error.__context__ or error.__cause__) is not None:
-        error = error.__context__ or error.__cause__  # type: ignore[assignment]
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            return error
-    return None
-
-
-def on_purpose(error: BaseException) -> TesseraError | None:
-    """The TesseraError that a stage raised, also where Ray has wrapped it; None for a bug."""
-    if isinstance(getattr(error, "cause", None), BaseException):  # Ray's wrapper, which has its cause's type too
-        return on_purpose(error.cause)  # type: ignore[attr-defined]
-    if isinstance(error, TesseraError):
-        return error
-    return on_purpose(error.__cause__) if error.__cause__ is not None else None
-
-
-def explain(error: BaseException) -> str:
-    """What stopped a stage, in one sentence: the error's own message, or the first line of a bug's."""
-    if (known := on_purpose(error)) is not None:
-        return str(known)
-    while isinstance(cause := getattr(error, "cause", None), BaseException):
-        error = cause
-    return "".join(traceback.format_exception_only(error)).strip().split("\n")[0]
 
 
 def _ending(result: StageResult) -> tuple[str, str]:

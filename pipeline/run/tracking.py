@@ -7,7 +7,6 @@ on it: when MLflow cannot be reached, one warning says so and the run goes on wi
 from __future__ import annotations
 
 import contextlib
-import getpass
 import json
 import logging
 import os
@@ -21,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from pipeline.config import registry
-from pipeline.errors import UsageError
+from pipeline.errors import StoreError, UsageError
+from pipeline.run.mirrors import Mirrors, StagePages
+from pipeline.store.uses import user_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -49,7 +50,10 @@ class Tracker:
     `start` imports MLflow. It creates a database file under a lock, so that runs that start together make only one.
     """
 
-    def __init__(self, uri: str | None, experiment: str, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, uri: str | None, experiment: str, warn: Callable[[str], None], mirrors: Mapping[str, str] | None = None
+    ) -> None:
+        self.mirrors = Mirrors(mirrors or {}, experiment, warn)
         self.uri = absolute_uri(uri) if uri else None
         self.experiment = experiment
         self.run_id: str | None = None
@@ -60,16 +64,18 @@ class Tracker:
 
     def start(self, name: str, tags: Mapping[str, str]) -> None:
         """Open the parent run. Only the first call does anything: a server that was away is not asked again."""
-        if self.uri is None or self._begun:
+        if self._begun:
             return
         self._begun = True
+        if self.uri is None:
+            return
         with self.guarded():
             self._client, self._experiment_id = _connect(self.uri, self.experiment)
             self.run_id = self._create_run(name, tags)
 
     def stage(self, name: str, tags: Mapping[str, str], settings: Mapping[str, Any]) -> StageTracker:
         """Open the nested run of one stage, with its settings as parameters."""
-        run = StageTracker(self)
+        run = StageTracker(self, self.mirrors.open(name, settings))
         if self._client is not None and self.run_id is not None:
             with self.guarded():
                 run.run_id = self._create_run(name, {**tags, "mlflow.parentRunId": self.run_id})
@@ -79,6 +85,10 @@ class Tracker:
 
     def finish(self, status: str, metrics: Mapping[str, float]) -> None:
         """Close the parent run. Its metrics are the results of the stages, each called `stage.metric`."""
+        if self._begun and metrics:
+            results = self.mirrors.open("results", {})
+            results.log_results(metrics)
+            results.finish(status == FINISHED)
         if self._client is not None and self.run_id is not None:
             with self.guarded() as client:
                 client.log_batch(self.run_id, metrics=_metrics(metrics, 0))
@@ -109,16 +119,16 @@ class Tracker:
 
     def _create_run(self, name: str, tags: Mapping[str, str]) -> str:
         assert self._client is not None
-        own = {"mlflow.runName": name, "mlflow.user": _user(), "mlflow.source.name": "tessera"}
+        own = {"mlflow.runName": name, "mlflow.user": user_name(), "mlflow.source.name": "tessera"}
         return self._client.create_run(self._experiment_id, run_name=name, tags={**own, **tags}).info.run_id
 
 
 class StageTracker:
-    """The nested run of one stage. Its methods do nothing when the run is not tracked."""
+    """The nested run of one stage. Where the run is not tracked, only its mirrors get anything."""
 
-    def __init__(self, tracker: Tracker) -> None:
+    def __init__(self, tracker: Tracker, pages: StagePages) -> None:
         self.run_id: str | None = None
-        self._tracker = tracker
+        self._tracker, self._pages = tracker, pages
         self._waiting: list[Any] = []
         self._flushed = time.monotonic()
 
@@ -133,6 +143,7 @@ class StageTracker:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Keep metrics of one step; they are sent every two seconds."""
+        self._pages.log_metrics(metrics, step)
         if not self._live:
             return
         self._waiting += _metrics(metrics, step)
@@ -174,6 +185,12 @@ class StageTracker:
 
     def log_output(self, name: str, artifact: Artifact, tracked_as: str) -> None:
         """Say what the stage made, as its type's `tracked_as` has it, with its metrics and its preview."""
+        manifest = artifact.manifest
+        results = {**manifest.metrics, **{f"count.{key}": float(n) for key, n in manifest.counts.items()}}
+        picture = None
+        with contextlib.suppress(StoreError):  # a result must not fail for its picture
+            picture = artifact.read(manifest.preview) if manifest.preview else None
+        self._pages.log_results(results, picture)
         if not self._live:
             return
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus
@@ -191,18 +208,17 @@ class StageTracker:
                 client.log_outputs(self.run_id, models=[LoggedModelOutput(model.model_id, 0)])
             else:
                 client.log_inputs(self.run_id, datasets=[_dataset(artifact, "output")])
-            manifest = artifact.manifest
-            results = {**manifest.metrics, **{f"count.{key}": float(n) for key, n in manifest.counts.items()}}
             client.log_batch(self.run_id, metrics=_metrics(results, 0))
             client.set_tag(self.run_id, "tessera.artifact", artifact.address)
-            if manifest.preview:
+            if manifest.preview and picture is not None:
                 with tempfile.TemporaryDirectory() as folder:
-                    picture = Path(folder) / Path(manifest.preview).name
-                    picture.write_bytes(artifact.read(manifest.preview))
-                    client.log_artifact(self.run_id, str(picture))
+                    file = Path(folder) / Path(manifest.preview).name
+                    file.write_bytes(picture)
+                    client.log_artifact(self.run_id, str(file))
 
     def finish(self, status: str) -> None:
         """Close the nested run."""
+        self._pages.finish(status == FINISHED)
         self.flush()
         if self._live:
             with self._tracker.guarded() as client:
@@ -277,16 +293,6 @@ def probe(uri: str) -> None:
         socket.create_connection((parts.hostname or "", port), timeout=PROBE_SECONDS).close()
 
 
-def try_out(uri: str) -> None:
-    """Write a tag of an experiment called `doctor`, and nothing else.
-
-    Raises:
-        Exception: what MLflow or its database raises when that fails.
-    """
-    client, experiment = _connect(uri, "doctor")
-    client.set_experiment_tag(experiment, "tessera.doctor", str(int(time.time())))
-
-
 def _connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     """A client and the id of the experiment; database and experiment are made once, by one process."""
     for name, value in QUIET.items():
@@ -347,10 +353,3 @@ def _metrics(metrics: Mapping[str, float], step: int) -> list[Any]:
 
 def _key(key: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", key)[:KEY_LENGTH]
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return str(os.getuid())

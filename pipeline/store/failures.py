@@ -29,7 +29,13 @@ _LOCAL = (
     Meaning(r"\b(os error|Errno) 30\b", "its file system is read-only", "name a store on a disk that can be written"),
     Meaning(r"\b(os error|Errno) 28\b", "its disk is full", _ROOM),
     Meaning(r"\b(os error|Errno) 122\b", "the disk quota is used up", _ROOM),
+    Meaning(
+        r"\b(os error|Errno) 27\b",
+        "a file would be larger than is allowed there",
+        "raise the limit, `ulimit -f`, or name a store on another disk",
+    ),
     Meaning(r"\b(os error|Errno) (17|20)\b", "a part of its path is a file, not a folder", "name a folder"),
+    Meaning(r"\b(os error|Errno) 2\b", "its folder cannot be made", "name a folder that can be made"),
     Meaning(r"\b(os error|Errno) 5\b", "the disk reports an error", "check the disk; recompute what it held"),
 )
 _REMOTE = (

@@ -1,13 +1,14 @@
-"""Collects garbage: what a killed run left behind and, when asked, artifacts that no pipeline needs.
+"""Collects garbage: what a killed run left behind, and the artifacts that somebody has asked to remove.
 
-What is leased, and what a live attempt writes, stays. The collector holds an artifact's lease while it deletes.
+What is leased, what a live attempt writes, what a run needs that goes on, and what is pinned, stays. The collector
+holds an artifact's lease while it deletes.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +20,8 @@ from pipeline.store.integrity import memo_path
 from pipeline.store.lease import Holder, Lease, live_holder
 from pipeline.store.manifest import MANIFEST
 from pipeline.store.objects import Objects, StoredObject
+from pipeline.store.records import RECORDS, record_path
+from pipeline.store.uses import USED, ended_runs, forget_uses, is_pinned, known_users, last_used, needed_now
 from pipeline.store.writer import local_progress_folder, scratch_attempt, scratch_root
 
 
@@ -29,6 +32,9 @@ class Removed:
     path: str  # relative to the store
     bytes: int
     reason: str
+    artifact: tuple[str, str] | None = None  # kind and fingerprint, of a finished one that can be read
+    made_by: str = ""  # of an artifact: stage, pipeline, user and host, as far as they are known
+    made: str = ""  # likewise: when, ISO 8601, UTC
 
     def __str__(self) -> str:
         return f"{self.path} ({self.reason})"
@@ -37,7 +43,7 @@ class Removed:
 def collect(
     objects: Objects,
     folders: Iterable[tuple[str, str]],
-    keep: set[tuple[str, str]] | None,
+    unneeded: Mapping[tuple[str, str], str],
     *,
     older_than: timedelta,
     dry_run: bool,
@@ -47,16 +53,18 @@ def collect(
     Args:
         objects: the store's files.
         folders: (kind, fingerprint) of every folder in an artifact's place, committed or not.
-        keep: (kind, fingerprint) of the artifacts that are needed; None keeps all.
-        older_than: what was touched more recently stays.
+        unneeded: (kind, fingerprint) of finished artifacts to remove -> why.
+        older_than: what was touched or used more recently stays.
         dry_run: only list what would go.
     """
     before = time.time() - older_than.total_seconds()
     removed: list[Removed] = []
     for kind, fingerprint in folders:
-        removed += _collect_artifact(objects, kind, fingerprint, keep, before, dry_run)
+        removed += _collect_artifact(objects, kind, fingerprint, unneeded, before, dry_run)
     removed += _collect_leases(objects, dry_run)
+    removed += _collect_runs(objects, before, dry_run)
     removed += _collect_memos(objects, before, dry_run)
+    removed += _collect_uses(objects, before, dry_run)
     removed += _collect_scratch(objects, before, dry_run)
     return removed
 
@@ -72,24 +80,25 @@ def delete_artifact(objects: Objects, name: str) -> None:
 
 
 def _collect_artifact(
-    objects: Objects, kind: str, fingerprint: str, keep: set[tuple[str, str]] | None, before: float, dry_run: bool
+    objects: Objects, kind: str, fingerprint: str, unneeded: Mapping[tuple[str, str], str], before: float, dry_run: bool
 ) -> list[Removed]:
     name = f"{kind}/{fingerprint}"
-    if not any(_garbage(objects, kind, fingerprint, keep, before)):
+    if not any(_garbage(objects, kind, fingerprint, unneeded, before)):
         return []
     if live_holder(objects, name) is not None or live_attempts(objects, name):
         return []
     if dry_run:
-        return [removed for removed, _ in _garbage(objects, kind, fingerprint, keep, before)]
+        return [removed for removed, _ in _garbage(objects, kind, fingerprint, unneeded, before)]
     lease = Lease(objects, name)
     if not lease.try_acquire():
         return []
     try:
         # Looked at again under the lease: somebody may have continued, or committed, a moment ago.
-        found = [] if live_attempts(objects, name) else list(_garbage(objects, kind, fingerprint, keep, before))
+        found = [] if live_attempts(objects, name) else list(_garbage(objects, kind, fingerprint, unneeded, before))
         for removed, paths in found:
             if removed.path == name:
                 delete_artifact(objects, name)
+                forget_uses(objects, name)
             elif paths:
                 objects.delete(paths)
             else:
@@ -100,7 +109,7 @@ def _collect_artifact(
 
 
 def _garbage(
-    objects: Objects, kind: str, fingerprint: str, keep: set[tuple[str, str]] | None, before: float
+    objects: Objects, kind: str, fingerprint: str, unneeded: Mapping[tuple[str, str], str], before: float
 ) -> Iterator[tuple[Removed, list[str]]]:
     """What to remove of one artifact's folders: (item, its objects). No objects means the whole folder."""
     name = f"{kind}/{fingerprint}"
@@ -117,8 +126,10 @@ def _garbage(
         if not young:
             yield Removed(name, size, "never committed"), []
         return
-    if keep is not None and (kind, fingerprint) not in keep and not young:
-        yield Removed(name, size, "no pipeline needs it"), []
+    why = unneeded.get((kind, fingerprint))
+    if why and not young and last_used(objects, name) <= before and not _wanted(objects, name):
+        made = next((str(use) for use in known_users(artifact)[::-1]), f"stage '{artifact.manifest.stage}'")
+        yield Removed(name, size, why, (kind, fingerprint), made, artifact.manifest.created), []
         return
     wanted = {f"{name}/{entry.stored}" for entry in artifact.manifest.files} | {f"{name}/{MANIFEST}"}
     for found in _old(files, before):
@@ -127,6 +138,11 @@ def _garbage(
     if not any(found.modified > before for found in progress) and _folder_there(objects, f"{name}.progress"):
         size = sum(found.size for found in progress)
         yield Removed(f"{name}.progress", size, "its artifact is finished"), []
+
+
+def _wanted(objects: Objects, name: str) -> bool:
+    """Whether an artifact must stay whatever was asked. Looked up as late as possible: a run may just have begun."""
+    return is_pinned(objects, name) or name in needed_now(objects)
 
 
 def _old(files: list[StoredObject], before: float) -> list[StoredObject]:
@@ -154,6 +170,15 @@ def _collect_leases(objects: Objects, dry_run: bool) -> list[Removed]:
     return [item for item, _ in removed]
 
 
+def _collect_runs(objects: Objects, before: float, dry_run: bool) -> list[Removed]:
+    """What killed runs have noted that they need. A young one may be of a run that is just taking its lease."""
+    ended = [objects.head(record_path(name)) for name in ended_runs(objects)]
+    paths = [found.path for found in ended if found is not None and found.modified <= before]
+    if not dry_run:
+        objects.delete(paths)
+    return [Removed(path, 0, "its run has ended") for path in paths]
+
+
 def _collect_memos(objects: Objects, before: float, dry_run: bool) -> list[Removed]:
     removed = []
     for found in _old(objects.walk(".tessera/memo"), before):
@@ -162,6 +187,23 @@ def _collect_memos(objects: Objects, before: float, dry_run: bool) -> list[Remov
             removed.append(Removed(found.path, found.size, "its artifact is gone"))
     if not dry_run:
         objects.delete([item.path for item in removed])
+    return removed
+
+
+def _collect_uses(objects: Objects, before: float, dry_run: bool) -> list[Removed]:
+    """Who used an artifact that somebody has deleted since."""
+    by_artifact: dict[str, list[StoredObject]] = {}
+    for found in objects.walk(f"{RECORDS}/{USED}"):
+        folder = found.path.rpartition("/")[0]
+        by_artifact.setdefault(folder.removeprefix(f"{RECORDS}/{USED}/"), []).append(found)
+    removed, running = [], needed_now(objects)  # a run may be making the artifact anew
+    for name, notes in by_artifact.items():
+        gone = name not in running and objects.get(f"{name}/{MANIFEST}") is None
+        if gone and len(_old(notes, before)) == len(notes):
+            size = sum(found.size for found in notes)
+            removed.append(Removed(f"{RECORDS}/{USED}/{name}", size, "its artifact is gone"))
+            if not dry_run:
+                forget_uses(objects, name)
     return removed
 
 

@@ -64,6 +64,7 @@ class Manifest(BaseModel):
     packages: dict[str, str] = {}
     git: dict[str, Any] | str | None = None
     tracking: dict[str, Any] = {}  # the MLflow run
+    made_by: dict[str, str] = {}  # "pipeline", "user" and "host"
     created: str = ""  # ISO 8601, UTC
     seconds: float = 0.0
     attempt: str = ""  # the writer that committed

@@ -259,7 +259,10 @@ class Objects:
 
     def _client(self, *, write: bool = False) -> Any:
         if self.folder is not None and write:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:  # also of a parent that is not there: /proc takes no folder, and says so like this
+                raise explain(error, self.address, "write", "") from error
         return _client(self.address, os.getpid())
 
     @contextmanager
@@ -281,6 +284,11 @@ class _CrossDevice(Exception):
     """The file lies on another disk than the store."""
 
 
+def local_path(text: str) -> Path:
+    """A path as a user writes it, with `~` and variables of the environment (`$HOME`) replaced."""
+    return Path(os.path.expandvars(text)).expanduser()
+
+
 def _normalised(address: str) -> tuple[str, Path | None]:
     """The address without a trailing slash, and the local folder that it stands for (None for a bucket).
 
@@ -290,10 +298,9 @@ def _normalised(address: str) -> tuple[str, Path | None]:
     text = str(address)
     scheme = text.split("://", 1)[0] if "://" in text else ""
     if scheme in ("", "file"):
-        path = Path(unquote(text[len("file://") :]) if scheme else text).expanduser()
         if not str(text).strip():
             raise StoreError("store: the address is empty (name a folder, or s3://bucket/prefix)")
-        folder = Path(os.path.abspath(path))
+        folder = Path(os.path.abspath(local_path(unquote(text[len("file://") :]) if scheme else text)))
         return str(folder), folder
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)

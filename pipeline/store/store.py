@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -26,9 +26,10 @@ from pipeline.store.artifact import Artifact, Damage, load
 from pipeline.store.garbage import Removed
 from pipeline.store.lease import Holder, Lease, held_token, live_holder
 from pipeline.store.local_cache import cache_folder
-from pipeline.store.manifest import FileEntry, Manifest, plain
+from pipeline.store.manifest import FileEntry, Manifest
 from pipeline.store.objects import Conflict, Objects, mask
-from pipeline.store.sealed import SealBroken, seal, unseal
+from pipeline.store.records import RECORDS, read_record, write_record
+from pipeline.store.sealed import SealBroken, unseal
 from pipeline.store.writer import ArtifactWriter
 
 __all__ = [
@@ -44,8 +45,6 @@ __all__ = [
     "cache_folder",
     "mask",
 ]
-
-RECORDS = ".tessera/records"
 
 
 class ArtifactStore:
@@ -119,29 +118,28 @@ class ArtifactStore:
         garbage.delete_artifact(self.objects, name)
 
     def gc(
-        self, keep: set[tuple[str, str]] | None = None, *, older_than: timedelta, dry_run: bool = False
+        self,
+        unneeded: Mapping[tuple[str, str], str] | None = None,
+        *,
+        older_than: timedelta,
+        dry_run: bool = False,
     ) -> list[Removed]:
-        """Remove what no artifact needs and nobody has touched for a while. What is being written stays.
+        """Remove what no artifact needs and nobody has touched for a while. What is being written or read stays.
 
         Args:
-            keep: (kind, fingerprint) of the artifacts that are needed; all others go too. None keeps them all.
-            older_than: what was touched more recently stays.
+            unneeded: (kind, fingerprint) of artifacts to remove too, each with the reason (see uses.py).
+            older_than: what was touched or used more recently stays.
             dry_run: only list what would go.
         """
-        return garbage.collect(self.objects, self._folders(), keep, older_than=older_than, dry_run=dry_run)
+        return garbage.collect(self.objects, self._folders(), unneeded or {}, older_than=older_than, dry_run=dry_run)
 
     def read_record(self, name: str) -> dict[str, Any] | None:
         """A small JSON value that the store keeps for itself, or None; one that cannot be read counts as not there."""
-        data = self.objects.get(_record_path(name))
-        try:
-            return dict(unseal(data)["note"]) if data else None
-        except SealBroken:
-            return None
+        return read_record(self.objects, name)
 
     def write_record(self, name: str, value: dict[str, Any]) -> None:
         """Replace a record in one atomic step."""
-        data = seal({"note": plain(value, name)})
-        self.objects.put(_record_path(name), data, durable=False)
+        write_record(self.objects, name, value)
 
     def damaged_records(self) -> Iterator[Damage]:
         """Records and memos that cannot be read. They are made anew; no artifact needs them."""
@@ -206,7 +204,3 @@ def _require_names(kind: str, fingerprint: str) -> None:
     for name in (kind, fingerprint):
         if not re.fullmatch(_NAME, name):
             raise ValueError(f"{name!r} cannot name an artifact's folder (letters, digits, _ and -)")
-
-
-def _record_path(name: str) -> str:
-    return f"{RECORDS}/" + "/".join(attempts.safe_name(part) for part in name.split("/")) + ".json"

@@ -285,7 +285,8 @@ class ArtifactWriter:
         if not self._attempt.exists() and load(self._objects, self.kind, self.fingerprint) is None:
             raise StoreError(
                 f"{self.name} cannot be written from {this_process()}: {self._objects.address} does not hold what "
-                "the driver began there (a local store must be a folder that all nodes share; use one, or a bucket)"
+                "the driver began there (if it was deleted meanwhile, run the same command again; a local store must "
+                "be a folder that all nodes share: use one, or a bucket)"
             )
         _CHECKED.add(key)
 

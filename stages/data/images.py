@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from stages.data.errors import ImageError as ImageError  # what every function here raises
+
 MAX_PIXELS = 64_000_000  # our own limit, below the 89 million where PIL starts to warn
 
 _EXIF_ORIENTATION = 0x0112
@@ -25,6 +27,14 @@ _JPEG_REDUCED = {  # the flags' grey bits carry the scale; IMREAD_COLOR_RGB make
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2 | _JPEG_COLOUR,
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4 | _JPEG_COLOUR,
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8 | _JPEG_COLOUR,
+}
+_OTHER_FORMATS = {  # found within the first 12 bytes
+    b"GIF8": "GIF",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"ftyphe": "HEIC",
+    b"ftypmif": "HEIC",
+    b"ftypavif": "AVIF",
 }
 # What each EXIF orientation asks for to come upright; views, so only the last step copies.
 _UPRIGHT: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
@@ -36,10 +46,6 @@ _UPRIGHT: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
     7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
     8: lambda a: np.rot90(a, 1),
 }
-
-
-class ImageError(Exception):
-    """These bytes cannot be used as an image; the message is the reason in plain words."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,33 @@ def decode_reduced(data: bytes, reduced: int, *, max_pixels: int = MAX_PIXELS) -
             if pixels is not None:
                 return _turn(pixels, _exif_orientation(header.exif)), reduced
     return decode(data, max_pixels=max_pixels), 1
+
+
+def conversions(data: bytes) -> list[str]:
+    """What `decode` loses of an image, in words, from its header alone; empty for an ordinary photograph."""
+    header = _read_header(data)
+    found = []
+    if header.channels == 4:
+        found.append("CMYK, converted without its colour profile")
+    if header.format == "PNG" and data[24] == 16:
+        found.append("16 bits a channel, of which the high 8 count")
+    if (header.format == "PNG" and b"acTL" in data[: data.find(b"IDAT")]) or (
+        header.format == "WEBP" and data[12:16] == b"VP8X" and data[20] & 2
+    ):
+        found.append("an animation, of which the first frame counts")
+    return found
+
+
+def decode_ids(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint32]:
+    """(H, W) segment ids of a panoptic PNG, which writes them as R + 256 G + 65536 B. Raises ImageError."""
+    header = _header(data, max_pixels)
+    with _open(data, header) as image:
+        if header.format != "PNG" or image.mode != "RGB":
+            raise ImageError(f"a panoptic mask is an RGB PNG of segment ids, this is {header.format} {image.mode}")
+        _load(image)
+        red, green, blue = np.moveaxis(np.asarray(image).astype(np.uint32), 2, 0)
+    ids: NDArray[np.uint32] = red + (green << 8) + (blue << 16)
+    return ids
 
 
 def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
@@ -185,6 +218,8 @@ def _read_header(data: bytes) -> _Header:
             return _Header("BMP", *struct.unpack_from("<HH", data, 18))
         width, height = struct.unpack_from("<ii", data, 18)
         return _Header("BMP", width, abs(height))  # negative: rows from the top
+    if other := next((name for start, name in _OTHER_FORMATS.items() if start in data[:12]), None):
+        raise ImageError(f"a {other} file, which is not read: convert it to JPEG, PNG, WebP or BMP")
     raise ImageError("not an image of a known format (JPEG, PNG, WebP, BMP)")
 
 

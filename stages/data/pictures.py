@@ -23,6 +23,7 @@ RGB: TypeAlias = NDArray[np.uint8]  # (H, W, 3)
 Colour: TypeAlias = tuple[int, int, int]
 
 CELL = 320  # pixels: longest side of a picture in a sheet
+LEGEND = 30  # names that a legend shows; more could not be told apart by their colours
 _GAP, _MARGIN = 12, 20
 _PAPER, _INK, _QUIET = (255, 255, 255), (33, 37, 41), (108, 117, 125)
 _VOID: Colour = (0, 0, 0)  # pixels that do not count
@@ -40,7 +41,8 @@ def grid(
 ) -> bytes:
     """A contact sheet: every picture fitted into a square cell of `cell` pixels, its caption below.
 
-    `legend` adds a line of names with their colours at the bottom. Raises ValueError for no pictures.
+    `legend` adds lines of names with their colours at the bottom, of `LEGEND` names at most. Raises ValueError for no
+    pictures.
     """
     if not images:
         raise ValueError("a contact sheet needs at least one picture")
@@ -51,7 +53,8 @@ def grid(
     caption_height = 22 if captions else 0
     top = _MARGIN + (34 if title else 0)
     width = 2 * _MARGIN + columns * cell + (columns - 1) * _GAP
-    legend_rows = _legend_rows(legend, width - 2 * _MARGIN)
+    more = [(f"and {len(legend) - LEGEND} more classes", _PAPER)] if len(legend) > LEGEND else []
+    legend_rows = _legend_rows([*legend[:LEGEND], *more], width - 2 * _MARGIN)
     height = top + sum(heights) + len(rows) * caption_height + (len(rows) - 1) * _GAP + _MARGIN + 24 * len(legend_rows)
     canvas, draw = _paper(width, height)
     if title:
@@ -68,7 +71,7 @@ def grid(
     for line in legend_rows:
         at = float(_MARGIN)
         for name, colour, advance in line:
-            draw.rectangle((at, y + 3, at + 13, y + 16), fill=colour, outline=_QUIET)
+            draw.rectangle((at, y + 3, at + 13, y + 16), fill=colour, outline=_QUIET if colour != _PAPER else _PAPER)
             _text(draw, (at + 19, y + 2), name, 13, width)
             at += advance
         y += 24
@@ -109,23 +112,33 @@ def neighbor_strip(
 
 
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, title: str | None = None, columns: int = 3) -> bytes:
-    """One small panel a name (terms have scales of their own), each a line of (step, value)."""
+    """One small panel a name (terms have scales of their own), each a line of (step, value).
+
+    A name with a single value gets a line of text in place of a panel: one dot shows nothing.
+    """
     if not series:
         raise ValueError("there is no curve to draw")
     from matplotlib.figure import Figure
 
-    columns = max(1, min(columns, len(series)))
-    rows = -(-len(series) // columns)
-    figure = Figure(figsize=(4.2 * columns, 2.7 * rows + (0.4 if title else 0)), dpi=110, layout="constrained")
-    for i, (name, points) in enumerate(series.items()):
+    lines = {name: points for name, points in series.items() if len(points) > 1}
+    single = [
+        f"{name} = {points[0][1]:.5g} (step {points[0][0]:g})" for name, points in series.items() if len(points) == 1
+    ]
+    columns = max(1, min(columns, len(lines)))
+    rows = -(-len(lines) // columns)
+    inches = 0.16 * len(single) + (0.4 if title else 0)
+    figure = Figure(figsize=(max(4.2 * columns, 6), 2.7 * rows + inches + 0.2), dpi=110, layout="constrained")
+    for i, (name, points) in enumerate(lines.items()):
         axes = figure.add_subplot(rows, columns, i + 1)
         steps, values = np.array(points, float).reshape(-1, 2).T
-        axes.plot(steps, values, color="#1f6feb", linewidth=1.5, marker="o" if len(steps) < 3 else None)
+        axes.plot(steps, values, color="#1f6feb", linewidth=1.5)
         axes.set_title(name, fontsize=10, loc="left")
         axes.tick_params(labelsize=8)
         axes.ticklabel_format(axis="y", useOffset=False)
         axes.grid(color="#e9ecef", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
+    if single:
+        figure.supxlabel("\n".join(single), fontsize=9, x=0.01, ha="left")
     if title:
         figure.suptitle(title, fontsize=12, x=0.01, ha="left")
     return _figure_png(figure)
@@ -227,33 +240,36 @@ def colour_mask(
 
 
 def class_colours(count: int) -> list[Colour]:
-    """`count` colours, neighbours far apart: hues by the golden ratio, three bands of brightness."""
-    bands = ((0.75, 0.95), (0.55, 0.75), (0.9, 0.6))
+    """`count` colours: hues by the golden ratio, five bands of brightness, so that 30 can be told apart."""
+    bands = ((1.0, 0.95), (0.75, 0.95), (0.55, 0.95), (0.85, 0.55), (0.65, 0.75))
     colours = []
     for i in range(count):
-        saturation, value = bands[i % 3]
+        saturation, value = bands[i % 5]
         red, green, blue = colorsys.hsv_to_rgb((0.58 + i * 0.618034) % 1.0, saturation, value)
         colours.append((round(red * 255), round(green * 255), round(blue * 255)))
     return colours
 
 
 def pca_colours(maps: NDArray[np.floating[Any]], *, side: int | None = None) -> list[RGB]:
-    """Feature maps (n, D, h, w) as pictures: their first three principal components, over all n together, as RGB.
+    """Feature maps (n, D, h, w) as pictures: three principal components as RGB.
 
-    The same colour is the same direction in all pictures. Each channel is stretched from its 1st to its 99th
-    percentile; signs are fixed by the largest loading. `side` enlarges to that longest side.
+    The components are those along which the patches of one picture differ, found over all n together, so that a channel
+    is the same direction in all pictures. In each picture each channel is stretched from its 1st to its 99th
+    percentile: no picture is all one colour, unless all its patches are equal. Signs are fixed by the largest loading.
+    `side` enlarges to that longest side.
     """
     n, width, h, w = maps.shape
-    tokens = maps.astype(np.float64).transpose(0, 2, 3, 1).reshape(-1, width)
-    tokens -= tokens.mean(0)
-    _, vectors = np.linalg.eigh(tokens.T @ tokens)
+    tokens = maps.astype(np.float64).transpose(0, 2, 3, 1).reshape(n, h * w, width)
+    tokens -= tokens.mean(1, keepdims=True)
+    flat = tokens.reshape(-1, width)
+    _, vectors = np.linalg.eigh(flat.T @ flat)
     axes = vectors[:, ::-1][:, :3]
     axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
     scores = tokens @ axes
-    low, high = np.percentile(scores, [1, 99], axis=0)
-    scaled = np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1)
-    if scaled.shape[1] < 3:
-        scaled = np.pad(scaled, ((0, 0), (0, 3 - scaled.shape[1])), constant_values=0.5)
+    low, high = np.percentile(scores, [1, 99], axis=1, keepdims=True)
+    scaled = np.where(high - low > 1e-12, np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1), 0.5)
+    if scaled.shape[2] < 3:
+        scaled = np.pad(scaled, ((0, 0), (0, 0), (0, 3 - scaled.shape[2])), constant_values=0.5)
     pictures = (scaled.reshape(n, h, w, 3) * 255).round().astype(np.uint8)
     return [picture if side is None else _fit(picture, side) for picture in pictures]
 

@@ -1,20 +1,23 @@
-"""What one actor of the stages does: hold a frozen encoder, turn batches of rows into vectors, or into patches too."""
+"""What one actor of the stages does: hold a frozen encoder, turn batches of rows into vectors, or into patches too.
+
+Actors import torch and timm, 3.5 s of a CPU; the driver only names these classes to Ray, so that both are imported
+when they are called.
+"""
 
 from __future__ import annotations
 
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 from stages.data.images import decode
 from stages.embeddings.settings import FeaturesConfig
-from stages.models.encoder import Encoder
-from stages.models.inference import RGB, Inference, centre_square, require_size, squeeze
 from stages.models.settings import Backbone
 
 if TYPE_CHECKING:
+    import torch
+
     from pipeline.store.artifact import Artifact
+    from stages.models.inference import RGB, Inference
 
 Row = dict[str, Any]
 
@@ -26,6 +29,11 @@ def frozen(
     device: torch.device | None = None,
 ) -> Inference:
     """The encoder of an artifact, or the backbone; random weights are the same in every process."""
+    import torch
+
+    from stages.models.encoder import Encoder
+    from stages.models.inference import Inference
+
     if isinstance(source, Backbone):
         torch.manual_seed(seed)
         encoder = Encoder.build(source)
@@ -37,6 +45,8 @@ def frozen(
 # ---------------------------------------------------------------------------------------------- one vector an image
 def prepare(row: Row, *, resize: int, crop: int) -> Row:
     """The encoded bytes become the (crop, crop, 3) pixels that the encoder sees. Raises ImageError."""
+    from stages.models.inference import centre_square
+
     return {"image_id": row["image_id"], "pixels": centre_square(decode(row["image"]), resize, crop)}
 
 
@@ -52,6 +62,8 @@ class Embedder:
         crop: int,
         stage: str,
     ) -> None:
+        from stages.models.inference import require_size
+
         self.inference = frozen(source, precision, seed)
         require_size(self.inference.encoder, crop, f"stages.{stage}.crop")
         self.pooling = pooling
@@ -70,6 +82,8 @@ def prepare_whole(row: Row, *, config: FeaturesConfig, stride: int) -> Row:
 
 def fitted(pixels: RGB, config: FeaturesConfig, stride: int) -> RGB:
     """The image at the size in which it is encoded; `stride` is the encoder's."""
+    from stages.models.inference import centre_square, squeeze
+
     size = config.size
     if config.fit == "centre":
         return centre_square(pixels, round(size * 8 / 7), size)

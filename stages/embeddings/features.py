@@ -5,15 +5,17 @@ Patch features are large (600 KB for 448 pixels and a ViT-S/16), so that output 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
-from pipeline.stage import Context, Outcome, Stage
+from pipeline.stage import Context, Feed, Outcome, Stage
 from stages.embeddings.settings import FeaturesConfig
+from stages.models import weights
+from stages.models.planned import undivided
 
 if TYPE_CHECKING:
     from stages.embeddings.embedder import DenseEmbedder
@@ -30,6 +32,15 @@ class DenseFeatures(Stage[FeaturesConfig]):
     packages = ("timm",)
     exports = ("part-*.parquet",)
     Config = FeaturesConfig
+
+    def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
+        """A size that the encoder cannot cut into patches."""
+        if self.config.fit != "aspect":  # which takes whole patches
+            yield from undivided(self.config.whose(feeds), {"size": self.config.size})
+
+    def obstacles(self, say: Callable[[str], None]) -> Iterator[tuple[str, str, str]]:
+        """Weights of its own backbone that cannot be had."""
+        yield from weights.obstacles(self.config, say)
 
     def run(self, context: Context) -> Outcome:
         """Writes the features of all images, and the maps of some as colours.

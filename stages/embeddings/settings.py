@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.stage import Input, StageConfig
+from pipeline.stage import Feed, Input, StageConfig
+from stages.models.planned import backbone_of
 from stages.models.settings import Backbone
 
 
@@ -24,6 +26,10 @@ class FrozenEncoderConfig(StageConfig):
         if (self.encoder is None) == (self.backbone is None):
             raise ValueError("exactly one of encoder and backbone says where features come from; set one of them")
         return self
+
+    def whose(self, feeds: Mapping[str, Feed]) -> Backbone | None:
+        """The backbone, its own or its encoder's, as far as the pipeline file tells."""
+        return self.backbone or backbone_of(feeds.get("encoder"))
 
 
 class EmbeddingsConfig(FrozenEncoderConfig):

@@ -5,13 +5,16 @@ Ray Data actors hold the model; `neighbors` reads what they write.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.stage import Context, Outcome, Stage
+from pipeline.stage import Context, Feed, Outcome, Stage
 from stages.embeddings.settings import EmbeddingsConfig
+from stages.models import weights
+from stages.models.planned import undivided
 
 _SHOWN = 32  # photographs in the preview
 
@@ -23,6 +26,14 @@ class Embeddings(Stage[EmbeddingsConfig]):
     version = 2
     packages = ("timm",)
     Config = EmbeddingsConfig
+
+    def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
+        """A crop that does not split into a ViT's patches."""
+        yield from undivided(self.config.whose(feeds), {"crop": self.config.crop})
+
+    def obstacles(self, say: Callable[[str], None]) -> Iterator[tuple[str, str, str]]:
+        """Weights of its own backbone that cannot be had."""
+        yield from weights.obstacles(self.config, say)
 
     def run(self, context: Context) -> Outcome:
         """Writes the vectors of all images, and a contact sheet of some, alike ones side by side."""

@@ -8,19 +8,23 @@ Reading order: this file wires, `classify_knn_vectors.py` encodes a split, `weig
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
 from pipeline.errors import SourceError
-from pipeline.stage import Context, Outcome, Stage
+from pipeline.stage import Context, Feed, Outcome, Stage
 from stages.evaluate.classify_knn_settings import ClassifyKnnConfig
+from stages.evaluate.requirements import lacking, split_counts
+from stages.models.planned import backbone_of, undivided
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
     from stages.evaluate.classify_knn_vectors import SplitVectors, Votes
 
 _SHOWN_IMAGES, _SHOWN_NEIGHBORS = 6, 5
+_SHOWN_NAMES = 3
 
 
 class ClassifyKnn(Stage[ClassifyKnnConfig]):
@@ -30,7 +34,25 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
     packages = ("timm",)
     uses_ray = False
     shows_metrics = True
+    units = dict.fromkeys(("top1", "top5"), "%")
     Config = ClassifyKnnConfig
+
+    def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
+        """Images without labels, a split without any, train images of one class or fewer than `k`; no whole patches."""
+        config, feed = self.config, feeds["images"]
+        yield from undivided(backbone_of(feeds.get("encoder")), {"crop": config.crop})
+        yield from lacking(feed, "labels", {"train_split": config.train_split, "test_split": config.test_split})
+        train = split_counts(feed).get(config.train_split, {})
+        images, name = train.get("labels"), f"split {config.train_split!r} of {feed.stage}"
+        if images and images < config.k:
+            yield (
+                "k",
+                f"k is {config.k}, but {name} has {images} labelled images that can vote",
+                f"set it to {images} or less",
+            )
+        if images and train.get("label_classes") == 1:
+            remedy = "name the folder that holds the class folders, or another split"
+            yield "train_split", f"all labelled images of {name} are of one class: every vote would be right", remedy
 
     def run(self, context: Context) -> Outcome:
         """Encodes both splits and lets the train images vote.
@@ -45,6 +67,7 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
         config, images = self.config, context.inputs["images"]
         classes: list[str] = list(images.manifest.notes.get("classes", ()))
         train_labels, test_labels = self._labelled(context.name, images)
+        self._state_classes(context, train_labels, test_labels, classes)
         encoder = Encoder.load(context.inputs["encoder"])
         require_size(encoder, config.crop, f"stages.{context.name}.crop")
         encoders = {"": encoder}
@@ -109,6 +132,31 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
                     "label: largest_object where there are boxes",
                 )
         return labels["train"], labels["test"]
+
+    def _state_classes(
+        self, context: Context, train: Mapping[int, int], test: Mapping[int, int], classes: list[str]
+    ) -> None:
+        """Says which classes the vote cannot do justice to. Raises SourceError for a single class."""
+        votes, asked = Counter(train.values()), Counter(test.values())
+        names = _names(classes, 1 + max(*votes, *asked))
+        if len(votes) == 1:
+            raise SourceError(
+                f"{context.name}: all labelled images of split {self.config.train_split!r} are of one class, "
+                f"{names[next(iter(votes))]}: every vote would be right (ingest class folders, or name another split)"
+            )
+        single = [names[label] for label in sorted(votes) if votes[label] == 1]
+        if single and self.config.k > 1:
+            context.say(
+                f"{len(single)} of {len(votes)} classes have one train image only, whose one vote "
+                f"the others of k = {self.config.k} can outweigh: {_some(single)}"
+            )
+        absent = [names[label] for label in sorted(asked) if label not in votes]
+        if absent:
+            images = sum(count for label, count in asked.items() if label not in votes)
+            context.say(
+                f"{images} of {len(test)} test images cannot be right, as no train image is of their "
+                f"class: {_some(absent)}"
+            )
 
     def _require_voters(self, stage: str, train: SplitVectors, test: SplitVectors) -> None:
         if not len(test.labels):
@@ -181,3 +229,7 @@ def _report(context: Context, before: int, total: int, done: int) -> None:
 def _names(classes: list[str], count: int) -> list[str]:
     """Names of `count` classes; those that nothing names are called by their number."""
     return [*classes, *(str(i) for i in range(len(classes), count))]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN_NAMES]) + (", ..." if len(names) > _SHOWN_NAMES else "")

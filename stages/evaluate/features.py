@@ -66,6 +66,6 @@ def split_error(stage: str, images: Artifact, split: str, what: str, remedy: str
         counts[name] = counts.get(name, 0) + 1
     there = ", ".join(f"{name}: {count}" for name, count in sorted(counts.items())) or "no images at all"
     return SourceError(
-        f"{stage}: no image of split {split!r} in {images.kind}/{images.fingerprint} has {what} "
+        f"{stage}: no image of split {split!r} of {images.manifest.stage or images.name} has {what} "
         f"(images by split: {there}): {remedy}"
     )

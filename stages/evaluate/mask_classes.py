@@ -36,7 +36,7 @@ class MaskClasses:
         values = [value for value in range(len(names)) if value != ignore]
         if not values:
             raise SourceError(
-                f"{images.kind}/{images.fingerprint} names no classes for its masks (notes.mask_classes): "
+                f"{images.manifest.stage or images.name} names no classes for its masks (notes.mask_classes): "
                 "ingest it with a layout that has masks, and name its `classes`"
             )
         return cls([names[value] for value in values], values, ignore)

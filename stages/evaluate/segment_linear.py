@@ -9,11 +9,13 @@ Reading order: this file wires, `segment_linear_steps.py` encodes, trains and sc
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.stage import Context, Outcome, Stage
+from pipeline.stage import Context, Feed, Outcome, Stage
+from stages.evaluate.requirements import lacking, single_class
 from stages.evaluate.segment_linear_settings import SegmentLinearConfig
+from stages.models.planned import backbone_of, undivided
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
@@ -31,13 +33,22 @@ class SegmentLinear(Stage[SegmentLinearConfig]):
     packages = ("timm",)
     uses_ray = False
     shows_metrics = True
+    units = dict.fromkeys(("miou", "pixel_accuracy", "mean_accuracy"), "%")
     Config = SegmentLinearConfig
+
+    def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
+        """Images without masks, a split without any, or with masks of one class; sizes of no whole patches."""
+        sizes = {"train_size": self.config.train_size, "test_size": self.config.test_size}
+        yield from undivided(backbone_of(feeds.get("encoder")), sizes)
+        splits = {"train_split": self.config.train_split, "test_split": self.config.test_split}
+        yield from lacking(feeds["images"], "masks", splits)
+        yield from single_class(feeds["images"], splits)
 
     def run(self, context: Context) -> Outcome:
         """Trains and scores.
 
-        Raises: SourceError for a split without masks or without pixels of a class, UsageError for a size that does not
-            split into patches.
+        Raises: SourceError for a split without masks, or without pixels of two classes, UsageError for a size that
+            does not split into patches.
         """
         from stages.evaluate.confusion import scores
         from stages.evaluate.mask_classes import MaskClasses

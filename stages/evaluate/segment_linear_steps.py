@@ -67,7 +67,7 @@ class LinearSegmentation:
     problems: list[dict[str, str]]  # images that cannot be used; every step adds its own
 
     def cache_train(self, image_ids: Sequence[int]) -> TrainCache:
-        """The features of the train images' crops. Raises SourceError where no image can be used."""
+        """The features of the train images' crops. Raises SourceError without a usable image or a second class."""
         config, context = self.config, self.context
         views = max(1, config.crops)
         generator = np.random.default_rng(config.seed)
@@ -80,7 +80,7 @@ class LinearSegmentation:
         labels = np.lib.format.open_memmap(
             folder / "labels.npy", "w+", np.int16, (len(chosen) * views, config.label_size, config.label_size)
         )
-        done = 0
+        done, pixels = 0, np.zeros(len(self.classes.names) + 1, np.int64)  # the first: void
         prepare = partial(_train_crops, classes=self.classes, config=config)
         source = prepared(context.inputs["images"], _COLUMNS, prepare, set(chosen), problems=self.problems)
         for batch in in_batches(source, max(1, (context.resources.batch_size or 32) // views)):
@@ -92,6 +92,7 @@ class LinearSegmentation:
                     maps[name] = np.lib.format.open_memmap(folder / f"maps{name}.npy", "w+", np.float16, shape)
                 maps[name][done : done + len(crops)] = features
             labels[done : done + len(crops)] = [mask for _, mask in crops]
+            pixels += np.bincount(labels[done : done + len(crops)].ravel() + 1, minlength=len(pixels))
             done += len(crops)
             context.report_progress(done // views, len(chosen), "train images")
         if not done:
@@ -100,6 +101,7 @@ class LinearSegmentation:
                 f"{context.name}: none of the {len(chosen)} train images can be used; "
                 f"the first is {first['key']}: {first['reason']}"
             )
+        self._require_classes(pixels[1:], f"train images ({config.train_split})")
         device = next(iter(self.inferences.values())).device
         return TrainCache({name: stored[:done] for name, stored in maps.items()}, labels[:done], device)
 
@@ -149,7 +151,7 @@ class LinearSegmentation:
             probes: the trained layers by encoder.
             show: how many images to return for the preview, spread evenly.
 
-        Raises: SourceError where no pixel has a class.
+        Raises: SourceError where no pixel has a class, or all have the same.
         """
         context, config = self.context, self.config
         classes = len(self.classes.names)
@@ -174,7 +176,18 @@ class LinearSegmentation:
                 f"{context.name}: no pixel of the {len(image_ids)} test images has a class, all is void or unreadable "
                 f"({len(self.problems)} unreadable): check ignore_index ({self.classes.ignore_index}) and the masks"
             )
+        truth = next(iter(matrices.values())).sum(axis=1)
+        self._require_classes(truth, f"test images ({config.test_split})")
         return matrices, shown
+
+    def _require_classes(self, pixels: NDArray[np.int64], which: str) -> None:
+        """Raises SourceError where all pixels are of one class: every encoder would get mIoU 100."""
+        present = [name for name, count in zip(self.classes.names, pixels, strict=True) if count]
+        if len(present) == 1:
+            raise SourceError(
+                f"{self.context.name}: every pixel of the {which} that counts is of one class, {present[0]}: every "
+                "encoder would get the same score (see the preview.png of the images, and the options of their masks)"
+            )
 
 
 def _score_cached(probe: LinearProbe, cache: TrainCache, name: str, rows: NDArray[np.int64], classes: int) -> Matrix:

@@ -1,7 +1,7 @@
 """Layout `coco`: images and COCO json files with boxes, polygons and crowd regions (RLE, compressed or not).
 
-Segmentations are kept per object as the json has them; `masks_from: polygons` also draws them into one mask of class
-indices per image, so that a segmentation protocol can run on a detection set.
+Segmentations are kept per object as the json has them. `masks_from` gives each image a mask of class indices too: drawn
+from them, read from a panoptic json's PNGs, or from PNGs in a folder (`coco_masks.py`).
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import posixpath
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -18,11 +18,23 @@ from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
 from stages.data.images import ImageError
-from stages.ingest.files import read_file
-from stages.ingest.layout import SPLITS, Item, Layout, Listing, Raw, SourceObject, Vocabulary
+from stages.ingest.coco_masks import (
+    Segment,
+    as_instances,
+    category_ids,
+    category_map,
+    check_shape,
+    mask_path,
+    rasterise,
+    without_polygons,
+)
+from stages.ingest.files import Files, read_file
+from stages.ingest.label_map import VOID
+from stages.ingest.layout import Item, Layout, Listing, Raw, SourceObject, Vocabulary, stem
+from stages.ingest.recognise import JSONS, SPLITS
+from stages.ingest.settings import IngestConfig
 
 BACKGROUND = "background"
-_INSTANCES = re.compile(r"(?:annotations/)?instances_(\w+)\.json")  # instances_train2017.json
 
 
 class _Annotation(NamedTuple):
@@ -37,6 +49,14 @@ class _Annotation(NamedTuple):
     segmentation: bytes | None  # json
 
 
+class _Detail(NamedTuple):
+    """What the jsons say about one image."""
+
+    size: tuple[int | None, int | None]
+    objects: tuple[_Annotation, ...]
+    segments: tuple[Segment, ...]
+
+
 class Coco(Layout):
     """Images of split S lie in `S/` or `images/S/`, or in `images/` or the source itself where there is no such folder.
 
@@ -44,6 +64,11 @@ class Coco(Layout):
     """
 
     has_objects: ClassVar[bool] = True
+
+    def __init__(self, config: IngestConfig) -> None:
+        super().__init__(config)
+        if config.mask_source is not None:
+            self.mask_files = Files(config.mask_source)
 
     def candidates(self) -> Listing:
         """The images that the jsons list, with their annotations."""
@@ -53,6 +78,9 @@ class Coco(Layout):
         for split, name_there, address in self._annotation_files():
             content = _load(address)
             categories |= {c["id"]: (c["name"], c.get("supercategory", c["name"])) for c in content["categories"]}
+            if self._kind == "instances" and any("segments_info" in entry for entry in content["annotations"][:1]):
+                raise SourceError(f"{address} is a panoptic json (set masks_from: panoptic)")
+            masks = as_instances(content, address) if self.config.masks_from == "panoptic" else {}
             annotations, orphans = _by_image(content, categories, address)
             problems += orphans
             folder = self._folder(name_there)
@@ -66,18 +94,34 @@ class Coco(Layout):
                     problems.append({"key": key, "reason": f"{place} twice: the first entry counts"})
                 else:
                     stated = (image.get("width"), image.get("height"))
-                    detail = (stated, tuple(annotations.pop(image["id"], ())))
-                    items[key] = Item(key, split, self.files.sizes[key], key, annotation=detail)
+                    png, segments = masks.get(image["id"], (f"{stem(name)}{self.config.mask_suffix}.png", ()))
+                    mask = self._mask_file(png, name_there, split)
+                    if mask is None and self.config.masks_from in ("panoptic", "folder"):
+                        problems.append({"key": key, "reason": f"kept without a mask: there is no {png}"})
+                    detail = _Detail(stated, tuple(annotations.pop(image["id"], ())), segments)
+                    items[key] = Item(key, split, self.files.sizes[key], key, mask, annotation=detail)
+        counts: dict[str, int] = {}
+        if self.config.masks_from == "polygons":
+            objects = {key: item.annotation.objects for key, item in items.items()}
+            problems += without_polygons(objects, self.config.source)
+            counts = {"without_polygon": sum(e.segmentation is None for entries in objects.values() for e in entries)}
+        elif self.config.masks_from != "none" and items and not any(item.mask for item in items.values()):
+            raise SourceError(
+                f"source {self.config.source}: masks_from: {self.config.masks_from}, but none of its {len(items)} "
+                f"images has a mask in {', '.join(folder or '.' for folder in self._mask_folders('<split>'))} (set "
+                "mask_folder, mask_suffix, or mask_source where the masks lie outside of the source)"
+            )
         ordered = sorted(categories)
         names = tuple(self.config.classes or [categories[number][0] for number in ordered])
-        vocabulary = Vocabulary(names, self._mask_classes([categories[number] for number in ordered]), self._ignore())
+        vocabulary = replace(self._masks_vocabulary(categories), classes=names)
         notes = {"category_ids": ordered, "supercategories": [categories[number][1] for number in ordered]}
-        return Listing(sorted(items.values(), key=lambda item: item.key), vocabulary, problems, notes)
+        counts = {name: count for name, count in counts.items() if count}
+        return Listing(sorted(items.values(), key=lambda item: item.key), vocabulary, problems, notes, counts)
 
     def objects(self, item: Item, raw: Raw, size: tuple[int, int]) -> tuple[Sequence[SourceObject], Sequence[str]]:
         """Boxes clipped to the image; an object whose box or segmentation cannot be used is left out."""
         width, height = size
-        stated, annotations = item.annotation
+        stated, annotations, _ = item.annotation
         if stated != (None, None) and stated != size:
             raise ImageError(f"the json says {stated[0]}x{stated[1]} pixels, the image has {width}x{height}")
         found, left_out = [], []
@@ -91,7 +135,7 @@ class Coco(Layout):
             else:
                 try:
                     if entry.segmentation is not None:
-                        _check(json.loads(entry.segmentation), width, height)
+                        check_shape(json.loads(entry.segmentation), width, height)
                 except ValueError as error:
                     left_out.append(f"{entry.name}: {error}")
                 else:
@@ -99,14 +143,18 @@ class Coco(Layout):
         return found, left_out
 
     def mask(self, item: Item, raw: Raw, vocabulary: Vocabulary, size: tuple[int, int]) -> NDArray[Any] | None:
-        """Large objects first, so that a cup on a table stays a cup; crowd regions below all of them."""
+        """Drawn: large objects first, so that a cup on a table stays a cup; crowd regions below all of them."""
+        if self.config.masks_from == "panoptic" and raw.mask is not None:
+            counts = self.config.crowd == "class"
+            segments, most = item.annotation.segments, self.config.max_pixels
+            return category_ids(raw.mask, segments, crowd_counts=counts, max_pixels=most)
         if self.config.masks_from != "polygons" or vocabulary.mask_classes is None:
-            return None
+            return super().mask(item, raw, vocabulary, size)
         width, height = size
         top = max(len(vocabulary.mask_classes), vocabulary.ignore_index)
         drawn = np.zeros((height, width), np.uint8 if top < 256 else np.uint16)
         found, _ = self.objects(item, raw, size)
-        level = {entry.category: entry.supercategory for entry in item.annotation[1]}
+        level = {entry.category: entry.supercategory for entry in item.annotation.objects}
         for entry in sorted(found, key=lambda entry: (not entry.crowd, -entry.area)):
             name = level[entry.category] if self.config.mask_level == "supercategory" else entry.category
             value = vocabulary.mask_classes.index(name)
@@ -124,7 +172,8 @@ class Coco(Layout):
         elif given:
             files = [(split, wanted.get(split, split), address) for split, address in given.items()]
         else:
-            names = {match[1]: path for path in self.files.sizes if (match := _INSTANCES.fullmatch(path))}
+            name_there = JSONS[self._kind]
+            names = {match[1]: path for path in self.files.sizes if (match := name_there.fullmatch(path))}
             called = {folder: split for split, folder in wanted.items()}
             files = [
                 (called.get(name) or SPLITS.get(name.rstrip("0123456789"), name), name, f"{self.files.address}/{path}")
@@ -133,8 +182,8 @@ class Coco(Layout):
         files = sorted(file for file in files if not wanted or file[0] in wanted)
         if not files:
             raise SourceError(
-                f"source {self.config.source} is not of layout coco: no instances_<split>.json in it or in its folder "
-                "annotations (name the json with `annotations`)"
+                f"source {self.config.source} is not of layout coco: no {self._kind}_<split>.json in it or in its "
+                "folder annotations (name the json with `annotations`)"
             )
         return files
 
@@ -143,15 +192,45 @@ class Coco(Layout):
         choices = (f"{name}/", f"images/{name}/", "images/")
         return next((folder for folder in choices if any(path.startswith(folder) for path in self.files.sizes)), "")
 
-    def _mask_classes(self, categories: Sequence[tuple[str, str]]) -> tuple[str, ...] | None:
-        if self.config.masks_from != "polygons":
-            return None
-        if self.config.mask_level == "supercategory":
-            return (BACKGROUND, *dict.fromkeys(supercategory for _, supercategory in categories))
-        return (BACKGROUND, *(self.config.classes or [name for name, _ in categories]))
+    @property
+    def _kind(self) -> str:
+        return "panoptic" if self.config.masks_from == "panoptic" else "instances"
 
-    def _ignore(self) -> int:
-        return 255 if self.config.ignore_index is None else self.config.ignore_index
+    def _mask_folders(self, name: str) -> list[str]:
+        """Where the mask of an image of a split may be, each with a slash; "" for the source of the masks itself."""
+        given = "mask_folder" in self.config.model_fields_set
+        if given or (self.config.masks_from == "folder" and self.config.mask_source is None):
+            return [f"{self.config.mask_folder}/{name}/", f"{self.config.mask_folder}/"]
+        panoptic = [f"panoptic_{name}/", f"annotations/panoptic_{name}/"] if self._kind == "panoptic" else []
+        return [*panoptic, f"{name}/", *([""] if self.config.mask_source is not None else [])]
+
+    def _mask_file(self, png: str, name_there: str, split: str) -> str | None:
+        if self.config.masks_from not in ("panoptic", "folder"):
+            return None
+        folders = dict.fromkeys([*self._mask_folders(name_there), *self._mask_folders(split)])
+        return mask_path([png, posixpath.basename(png)], folders, self.mask_files.sizes)
+
+    def _masks_vocabulary(self, categories: Mapping[int, tuple[str, str]]) -> Vocabulary:
+        """The classes of the masks. Raises SourceError for categories that a mask cannot hold."""
+        config, level = self.config, int(self.config.mask_level == "supercategory")
+        ignore = 255 if config.ignore_index is None else config.ignore_index
+        if config.masks_from == "none":
+            return Vocabulary((), None, ignore)
+        if config.masks_from == "polygons":
+            ordered = [categories[number] for number in sorted(categories)]
+            fine = None if level else config.classes
+            return Vocabulary((), (BACKGROUND, *(fine or dict.fromkeys(entry[level] for entry in ordered))), ignore)
+        mapped = self.label_map()
+        if config.masks_from == "folder":
+            file = {} if mapped else self.classes_file()
+            default = Vocabulary((), file.get("classes"), file.get("ignore_index", 255))
+            if mapped is None:
+                return default if config.ignore_index is None else replace(default, ignore_index=ignore)
+            return self.mapped_vocabulary(mapped)
+        if wrong := [number for number in categories if not 0 <= number < VOID]:
+            raise SourceError(f"source {config.source}: category id {wrong[0]} is not one that a mask can hold")
+        mapped = mapped or category_map(categories, coarse=bool(level))
+        return self.mapped_vocabulary(replace(mapped, ignored=mapped.ignored | {VOID}))
 
 
 def _load(address: str) -> dict[str, Any]:
@@ -200,60 +279,3 @@ def _drain(entries: list[Any]) -> Iterator[Any]:
     entries.reverse()
     while entries:
         yield entries.pop()
-
-
-# ------------------------------------------------------------------------------------------------------ segmentations
-def rasterise(segmentation: bytes, width: int, height: int) -> NDArray[np.bool_]:
-    """The pixels inside a segmentation, (H, W); it must have passed `_check`."""
-    from pycocotools import mask as coco_mask
-
-    shape = json.loads(segmentation)
-    if isinstance(shape, list):
-        rle = coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
-    elif isinstance(shape["counts"], list):
-        rle = coco_mask.frPyObjects(shape, height, width)
-    else:
-        rle = {"size": shape["size"], "counts": shape["counts"].encode()}
-    return coco_mask.decode(rle).astype(bool)
-
-
-def _check(shape: Any, width: int, height: int) -> None:
-    """Raises ValueError for a shape that pycocotools, written in C, would misread or read beyond its end."""
-    if isinstance(shape, list):
-        for polygon in shape:
-            if len(polygon) < 6 or len(polygon) % 2 or not all(isinstance(v, int | float) for v in polygon):
-                raise ValueError("a polygon needs three points, as a flat list of numbers")
-            if not all(-1e5 < v < 1e5 for v in polygon):
-                raise ValueError("a polygon lies far outside the image")
-        return
-    if not isinstance(shape, dict) or list(shape.get("size", ())) != [height, width]:
-        raise ValueError(f"its RLE is not of the image's size, [height, width] = [{height}, {width}]")
-    counts = shape.get("counts")
-    runs = _decompress(counts) if isinstance(counts, str) else counts
-    if not isinstance(runs, list) or any(not isinstance(n, int) or n < 0 for n in runs) or sum(runs) != width * height:
-        raise ValueError("its RLE runs do not add up to the image")
-
-
-def _decompress(text: str) -> list[int]:
-    """The run lengths in COCO's compressed string.
-
-    A number is written in groups of 5 bits, one a character, the lowest first; from the fourth on, a number is the
-    difference to the run two before it.
-    """
-    runs: list[int] = []
-    at = 0
-    while at < len(text):
-        value = shift = 0
-        while True:
-            if at >= len(text) or not 48 <= ord(text[at]) < 112:
-                raise ValueError("its compressed RLE is broken")
-            bits = ord(text[at]) - 48
-            at += 1
-            value |= (bits & 0x1F) << shift
-            shift += 5
-            if not bits & 0x20:
-                break
-        if bits & 0x10:  # the sign
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-    return runs

@@ -37,12 +37,14 @@ class Davis(Layout):
             items.append(Item(path, split, self.files.sizes[path], path, mask, sequence=sequence, frame=number))
         vocabulary = self.mask_vocabulary(self._default_classes(items))
         notes = {"without_mask": sum(item.mask is None for item in items)}
-        return Listing(items, vocabulary, self.unread(folder), notes)
+        remarks = [self.without_lists()] if splits is None else []
+        return Listing(items, vocabulary, self.unread(folder), notes, remarks=remarks)
 
     def mask(self, item: Item, raw: Raw, vocabulary: Vocabulary, size: tuple[int, int]) -> NDArray[Any] | None:
         """As stored, but for binary masks, whose 255 becomes class 1."""
         values = super().mask(item, raw, vocabulary, size)
-        if values is None or raw.mask is None or _numbers_objects(raw.mask):
+        mapped = vocabulary.label_map is not None  # it speaks of the values as they are written
+        if values is None or raw.mask is None or mapped or _numbers_objects(raw.mask):
             return values
         return binary_to_classes(values)
 

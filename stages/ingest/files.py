@@ -7,15 +7,20 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from pipeline.errors import SourceError, StoreError
 from pipeline.stage import open_source
-from stages.data.images import ImageError
+from stages.data.errors import ImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-UNREAD_SUFFIXES = (".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".raw", ".dng")
+JPEG_SUFFIXES = (".jfif", ".jpe", ".jpg_large", ".pjpeg")  # a JPEG by names that are not read
+UNREAD_SUFFIXES = (
+    *(".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".raw", ".dng"),
+    *JPEG_SUFFIXES,
+)
 
 
 class Files:
@@ -28,6 +33,8 @@ class Files:
         with _as_source_error():
             self._objects = open_source(address)
         self.address = self._objects.address
+        self.links_out: dict[str, str] = {}  # link -> what it leads to, outside the source; known after the listing
+        self.not_utf8: list[str] = []  # names that are left out of the listing, readable; known after it
 
     def __reduce__(self) -> tuple[type[Files], tuple[str]]:
         return Files, (self.address,)
@@ -45,13 +52,35 @@ class Files:
         if self.folder is not None and not self.folder.is_dir():
             raise SourceError(f"source {self.address} is a file (this layout reads a folder or a bucket address)")
         if self.folder is not None:
-            found = dict(_walk(str(self.folder), "", ()))
+            found = {path: _size(entry) for path, entry in self._local()}
         else:
             with _as_source_error():
                 found = {found.path: found.size for found in self._objects.walk() if not _hidden(found.path)}
         if not found:
-            raise SourceError(f"source {self.address} is empty: no file in it (fill it, or name another source)")
+            raise SourceError(
+                f"source {self.address} is empty: no file in it, hidden ones aside (fill it, or name another source)"
+            )
         return dict(sorted(found.items()))
+
+    def names(self, limit: int) -> list[str]:
+        """The paths in a local folder, without a look at any file; none for a bucket, a file, or more than `limit`."""
+        if self.folder is None or not self.folder.is_dir():
+            return []
+        found = [path for path, _ in islice(self._local(), limit + 1)]
+        return sorted(found) if len(found) <= limit else []
+
+    def _local(self) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        """Every file below the folder; fills `links_out` and `not_utf8` on its way."""
+        self.links_out, self.not_utf8 = {}, []
+        root = str(self.folder)
+        for path, entry in _walk(root, "", ()):
+            if not _is_text(path):
+                self.not_utf8.append(os.fsencode(path).decode("utf-8", "backslashreplace"))
+                continue
+            if entry.is_symlink() and (target := _outside(root, entry.path)) is not None:
+                self.links_out[path] = target
+            if not entry.is_dir():
+                yield path, entry
 
     def images(self, under: str = "") -> Iterator[str]:
         """Paths whose ending is one that `images.decode` reads."""
@@ -135,20 +164,38 @@ class _BucketFile(io.RawIOBase):
         return len(data)
 
 
-def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int]]:
-    """Every file below a local folder. Links are followed, as the source's digest follows them."""
+def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Every file below a local folder, and every link. Links are followed, as the source's digest follows them."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if _hidden(entry.name):
                 continue
             if entry.is_dir():
+                if entry.is_symlink() or not _is_text(entry.name):
+                    yield f"{prefix}{entry.name}", entry
                 stat = entry.stat()
-                if (stat.st_dev, stat.st_ino) not in above:  # a link to a folder above it has no end
+                if _is_text(entry.name) and (stat.st_dev, stat.st_ino) not in above:  # a link to above has no end
                     yield from _walk(entry.path, f"{prefix}{entry.name}/", (*above, (stat.st_dev, stat.st_ino)))
-            elif entry.is_file():
-                yield f"{prefix}{entry.name}", entry.stat().st_size
-            elif entry.is_symlink():
-                yield f"{prefix}{entry.name}", 0  # it leads nowhere: reading it names the file and the reason
+            elif entry.is_file() or entry.is_symlink():
+                yield f"{prefix}{entry.name}", entry
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return 0  # a link that leads nowhere: reading it names the file and the reason
+
+
+def _outside(root: str, link: str) -> str | None:
+    """What a link leads to, where that is outside of `root`. One step, without a look at the target."""
+    target = os.path.normpath(os.path.join(os.path.dirname(link), os.readlink(link)))
+    return None if target == root or target.startswith(f"{root.rstrip('/')}/") else target
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name is UTF-8: Python keeps other bytes as these letters."""
+    return not any("\udc80" <= letter <= "\udcff" for letter in name)
 
 
 def _hidden(path: str) -> bool:

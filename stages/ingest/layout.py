@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
 from stages.data.images import ImageError, decode_mask
-from stages.ingest.files import Files
+from stages.ingest import label_map as label_maps
+from stages.ingest.files import JPEG_SUFFIXES, Files, read_file
+from stages.ingest.label_map import LabelMap
+from stages.ingest.recognise import SPLITS
 from stages.ingest.settings import IngestConfig
-
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Vocabulary:
     classes: tuple[str, ...] = ()  # label_id and an object's category_id are indices into it
     mask_classes: tuple[str, ...] | None = None  # a mask's values are indices into it; None: take any value
     ignore_index: int = 255  # a mask's value that counts for nothing
+    label_map: LabelMap | None = None  # from the source's mask values to mask_classes
 
 
 @dataclass
@@ -56,6 +58,8 @@ class Listing:
     vocabulary: Vocabulary = Vocabulary()
     problems: list[dict[str, str]] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)  # for the artifact's, beside the stage's own
+    remarks: list[str] = field(default_factory=list)  # sentences for the user
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Layout(ABC):
 
     def __init__(self, config: IngestConfig) -> None:
         self.config = config
-        self.files = Files(config.source)
+        self.files = self.mask_files = Files(config.source)
 
     @abstractmethod
     def candidates(self) -> Listing:
@@ -129,7 +133,7 @@ class Layout(ABC):
 
     def _read_mask(self, path: str) -> bytes:
         try:
-            return self.files.read(path)
+            return self.mask_files.read(path)
         except ImageError as error:
             raise ImageError(f"its mask {path} {error}") from None
 
@@ -186,16 +190,46 @@ class Layout(ABC):
         return {"classes": tuple(names), "ignore_index": ignore}
 
     def mask_vocabulary(self, default: tuple[str, ...] | None = None) -> Vocabulary:
-        """Names and ignore value of masks: from the config, else from classes.json, else the format's own."""
+        """Names and ignore value of masks: from the label map, else the config, classes.json, the format's own.
+
+        Raises: SourceError for a label map or a classes.json that cannot be used.
+        """
+        if (mapped := self.label_map()) is not None:
+            return self.mapped_vocabulary(mapped)
         file = self.classes_file()
         classes = tuple(self.config.classes) if self.config.classes else file.get("classes", default)
         ignore = self.config.ignore_index
         return Vocabulary((), classes, file.get("ignore_index", 255) if ignore is None else ignore)
 
+    def mapped_vocabulary(self, mapped: LabelMap) -> Vocabulary:
+        """The names and the ignore value of masks that a label map translates. Raises SourceError."""
+        count, ignore = len(mapped.names), self.config.ignore_index
+        if ignore is None:
+            ignore = 255 if count <= 255 else label_maps.VOID
+        elif ignore < count:
+            raise SourceError(
+                f"ignore_index {ignore} is one of the {count} classes that the label map of {self.config.source} makes "
+                f"(leave it out, or set it to {count} or more)"
+            )
+        return Vocabulary((), mapped.names, ignore, mapped)
+
+    def label_map(self) -> LabelMap | None:
+        """The config's label map; None without one. Raises SourceError for a file that cannot be used."""
+        written = self.config.label_map
+        if isinstance(written, str):
+            return label_maps.read(read_file(written), written)
+        return None if written is None else label_maps.parse(written)
+
+    def without_lists(self) -> str:
+        """What is said of a source without ImageSets."""
+        return f"no lists in ImageSets: every image is of split {self.config.split} (set split, or write the lists)"
+
     def unread(self, under: str = "") -> list[dict[str, str]]:
         """A problem for each image below `under` whose format is not read."""
-        reason = "not a format that is read (JPEG, PNG, WebP, BMP): convert it"
-        return [{"key": path, "reason": reason} for path in self.files.unread(under)]
+        other = "not a format that is read (JPEG, PNG, WebP, BMP): convert it"
+        jpeg = "not an ending that is read: rename it to .jpg"
+        paths = self.files.unread(under)
+        return [{"key": path, "reason": jpeg if path.lower().endswith(JPEG_SUFFIXES) else other} for path in paths]
 
 
 def top_folders(paths: Sequence[str]) -> list[str]:

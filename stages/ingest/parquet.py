@@ -14,7 +14,8 @@ from typing import Any
 from pipeline.errors import SourceError
 from stages.data.images import ImageError
 from stages.ingest.files import Files, split_address
-from stages.ingest.layout import SPLITS, Item, Layout, Listing, Raw, Vocabulary
+from stages.ingest.layout import Item, Layout, Listing, Raw, Vocabulary
+from stages.ingest.recognise import SPLITS
 from stages.ingest.settings import IngestConfig
 
 
@@ -24,7 +25,7 @@ class Parquet(Layout):
     def __init__(self, config: IngestConfig) -> None:
         self.config = config
         folder, self._only = split_address(config.source)
-        self.files = Files(folder)
+        self.files = self.mask_files = Files(folder)
 
     def candidates(self) -> Listing:
         """One candidate a row, without its image."""
@@ -53,9 +54,8 @@ class Parquet(Layout):
             name = names[label] if isinstance(label, int) and known else None if isinstance(label, int) else label
             items.append(Item(item.key, item.split, item.size, item.image, label=name, annotation=item.annotation))
         masks = self.mask_vocabulary()
-        vocabulary = Vocabulary(
-            tuple(names), masks.mask_classes if self.config.columns.mask else None, masks.ignore_index
-        )
+        mask_classes = masks.mask_classes if self.config.columns.mask else None
+        vocabulary = Vocabulary(tuple(names), mask_classes, masks.ignore_index, masks.label_map)
         return Listing(sorted(items, key=lambda item: item.key), vocabulary, problems)
 
     def reader(self, items: Sequence[Item]) -> Callable[[Item], Raw]:

@@ -16,7 +16,7 @@ from stages.ingest.write import spread
 
 CELLS = 12
 _BOXES = 8  # of an image, the largest; more would hide it
-_LEGEND = 24  # most names in a legend that can still be read
+_LEGEND = 30  # most names in a legend that can still be read
 
 
 def contact_sheet(layout: Layout, vocabulary: Vocabulary, items: Sequence[Item]) -> bytes:

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.data.images import ImageError, decode, decode_mask, encode_mask, probe
+from stages.data.images import ImageError, conversions, decode, decode_mask, encode_mask, probe
 from stages.ingest.layout import Item, Layout, Raw, SourceObject, Vocabulary
+
+OUTSIDE = "outside"  # the word by which a reason tells that a mask's values are no classes
 
 
 @dataclass
@@ -21,7 +23,9 @@ class Checked:
 
     row: dict[str, Any] | None = None  # of the `images` table, without its id; None: the candidate cannot be used
     problems: list[dict[str, str]] = field(default_factory=list)
-    top_value: int = -1  # largest class index in its mask
+    values: list[int] = field(default_factory=list)  # the class indices in its mask
+    unlisted: list[int] = field(default_factory=list)  # values of the source's mask that the label map does not list
+    converted: list[str] = field(default_factory=list)  # what decoding loses of the image, in words
 
 
 def check_all(layout: Layout, vocabulary: Vocabulary, items: Sequence[Item], threads: int) -> list[Checked]:
@@ -55,9 +59,12 @@ def check(layout: Layout, vocabulary: Vocabulary, item: Item, read: Callable[[It
         height, width = decode(raw.image, max_pixels=layout.config.max_pixels).shape[:2]
         found, left_out = layout.objects(item, raw, (width, height))
         mask = layout.mask(item, raw, vocabulary, (width, height))
+        if mask is not None and vocabulary.label_map is not None:
+            mask, checked.unlisted = vocabulary.label_map.apply(mask, vocabulary.ignore_index)
         if mask is not None:
-            checked.top_value = _check_mask(mask, vocabulary, (width, height))
+            checked.values = _check_mask(mask, vocabulary, (width, height))
         label, label_id = _label(layout, vocabulary, item, found)
+        checked.converted = conversions(raw.image)
     except ImageError as error:
         checked.problems.append({"key": item.key, "reason": str(error)})
         return checked
@@ -79,21 +86,21 @@ def check(layout: Layout, vocabulary: Vocabulary, item: Item, read: Callable[[It
     return checked
 
 
-def _check_mask(mask: NDArray[Any], vocabulary: Vocabulary, size: tuple[int, int]) -> int:
-    """The largest class index. Raises ImageError for a mask of another size or with values that are no class."""
+def _check_mask(mask: NDArray[Any], vocabulary: Vocabulary, size: tuple[int, int]) -> list[int]:
+    """The class indices in a mask. Raises ImageError for a mask of another size or with values that are no class."""
     height, width = mask.shape
     if (width, height) != size:
         raise ImageError(f"its mask has {width}x{height} pixels, the image has {size[0]}x{size[1]}")
     values = np.flatnonzero(np.bincount(mask.ravel(), minlength=1))
     values = values[values != vocabulary.ignore_index]
-    top = int(values[-1]) if len(values) else -1
-    if vocabulary.mask_classes is not None and top >= len(vocabulary.mask_classes):
+    if vocabulary.mask_classes is not None and len(values) and values[-1] >= len(vocabulary.mask_classes):
         wrong = ", ".join(str(value) for value in values[values >= len(vocabulary.mask_classes)][:5])
         raise ImageError(
-            f"its mask has the value {wrong}, outside the {len(vocabulary.mask_classes)} classes "
+            f"its mask has the value {wrong}, {OUTSIDE} the {len(vocabulary.mask_classes)} classes "
             f"and not the ignore_index {vocabulary.ignore_index}"
         )
-    return top
+    found: list[int] = values.tolist()
+    return found
 
 
 def _mask_bytes(found: bytes | None, mask: NDArray[Any], max_pixels: int) -> bytes:

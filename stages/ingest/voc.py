@@ -50,8 +50,10 @@ class Voc(Layout):
             items.append(Item(path, split, self.files.sizes[path], path, mask, annotation=annotation))
         classes = tuple(self.config.classes or CLASSES)
         vocabulary = self.mask_vocabulary()
-        vocabulary = replace(vocabulary, classes=classes, mask_classes=("background", *classes))
-        return Listing(sorted(items, key=lambda item: item.key), vocabulary, problems)
+        mask_classes = ("background", *classes) if vocabulary.label_map is None else vocabulary.mask_classes
+        vocabulary = replace(vocabulary, classes=classes, mask_classes=mask_classes)
+        remarks = [] if chosen else [self.without_lists()]
+        return Listing(sorted(items, key=lambda item: item.key), vocabulary, problems, remarks=remarks)
 
     def read(self, item: Item) -> Raw:
         """The image, its mask and its XML file, where there are such."""

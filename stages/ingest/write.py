@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +22,42 @@ from pipeline.store.writer import ArtifactWriter
 from stages.data.tables import SCHEMAS
 from stages.ingest.layout import Item, Layout, Vocabulary
 from stages.ingest.rows import Checked, check_all
-from stages.ingest.settings import IngestConfig
+from stages.ingest.settings import RAY_FROM, IngestConfig
 
-RAY_FROM = 2000  # images; for fewer, starting Ray tasks takes longer than they save
 _SCHEMA = SCHEMAS["images"]
+
+
+@dataclass
+class SplitContents:
+    """What the images of one split hold: what evaluations ask of them."""
+
+    images: int = 0
+    masks: int = 0
+    objects: int = 0
+    mask_values: set[int] = field(default_factory=set)  # class indices
+    labels: Counter[str] = field(default_factory=Counter)  # images of each label
+    sequences: set[str] = field(default_factory=set)
+
+    def add(self, other: Mapping[str, Any]) -> None:
+        """Adds those of one shard, as its summary has them."""
+        self.images += other["images"]
+        self.masks += other["masks"]
+        self.objects += other["objects"]
+        self.mask_values.update(other["mask_values"])
+        self.labels.update(other["labels"])
+        self.sequences.update(other["sequences"])
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry in the notes of a manifest."""
+        return {
+            "images": self.images,
+            "masks": self.masks,
+            "objects": self.objects,
+            "labels": self.labels.total(),
+            "sequences": len(self.sequences),
+            "label_classes": len(self.labels),
+            "mask_values": sorted(self.mask_values),
+        }
 
 
 @dataclass
@@ -35,22 +67,38 @@ class Shards:
     images: int = 0
     problems: list[dict[str, str]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-    splits: Counter[str] = field(default_factory=Counter)
-    top_value: int = -1  # largest class index of any mask
+    splits: dict[str, SplitContents] = field(default_factory=dict)
+    skipped: set[str] = field(default_factory=set)  # keys of the candidates that cannot be used
+    converted: dict[str, list[str]] = field(default_factory=dict)  # what decoding loses -> keys of the images
+    unlisted: Counter[int] = field(default_factory=Counter)  # value that the label map does not list -> images
+
+    @property
+    def labels(self) -> Counter[str]:
+        """Images of each label."""
+        return sum((split.labels for split in self.splits.values()), Counter())
+
+    @property
+    def mask_values(self) -> set[int]:
+        """The class indices in all masks."""
+        return {value for split in self.splits.values() for value in split.mask_values}
 
     def add(self, summary: dict[str, Any]) -> None:
         """Adds the summary of one shard."""
         self.images += summary["images"]
         self.problems += summary["problems"]
         self.counts.update(summary["counts"])
-        self.splits.update(summary["splits"])
-        self.top_value = max(self.top_value, summary["top_value"])
+        self.skipped.update(summary["skipped"])
+        self.unlisted.update({int(value): count for value, count in summary["unlisted"].items()})
+        for words, keys in summary["converted"].items():
+            self.converted.setdefault(words, []).extend(keys)
+        for name, contents in summary["splits"].items():
+            self.splits.setdefault(name, SplitContents()).add(contents)
 
     def mask_classes(self, vocabulary: Vocabulary) -> list[str]:
         """Names of the mask values; their numbers where the source and the config name none."""
         if vocabulary.mask_classes is not None:
             return list(vocabulary.mask_classes)
-        return [str(value) for value in range(self.top_value + 1)]
+        return [str(value) for value in range(max(self.mask_values, default=-1) + 1)]
 
 
 def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
@@ -119,7 +167,7 @@ def write_shards(context: Context, layout: Layout, vocabulary: Vocabulary, shard
 
 def _record_key(index: int) -> str:
     """The name of the record in which a finished shard's summary is kept."""
-    return f"shard-{index:05d}"
+    return f"checked-{index:05d}"
 
 
 def make_table(checked: Sequence[Checked]) -> tuple[dict[str, Any], pa.Table]:
@@ -135,10 +183,46 @@ def make_table(checked: Sequence[Checked]) -> tuple[dict[str, Any], pa.Table]:
             "labels": sum(row["label"] is not None for row in rows),
             "objects": sum(len(row["objects"] or ()) for row in rows),
         },
-        "splits": dict(Counter(row["split"] for row in rows)),
-        "top_value": max((entry.top_value for entry in checked), default=-1),
+        "splits": _split_contents(checked),
+        "skipped": [problem["key"] for entry in checked if entry.row is None for problem in entry.problems],
+        "converted": _converted(checked),
+        "unlisted": Counter(str(value) for entry in checked for value in entry.unlisted),
     }
     return summary, table
+
+
+def _split_contents(checked: Sequence[Checked]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for entry in checked:
+        if (row := entry.row) is None:
+            continue
+        empty: dict[str, Any] = {
+            "images": 0,
+            "masks": 0,
+            "objects": 0,
+            "mask_values": [],
+            "labels": {},
+            "sequences": [],
+        }
+        split = found.setdefault(row["split"], empty)
+        split["images"] += 1
+        split["masks"] += row["mask"] is not None
+        split["objects"] += len(row["objects"] or ())
+        split["mask_values"] = sorted({*split["mask_values"], *entry.values})
+        if row["label"] is not None:
+            split["labels"][row["label"]] = split["labels"].get(row["label"], 0) + 1
+        if row["sequence"] is not None and row["sequence"] not in split["sequences"]:
+            split["sequences"].append(row["sequence"])
+    return found
+
+
+def _converted(checked: Sequence[Checked]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for entry in checked:
+        if entry.row is not None:
+            for words in entry.converted:
+                found.setdefault(words, []).append(entry.row["key"])
+    return found
 
 
 def put_numbered(output: ArtifactWriter, index: int, table: pa.Table, first_id: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import SourceError
 from pipeline.stage import open_source
+from stages.models.settings import as_path
 
 # Keys under which training scripts keep the network, in the order of preference: papers evaluate the teacher.
 _WRAPPERS = ("teacher", "state_dict", "model", "student", "encoder")
@@ -71,7 +72,7 @@ def read_weights(address: str) -> dict[str, Tensor]:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can raise almost anything; the user gets one kind of error
         raise SourceError(
-            f"checkpoint {address}: not a readable file of weights ({type(error).__name__}: {_first_line(error)}); "
+            f"checkpoint {address}: not a readable file of weights ({_why_unreadable(error)}); "
             "save its state dict with safetensors or torch.save"
         ) from error
     while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
@@ -89,13 +90,22 @@ def read_weights(address: str) -> dict[str, Tensor]:
     return found
 
 
+def _why_unreadable(error: Exception) -> str:
+    if isinstance(error, UnpicklingError):
+        return "beside tensors it holds Python objects, which may run any code when they are read"
+    if isinstance(error, EOFError) or "zip archive" in str(error) or "deserializing header" in str(error):
+        return "it is cut off or damaged"
+    return f"{type(error).__name__}: {_first_line(error)}"
+
+
 def _read(address: str) -> bytes:
     """The bytes of a local path, or of a file in a bucket (`s3://bucket/file.pth`). Raises: SourceError, StoreError."""
     if "://" in address:
         folder, _, name = address.rpartition("/")
         data = open_source(folder).get(name)
     else:
-        data = Path(address).read_bytes() if Path(address).is_file() else None
+        path = as_path(address)
+        data = path.read_bytes() if path.is_file() else None
     if data is None:
         raise SourceError(f"checkpoint {address}: there is no such file; correct backbone.checkpoint")
     return data

@@ -6,6 +6,7 @@ What it computes is in `feature_extractor.py`. Shape legend: B images, D width, 
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from pipeline.errors import UsageError
+from pipeline.errors import SourceError, UsageError
 from stages.models.checkpoints import load_checkpoint
 from stages.models.feature_extractor import FeatureExtractor, Features, ObjectAwareFilter, tokens_to_map
 from stages.models.positions import sincos_table
@@ -99,12 +100,29 @@ class Encoder(FeatureExtractor):
         Raises: UsageError for a name or an option that timm does not have, SourceError for an unusable checkpoint.
         """
         kwargs = timm_kwargs(backbone)
+        make = functools.partial(timm.create_model, backbone.name, pretrained=backbone.pretrained, **kwargs)
         try:
-            model = timm.create_model(
-                backbone.name, pretrained=backbone.pretrained, drop_path_rate=backbone.drop_path, **kwargs
-            )
+            try:
+                model = make(drop_path_rate=backbone.drop_path)
+            except TypeError as error:
+                if "drop_path_rate" not in str(error):
+                    raise
+                if backbone.drop_path:
+                    raise UsageError(
+                        f"backbone.drop_path: {backbone.name} has no stochastic depth; remove it"
+                    ) from error
+                model = make()
+        except UsageError:
+            raise
         except TypeError as error:
             raise UsageError(f"backbone.kwargs: {backbone.name} does not accept them: {error}") from error
+        except Exception as error:
+            if not backbone.pretrained:
+                raise
+            raise SourceError(  # a server, a network, a cache: the download can fail in any way
+                f"backbone.pretrained: the weights of {backbone.name} cannot be had: {type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else ''} (name a file with backbone.checkpoint instead)"
+            ) from error
         encoder = cls(model, backbone, kwargs)
         if encoder.is_vit and backbone.pos_embed == "sincos":
             encoder._fix_positions()
@@ -116,18 +134,29 @@ class Encoder(FeatureExtractor):
 
     def _require_map(self) -> None:
         """Raises UsageError for a model that gives no feature map, or another one than timm says."""
-        side = self.image_size
+        name, whole = self.backbone.name, self.image_size
+        side = min(4 * self.stride, whole)  # a few cells cost nothing; some models take images of one size only
         try:
-            with torch.no_grad():
-                _, width, rows, _ = self.eval()(torch.zeros(1, 3, side, side)).map.shape
-        except (ValueError, RuntimeError, AssertionError) as error:  # timm's own checks are assertions
-            raise UsageError(f"backbone.name: {self.backbone.name} has no dense features: {error}") from error
-        self.train()
-        if width != self.width or abs(rows - side / self.stride) >= 2:
+            _, width, rows, _ = self._map_of_zeros(side)
+        except (ValueError, RuntimeError, AssertionError):  # timm's own checks are assertions
+            side = whole
+            try:
+                _, width, rows, _ = self._map_of_zeros(side)
+            except (ValueError, RuntimeError, AssertionError) as error:
+                raise UsageError(f"backbone.name: {name} has no dense features: {error}") from error
+        if width != self.width or not 0.5 <= rows * self.stride / side <= 1.5:  # some cut the border off
             raise UsageError(
-                f"backbone.name: {self.backbone.name} gives a map of {width} channels and {rows} rows for an image of "
-                f"{side} pixels, where timm says {self.width} channels and stride {self.stride}: name another model"
+                f"backbone.name: {name} gives a map of {width} channels and {rows} rows for an image of {side} pixels, "
+                f"where timm says {self.width} channels and stride {self.stride}: name another model"
             )
+
+    @torch.no_grad()
+    def _map_of_zeros(self, side: int) -> torch.Size:
+        training = self.training
+        try:
+            return self.eval()(torch.zeros(1, 3, side, side)).map.shape
+        finally:
+            self.train(training)
 
     def _fix_positions(self) -> None:
         table, model = self.model.pos_embed, self.model

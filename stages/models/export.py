@@ -20,7 +20,7 @@ import torch
 encoder = torch.hub.load("{folder}", "encoder", source="local")  # needs torch, timm and safetensors
 images = torch.rand(2, 3, encoder.image_size, encoder.image_size)  # RGB in 0..1
 with torch.inference_mode():
-    vector, map = encoder(encoder.normalise(images))
+    vector, feature_map = encoder(encoder.normalise(images))
 """
 
 _README = """\
@@ -31,9 +31,12 @@ _README = """\
 ```python
 {snippet}```
 
-`vector` is (images, {vector_width}), `map` is (images, {width}, rows, columns), {rows} x {columns} for images of
-{side} x {side}; one cell stands for {stride} x {stride} pixels{multiples}. They are the features that Tessera's
-evaluations see. `encoder` is a torch module, frozen and on the CPU: move it with `.to(device)`.
+- `vector` is (images, {vector_width}).
+- `feature_map` is (images, {width}, rows, columns): {rows} x {columns} cells for images of {side} x {side}. One cell
+  stands for {stride} x {stride} pixels{multiples}.
+
+They are the features that Tessera's evaluations see. `encoder` is a torch module, frozen and on the CPU: move it with
+`.to(device)`.
 
 | file | |
 | --- | --- |

@@ -3,7 +3,7 @@
 Tessera computes all its features with it. `tessera export` copies it beside an encoder's weights, as hubconf.py:
 
     encoder = torch.hub.load("the folder", "encoder", source="local")
-    vector, map = encoder(encoder.normalise(images))
+    vector, feature_map = encoder(encoder.normalise(images))
 
 Shape legend: B images, D width, h w rows and columns of the feature map, P prefix tokens ([CLS], registers), N = h*w
 cells; in the filter C width of the map, E attention width, M prototypes, H heads.
@@ -148,8 +148,7 @@ class FeatureExtractor(nn.Module):
             features = self._other(image_B3HW)
         if self.filter is None or self.filter.placement != "post":
             return features
-        # The filter appends D' attended channels to the map; the vector gets their mean
-        # (docs/methods.md#cotap-object-aware-filter).
+        # The filter appends attended channels to the map; the vector gets their mean.
         map_BDhw = self.filter(features.map)
         attended = map_BDhw[:, self.backbone_width :].mean(dim=(2, 3))
         return Features(torch.cat([features.vector, attended], dim=1), map_BDhw)
@@ -214,7 +213,7 @@ class FeatureExtractor(nn.Module):
             has_class_token = getattr(self.model, "cls_token", None) is not None
             prefix = getattr(self.model, "num_prefix_tokens", None)
             tokens_BND = out[:, int(has_class_token) if prefix is None else prefix :]
-            h, w = (side // self.stride for side in image_B3HW.shape[2:])
+            h, w = (-(-side // self.stride) for side in image_B3HW.shape[2:])
             if h * w != tokens_BND.shape[1]:
                 raise ValueError(f"{type(self.model).__name__} gives {tokens_BND.shape[1]} tokens, not {h} x {w}")
             map_BDhw = tokens_to_map(tokens_BND, h, w)
@@ -245,7 +244,9 @@ class FeatureExtractor(nn.Module):
 
 
 class ObjectAwareFilter(nn.Module):
-    """CoTAP's prototype cross-attention on a feature map (docs/methods.md#cotap-object-aware-filter, Eq. 17 to 19).
+    """CoTAP's prototype cross-attention on a feature map.
+
+    Source: Eq. 17 to 19 of the paper, as Tessera's docs/methods.md#cotap-object-aware-filter gives them.
 
     Prototypes of 3 x 3 cells slide over a map as convolution kernels; each cell attends over the prototypes.
 

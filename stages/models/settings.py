@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.stage import Settings, Source
+from stages.models import timm_catalogue
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -38,6 +41,44 @@ class Backbone(Settings):
     std: tuple[float, float, float] | None = Field(None, description="normalisation; default: ImageNet's, or timm's")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm.create_model")
 
+    @field_validator("name")
+    @classmethod
+    def _timm_has_it(cls, name: str) -> str:
+        known = timm_catalogue.names()  # empty where timm's files cannot be read: then timm itself will say
+        if known and timm_catalogue.look_up(name) is None:
+            close = difflib.get_close_matches(name.split(".")[0], known, n=3, cutoff=0.6)
+            hint = (
+                f"did you mean {' or '.join(close)}?" if close else "python -c 'import timm; print(timm.list_models())'"
+            )
+            raise ValueError(f"timm has no model called {name!r}; {hint}")
+        tags = timm_catalogue.tags(name)
+        if tags and "." in name and name.partition(".")[2] not in tags:
+            raise ValueError(f"timm has no weights called {name!r}; after the dot may stand {', '.join(tags)}")
+        return name
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Backbone:
+        model = timm_catalogue.look_up(self.name)
+        if model is None:
+            return self
+        of_resnets = self._changed("out_stage", "output_stride")
+        of_vits = self._changed("pos_embed", "class_token", "pos_interp", "patch_size")
+        if model.is_vit and of_resnets:
+            raise ValueError(f"{', '.join(of_resnets)}: {self.name} is a ViT; remove them, they are a ResNet's")
+        if not model.is_vit and of_vits:
+            raise ValueError(f"{', '.join(of_vits)}: {self.name} is not a plain ViT; remove them or name a ViT")
+        if not model.is_vit and not model.is_resnet and of_resnets:
+            raise ValueError(f"{', '.join(of_resnets)}: {self.name} is not a ResNet; remove them")
+        if self.patch and self.img_size and self.img_size % self.patch:
+            raise ValueError(
+                f"img_size: {self.img_size} pixels do not split into patches of {self.patch}; "
+                f"set it to {near_multiples(self.img_size, self.patch)}"
+            )
+        return self
+
+    def _changed(self, *fields: str) -> list[str]:
+        return [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
+
     @model_validator(mode="after")
     def _one_origin(self) -> Backbone:
         if self.pretrained and self.checkpoint is not None:
@@ -48,6 +89,18 @@ class Backbone(Settings):
             raise ValueError(f"kwargs: {', '.join(twice)} may not be set here: use the backbone's own field")
         return self
 
+    @property
+    def is_vit(self) -> bool | None:
+        """Whether it is a plain ViT, as far as the name says; None where it does not."""
+        model = timm_catalogue.look_up(self.name)
+        return model.is_vit if model is not None else None
+
+    @property
+    def patch(self) -> int | None:
+        """Side of a plain ViT's patch in pixels; None for other models."""
+        model = timm_catalogue.look_up(self.name)
+        return (self.patch_size or model.patch) if model is not None and model.is_vit else None
+
     def untrained(self) -> Backbone:
         """The same shape without any weights to load."""
         return self.model_copy(update={"pretrained": False, "checkpoint": None})
@@ -56,4 +109,15 @@ class Backbone(Settings):
         """The same with an absolute checkpoint path, for workers, whose working folder is not the driver's."""
         if self.checkpoint is None or "://" in self.checkpoint:
             return self
-        return self.model_copy(update={"checkpoint": str(Path(self.checkpoint).absolute())})
+        return self.model_copy(update={"checkpoint": str(as_path(self.checkpoint).absolute())})
+
+
+def as_path(written: str) -> Path:
+    """A path as a user writes it, with `~` and variables of the environment replaced."""
+    return Path(os.path.expandvars(written)).expanduser()
+
+
+def near_multiples(pixels: int, patch: int) -> str:
+    """The sizes next to `pixels` that split into patches, in words: "96 or 112"."""
+    below = pixels // patch * patch
+    return " or ".join(str(side) for side in (below, below + patch) if side)

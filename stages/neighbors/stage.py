@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
 
 from pipeline.errors import SourceError
-from pipeline.stage import Context, Input, Outcome, Stage, StageConfig
+from pipeline.stage import Context, Feed, Input, Outcome, Stage, StageConfig
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
@@ -44,6 +45,16 @@ class Neighbors(Stage[NeighborsConfig]):
     kind = "neighbors"
     Config = NeighborsConfig
 
+    def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
+        """More neighbours than there are other images, as soon as the images are counted."""
+        counted: Feed | None = feeds["embeddings"]
+        while counted is not None and counted.counts is None:
+            counted = counted.inputs.get("images")
+        images = counted.counts.get("images") if counted is not None and counted.counts is not None else None
+        if counted is not None and images is not None and self.config.k >= images:
+            what = f"k is {self.config.k}, but each of the {images} images of {counted.stage} has {images - 1} others"
+            yield "k", what, f"set it to {max(1, images - 1)} or less, or add images"
+
     def run(self, context: Context) -> Outcome:
         """Writes the neighbours of all images, and a picture of how near they are.
 
@@ -65,8 +76,8 @@ class Neighbors(Stage[NeighborsConfig]):
         count = embeddings.rows or 0
         if config.k > count - 1:
             raise SourceError(
-                f"{context.name}: k is {config.k}, but each of the {count} images has only {max(0, count - 1)} "
-                f"others: set stages.{context.name}.k to {max(1, count - 1)} or less, or add images"
+                f"stages.{context.name}.k: k is {config.k}, but each of the {count} images has only "
+                f"{max(0, count - 1)} others: set it to {max(1, count - 1)} or less, or add images"
             )
         settings = IndexSettings(**config.model_dump(include=set(IndexSettings.__dataclass_fields__)))
         centres = _centres(embeddings, settings, config.seed) if config.index == "ivf" else None

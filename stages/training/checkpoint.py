@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+STATE_FILES = ("state.pt", "progress.json")
 MARKER = "complete.json"
 
 
@@ -48,7 +49,25 @@ def write_checkpoint(
         fingerprint: of the artifact that the training makes.
     """
     folder.mkdir(parents=True)
-    torch.save({"method": method.state_dict(), "optimizer": optimizer.state_dict()}, folder / "state.pt")
+    sums = {file.name: _sha256(file) for file in write_state(folder, method, optimizer, state, fingerprint)}
+    part = folder / f"{MARKER}.part"
+    with part.open("w") as file:
+        json.dump(sums, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(folder / MARKER)
+
+
+def write_state(
+    folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState, fingerprint: str = ""
+) -> list[Path]:
+    """Write the two files of `STATE_FILES` without a marker; see `write_checkpoint` for the arguments.
+
+    Returns:
+        Their paths.
+    """
+    tensors, progress = (folder / name for name in STATE_FILES)
+    torch.save({"method": method.state_dict(), "optimizer": optimizer.state_dict()}, tensors)
     text = {
         "run": fingerprint,
         "step": state.step,
@@ -56,14 +75,20 @@ def write_checkpoint(
         "skipped": state.skipped,
         "problems": state.problems,
     }
-    (folder / "progress.json").write_text(json.dumps(text))
-    sums = {name: _sha256(folder / name) for name in ("state.pt", "progress.json")}
-    part = folder / f"{MARKER}.part"
-    with part.open("w") as file:
-        json.dump(sums, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(folder / MARKER)
+    progress.write_text(json.dumps(text))
+    return [tensors, progress]
+
+
+def read_state(
+    tensors_file: Path, progress_file: Path, method: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> TrainingState:
+    """Load what `write_state` wrote into a method and, unless it is None, an optimiser; returns where it stood."""
+    text: dict[str, Any] = json.loads(progress_file.read_text())
+    tensors = torch.load(tensors_file, map_location="cpu", weights_only=True)
+    method.load_state_dict(tensors["method"])
+    if optimizer is not None:
+        optimizer.load_state_dict(tensors["optimizer"])
+    return TrainingState(text["step"], text["curves"], text["skipped"], text.get("problems", {}))
 
 
 def is_complete(folder: Path) -> bool:
@@ -92,14 +117,11 @@ def read_checkpoint(
     Raises:
         ValueError: when the checkpoint belongs to another artifact.
     """
-    text: dict[str, Any] = json.loads((folder / "progress.json").read_text())
-    if text["run"] != fingerprint:
-        raise ValueError(f"checkpoint {folder} belongs to {text['run']}, not to {fingerprint}")
-    tensors = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    method.load_state_dict(tensors["method"])
-    if optimizer is not None:
-        optimizer.load_state_dict(tensors["optimizer"])
-    return TrainingState(text["step"], text["curves"], text["skipped"], text.get("problems", {}))
+    tensors, progress = (folder / name for name in STATE_FILES)
+    run = json.loads(progress.read_text())["run"]
+    if run != fingerprint:
+        raise ValueError(f"checkpoint {folder} belongs to {run}, not to {fingerprint}")
+    return read_state(tensors, progress, method, optimizer)
 
 
 class CheckpointFolder:

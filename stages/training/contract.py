@@ -90,7 +90,7 @@ class Trainable(nn.Module, ABC):
 
     @abstractmethod
     def encoder(self) -> Encoder:
-        """What is evaluated and exported: the teacher where there is one."""
+        """What is evaluated and exported: of a student and its moving average, one of the two."""
 
     def diagnostics(self) -> dict[str, float]:
         """Numbers about the last forward pass that are worth a curve, asked for in the steps that are logged.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +13,25 @@ from stages.training.settings import OptimizerSettings
 
 
 def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """An optimiser with two groups: parameters with weight decay and parameters without.
+    """An optimiser with two groups: weights, and biases with norms (tensors of at most one dimension).
 
-    Biases and tensors with at most one dimension (norms) have none, unless `decay_all`. A group without parameters is
-    left out.
+    Biases and norms have no weight decay unless `decay_all`, and a learning rate of their own with `lr_biases`. LARS
+    adapts the rate of the tensors that decay. A group without parameters is left out.
     """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    weights: list[nn.Parameter] = []
+    biases: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        is_plain = parameter.ndim <= 1 or name.endswith(".bias")
-        (plain if is_plain and not settings.decay_all else decayed).append(parameter)
-    groups: list[dict[str, object]] = [
-        {"params": decayed, "weight_decay": settings.weight_decay, "decayed": True},
-        {"params": plain, "weight_decay": 0.0, "decayed": False},
+        if parameter.requires_grad:
+            (biases if parameter.ndim <= 1 or name.endswith(".bias") else weights).append(parameter)
+    decay = settings.weight_decay
+    groups: list[dict[str, Any]] = [
+        {"params": weights, "decayed": True, "weight_decay": decay, "share_of_lr": 1.0},
+        {
+            "params": biases,
+            "decayed": settings.decay_all,
+            "weight_decay": decay if settings.decay_all else 0.0,
+            "share_of_lr": 1.0 if settings.lr_biases is None else settings.lr_biases / settings.lr,
+        },
     ]
     groups = [group for group in groups if group["params"]]
     if settings.name == "adamw":
@@ -35,6 +40,8 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.opt
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
     from timm.optim.lars import Lars
 
+    for group in groups:
+        group["always_adapt"] = group["decayed"]  # by itself it adapts only what has a weight decay that is not 0
     return Lars(groups, lr=settings.lr, momentum=settings.momentum, trust_coeff=settings.trust)
 
 
@@ -58,15 +65,19 @@ def set_schedule(
         batch_size: images of one optimiser step over all ranks, which may scale the learning rate.
 
     Returns:
-        The learning rate and the weight decay.
+        The learning rate and the weight decay of the weights.
     """
-    scale = batch_size / settings.lr_per if settings.lr_per else 1.0
+    peak = settings.lr * (batch_size / settings.lr_per if settings.lr_per else 1.0)
     warmup = min(total, round(settings.warmup_epochs * steps_per_epoch))
-    lr = cosine(step, total, settings.lr * scale, settings.lr_end, warmup=warmup, start=settings.lr_start)
+    # Dropped by steps, a learning rate is constant between them: the warm-up of a cosine that ends where it starts.
+    lr = cosine(
+        step, total, peak, peak if settings.lr_drops else settings.lr_end, warmup=warmup, start=settings.lr_start
+    )
+    lr *= settings.lr_drop ** sum(step >= total - round(drop * steps_per_epoch) for drop in settings.lr_drops)
     end = settings.weight_decay if settings.weight_decay_end is None else settings.weight_decay_end
     decay = cosine(step, total, settings.weight_decay, end)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["share_of_lr"]
         if group["decayed"]:
             group["weight_decay"] = decay
     return lr, decay

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.stage import NoFingerprint, Settings
 
@@ -18,21 +18,39 @@ class OptimizerSettings(Settings):
     lr_per: int | None = Field(
         None, ge=1, description="if set, lr is multiplied by batch_size / lr_per (the papers' 'per 256')"
     )
+    lr_biases: float | None = Field(
+        None,
+        gt=0,
+        description="peak learning rate of biases and norms, on the schedule of lr and multiplied as it is; default: "
+        "lr. LARS leaves them out of its adaptation, so that lr as it stands is often too much for them",
+    )
     lr_end: float = Field(1e-6, ge=0, description="what the cosine falls to")
+    lr_drops: tuple[float, ...] = Field(
+        (),
+        description="epochs before the end at which the learning rate is multiplied by lr_drop, in place of the cosine",
+    )
+    lr_drop: float = Field(0.2, gt=0, le=1, description="see lr_drops")
     lr_start: float = Field(0.0, ge=0, description="where the warm-up starts")
     warmup_epochs: float = Field(0.0, ge=0)
     weight_decay: float = Field(0.04, ge=0)
-    weight_decay_end: float | None = Field(None, ge=0, description="cosine from weight_decay to this; None: constant")
+    weight_decay_end: float | None = Field(None, ge=0, description="cosine from weight_decay to this; null: constant")
     decay_all: bool = Field(False, description="decay biases and norms too (ViCE); else only tensors with ndim > 1")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD and LARS")
     betas: tuple[float, float] = (0.9, 0.999)
     trust: float = Field(0.001, gt=0, description="LARS trust coefficient")
-    clip: float | None = Field(None, gt=0, description="largest gradient norm; None: no clipping")
+    clip: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
     clip_mode: Literal["tensor", "global"] = Field("tensor", description="norm of each tensor (DINO family) or of all")
+
+    @field_validator("lr_drops")
+    @classmethod
+    def _before_the_end(cls, drops: tuple[float, ...]) -> tuple[float, ...]:
+        if any(drop <= 0 for drop in drops):
+            raise ValueError(f"{list(drops)}: epochs before the end, so numbers above 0")
+        return drops
 
 
 class WatchSettings(Settings):
-    """What is measured while training, and when a training that has gone wrong is stopped (watch.py)."""
+    """What is measured while training, and when one that has gone wrong is stopped (stages/training/watch.py)."""
 
     gradients_every: int = Field(
         100,
@@ -62,7 +80,13 @@ class LoopSettings(Settings):
     epochs: float | None = Field(None, gt=0, description="passes over the images (all sources together)")
     steps: int | None = Field(None, ge=1, description="optimiser steps, instead of epochs")
     batch_size: int = Field(256, ge=1, description="images of one optimiser step, over all ranks and passes")
-    accumulate: int = Field(1, ge=1, description="forward passes an optimiser step; batch_size is split among them")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="forward passes an optimiser step; batch_size is split among them. Batch norms, and what a method "
+        "computes over a batch (Sinkhorn's assignments, negatives, covariances), see the images of one pass only, so "
+        "that the result is not that of one large pass (docs/methods.md#accumulated-steps)",
+    )
     optimizer: OptimizerSettings = OptimizerSettings()
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = Field(0, ge=0)
@@ -81,6 +105,12 @@ class LoopSettings(Settings):
             raise ValueError("epochs, steps: give exactly one of the two")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate: {self.accumulate} does not divide batch_size {self.batch_size}")
+        drops = self.optimizer.lr_drops
+        if drops and self.epochs is not None and max(drops) >= self.epochs:
+            raise ValueError(
+                f"optimizer.lr_drops: {max(drops):g} epochs before the end is before the start of {self.epochs:g} "
+                "epochs; leave lr_drops out, or give smaller numbers"
+            )
         return self
 
     def steps_per_epoch(self, images: int) -> int:

@@ -93,7 +93,7 @@ def feature_spread(encoder: Encoder, batch: TrainingBatch, *, precision: str) ->
     """How much the encoder's features of the batch's watched images differ from each other.
 
     Args:
-        encoder: the one that is exported (the teacher, where there is one).
+        encoder: the one that is exported.
         batch: gives the images.
         precision: "bf16" runs the forward pass under autocast.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from math import gcd
+from typing import Literal
 
 from pydantic import Field
 
 from pipeline.stage import Settings
 
 Range = tuple[float, float]  # the smaller number first
+Export = Literal["student", "teacher"]  # whose encoder a method with a moving average gives: see docs/methods.md
 
 
 class Crops(Settings):
@@ -17,6 +18,18 @@ class Crops(Settings):
     size: int = Field(gt=0, description="side in pixels; a multiple of the ViT's patch")
     count: int = Field(ge=0, description="crops of an image")
     scale: Range = Field(description="area of a crop as a fraction of the image's")
+
+
+def check_crops(global_crops: Crops, local_crops: Crops) -> None:
+    """For methods in which a crop predicts another one, the target being a global one.
+
+    Raises:
+        ValueError: if there are too few crops for that.
+    """
+    if global_crops.count < 1:
+        raise ValueError("global_crops.count: targets are of global crops; give at least 1")
+    if global_crops.count + local_crops.count < 2:
+        raise ValueError("global_crops.count, local_crops.count: a crop predicts another one; give at least 2 in all")
 
 
 class HeadSettings(Settings):
@@ -62,12 +75,3 @@ class TeacherTemperature(Settings):
     start: float = Field(0.04, gt=0)
     end: float = Field(0.07, gt=0)
     epochs: int = Field(30, ge=0, description="warm-up epochs")
-
-
-def pairing_group(global_batch: int) -> int:
-    """The default number of consecutive images in a group whose images are paired with one another.
-
-    The largest of 4 and 2 that divides the global batch, else the smallest divisor above 1 of the global batch.
-    """
-    common = gcd(4, global_batch)
-    return common if common > 1 else next(d for d in range(3, global_batch + 1) if global_batch % d == 0)

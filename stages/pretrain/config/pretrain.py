@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
 from pipeline.stage import Input, Settings, StageConfig
 from stages.models.settings import Backbone
@@ -23,8 +23,17 @@ class SourceSettings(Settings):
     )
 
 
+def _exactly_one(*fields: str) -> dict[str, Any]:
+    """The JSON schema of a mapping that sets one of these fields: the rules below, for editors."""
+    return {"oneOf": [{"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in fields]}
+
+
 class PretrainConfig(LoopSettings, StageConfig):
     """The images, the encoder or backbone to start from, the method, and how to train."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"allOf": [_exactly_one("init", "backbone"), _exactly_one("epochs", "steps")]}
+    )
 
     images: Input["images"] | list[SourceSettings] = Field(description="a stage, or several with weights")
     split: str | None = Field(
@@ -33,6 +42,17 @@ class PretrainConfig(LoopSettings, StageConfig):
     init: Input["encoder"] | None = Field(None, description="start from this encoder; else from `backbone`")
     backbone: Backbone | None = None
     method: Annotated[SerializeAsAny[MethodSettings], BeforeValidator(method_settings)]
+    continue_: Input["encoder"] | None = Field(
+        None,
+        alias="continue",
+        description="go on with the training of this pretrain stage, which must have keep_state and the same settings; "
+        "epochs or steps are those of both together, and the schedules those of one training of that length",
+    )
+    keep_state: bool = Field(
+        False,
+        description="put heads, optimiser and queues into the artifact, several times the encoder's size, so that a "
+        "later stage can `continue` this training",
+    )
     renderer: Literal["auto", "cpu", "gpu"] = Field(
         "auto", description="what makes the views: OpenCV in loader processes, or torch on the GPU"
     )

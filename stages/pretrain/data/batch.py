@@ -1,6 +1,9 @@
 """What a method's `compute_terms` gets: the views of B images, stacked, with the geometry that made them.
 
 Shape legend: V views of one kind, B images of this rank, S side of a view in pixels.
+
+A view of a neighbour has a row for each image that has a neighbour only, `neighbor_ids >= 0`, in their order: nothing
+stands in for a neighbour that is not there.
 """
 
 from __future__ import annotations
@@ -45,6 +48,24 @@ class Batch:
             labels={name: move(label) for name, label in self.labels.items()},
             extras={name: move(extra) for name, extra in self.extras.items()},
             neighbor_ids=None if self.neighbor_ids is None else move(self.neighbor_ids),
+        )
+
+    def first(self, count: int) -> Batch:
+        """The first `count` images, with those neighbours that they have, on the same device."""
+        neighbors = 0 if self.neighbor_ids is None else int((self.neighbor_ids[:count] >= 0).sum())
+
+        def cut(views: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: view[:, : count if view.shape[1] == len(self) else neighbors] for name, view in views.items()}
+
+        return replace(
+            self,
+            image_ids=self.image_ids[:count],
+            source=self.source[:count],
+            views=cut(self.views),
+            affines=cut(self.affines),
+            labels={name: label[:, :count] for name, label in self.labels.items()},
+            extras={name: extra[:count] for name, extra in self.extras.items()},
+            neighbor_ids=None if self.neighbor_ids is None else self.neighbor_ids[:count],
         )
 
     def watched_images(self) -> Tensor:

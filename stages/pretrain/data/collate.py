@@ -1,6 +1,7 @@
 """Samples to chunks (in loader processes, uint8), and chunks to a Batch (on the rank: stacked, rendered, normalised).
 
-Shape legend: V views of one kind, b images of a chunk, B of a rank's batch, S side of a view in pixels.
+Shape legend: V views of one kind, b images of a chunk, B of a rank's batch, S side of a view in pixels. Views of a
+neighbour have rows for the images with a neighbour only (batch.py), fewer than b or B.
 """
 
 from __future__ import annotations
@@ -70,10 +71,10 @@ def collate(step: int, samples: Sequence[Sample]) -> Chunk:
         torch.tensor([s.image_id for s in samples]),
         torch.tensor([s.source for s in samples]),
         torch.tensor([s.neighbor_id for s in samples]),
-        _stack(samples, lambda s: s.affines, 1),
-        _stack(samples, lambda s: s.labels, 1),
-        _stack(samples, lambda s: s.extras, 0),
-        _stack(samples, lambda s: s.views, 1),
+        _join(samples, lambda s: s.affines, 1),
+        _join(samples, lambda s: s.labels, 1),
+        _join(samples, lambda s: {name: extra[None] for name, extra in s.extras.items()}, 0),
+        _join(samples, lambda s: s.views, 1),
         sizes=samples[0].sizes,
         skipped=[skip for s in samples for skip in s.skipped],
     )
@@ -84,18 +85,19 @@ def collate(step: int, samples: Sequence[Sample]) -> Chunk:
     return chunk
 
 
-def _stack(samples: Sequence[Sample], get: Callable[[Sample], dict[str, Any]], axis: int) -> dict[str, Tensor]:
-    stacked = {}
+def _join(samples: Sequence[Sample], get: Callable[[Sample], dict[str, Any]], axis: int) -> dict[str, Tensor]:
+    """Arrays of the samples, by name, one after the other along an axis: that of the images."""
+    joined = {}
     for name in get(samples[0]):
         arrays = [get(sample).get(name) for sample in samples]
-        shapes = sorted({"missing" if a is None else str(np.shape(a)) for a in arrays})
+        shapes = sorted({"missing" if a is None else str((*a.shape[:axis], *a.shape[axis + 1 :])) for a in arrays})
         if len(shapes) > 1:
             raise ValueError(
                 f"the method's drawer gives {name!r} in different shapes within a batch ({', '.join(shapes)}): "
                 "every image needs the same number of views, and extras of one shape"
             )
-        stacked[name] = torch.from_numpy(np.stack(arrays, axis))  # type: ignore[arg-type]
-    return stacked
+        joined[name] = torch.from_numpy(np.concatenate(arrays, axis))  # type: ignore[arg-type]
+    return joined
 
 
 # ------------------------------------------------------------------------------------------------------- the batch
@@ -133,12 +135,12 @@ def _join_views(chunks: Sequence[Chunk], device: torch.device) -> dict[str, Tens
     views = {}
     for name, first in chunks[0].views.items():
         count, _, size = first.shape[:3]
-        joined = torch.empty(count, sum(len(chunk) for chunk in chunks), 3, size, size, device=device)
+        joined = torch.empty(count, sum(chunk.views[name].shape[1] for chunk in chunks), 3, size, size, device=device)
         at = 0
         for chunk in chunks:
             mine = chunk.views[name].to(device, non_blocking=True)
-            joined[:, at : at + len(chunk)] = mine.permute(0, 1, 4, 2, 3)
-            at += len(chunk)
+            joined[:, at : at + mine.shape[1]] = mine.permute(0, 1, 4, 2, 3)
+            at += mine.shape[1]
         views[name] = joined
     return views
 
@@ -153,26 +155,22 @@ def render_views(chunks: Sequence[Chunk], name: str, count: int, device: torch.d
         device: where they are rendered.
 
     Returns:
-        (V, B, 3, S, S) float in [0, 255]; the views of a row without a neighbour are black.
+        (V, B, 3, S, S) float in [0, 255].
     """
-    rows = []
+    size = chunks[0].sizes[name]
+    rows = [torch.empty(0, count, 3, size, size, device=device)]
     for chunk in chunks:
-        pixels = [image.to(device, non_blocking=True) for image in chunk.pixels]
-        named = [[(item, image) for item, image in draws if item.view == name] for draws in chunk.draws]
-        views = torch.zeros(len(chunk), count, 3, chunk.sizes[name], chunk.sizes[name], device=device)
-        flat = [(b, v, item, image) for b, draws in enumerate(named) for v, (item, image) in enumerate(draws)]
+        flat = [(item, image) for draws in chunk.draws for item, image in draws if item.view == name]
         if not flat:  # no image of this chunk has a neighbour
-            rows.append(views)
             continue
         drawn = render_gpu.render(
-            render_gpu.pad(pixels),
+            render_gpu.pad([image.to(device, non_blocking=True) for image in chunk.pixels]),
             [(image.shape[0], image.shape[1]) for image in chunk.pixels],
-            [item for _, _, item, _ in flat],
-            [image for *_, image in flat],
+            [item for item, _ in flat],
+            [image for _, image in flat],
             chunk.reduced,
         )
-        views[[b for b, *_ in flat], [v for _, v, *_ in flat]] = drawn
-        rows.append(views)
+        rows.append(drawn.view(-1, count, *drawn.shape[1:]))
     return torch.cat(rows).transpose(0, 1).contiguous()
 
 

@@ -48,7 +48,8 @@ class TrainData:
         std: likewise, which the encoder expects its input to be divided by.
 
     Raises:
-        UsageError: when the number of ranks does not divide the batch, or a table that the plan asks for is missing.
+        UsageError: when a table that the plan asks for is missing.
+        ValueError: when the number of ranks does not divide the batch, or the batch does not fit the sources.
     """
 
     def __init__(
@@ -67,10 +68,7 @@ class TrainData:
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> None:
         if global_batch % world_size:
-            raise UsageError(
-                f"a batch of {global_batch} images cannot be shared equally by {world_size} training processes: "
-                "choose a batch size that is a multiple of resources.workers"
-            )
+            raise ValueError(f"{world_size} ranks cannot share a batch of {global_batch} images equally")
         _check_tables(sources, plan)
         self.device = torch.device(device or ("cuda" if renderer == "gpu" else "cpu"))
         if renderer == "auto":

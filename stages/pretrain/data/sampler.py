@@ -13,8 +13,6 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UsageError
-
 
 @dataclass(frozen=True)
 class Slot:
@@ -41,19 +39,16 @@ class Sampler:
         seed: of the permutations.
 
     Raises:
-        UsageError: for a source without images, or one whose share of the batch is less than an image.
+        ValueError: for a source without images, or one whose share of the batch is less than an image.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], global_batch: int, seed: int) -> None:
         if not sizes or min(sizes) < 1:
-            raise UsageError(f"images: a source has no image ({list(sizes)} images a source); remove it or fill it")
+            raise ValueError(f"a source has no image: {list(sizes)}")
         self.sizes, self.seed, self.global_batch = tuple(sizes), seed, global_batch
-        self.counts = _apportion(weights, global_batch)
+        self.counts = apportion(weights, global_batch)
         if min(self.counts) < 1:
-            raise UsageError(
-                f"images: weights {list(weights)} leave a source without an image in a batch of {global_batch}; "
-                "raise its weight or the batch size"
-            )
+            raise ValueError(f"weights {list(weights)} leave a source without an image in a batch of {global_batch}")
         self.steps_per_epoch = max(1, sum(sizes) // global_batch)
         self._pattern = _interleave(self.counts)
 
@@ -68,7 +63,7 @@ class Sampler:
         return slots
 
 
-def _apportion(weights: Sequence[float], total: int) -> tuple[int, ...]:
+def apportion(weights: Sequence[float], total: int) -> tuple[int, ...]:
     """Images of each source in a batch of `total`."""
     shares = [weight / sum(weights) * total for weight in weights]
     counts = [int(share + 1e-9) for share in shares]

@@ -84,11 +84,11 @@ class Sample:
     image_id: int
     source: int
     neighbor_id: int
-    affines: dict[str, NDArray[np.float32]]  # name -> (V, 2, 3)
-    labels: dict[str, NDArray[np.int32]]  # name -> (V, S, S)
+    affines: dict[str, NDArray[np.float32]]  # name -> (V, n, 2, 3): n is 0 for a neighbour that is not there, else 1
+    labels: dict[str, NDArray[np.int32]]  # name -> (V, n, S, S)
     extras: dict[str, NDArray[Any]]
     sizes: dict[str, int] = field(default_factory=dict)  # name -> S
-    views: dict[str, Pixels] = field(default_factory=dict)  # name -> (V, S, S, 3)
+    views: dict[str, Pixels] = field(default_factory=dict)  # name -> (V, n, S, S, 3)
     pixels: list[Pixels] = field(default_factory=list)  # the image and, where one is drawn, its neighbour
     reduced: list[int] = field(default_factory=list)  # of each: it was decoded at 1/reduced of its size
     draws: list[tuple[Draw, int]] = field(default_factory=list)  # and which of `pixels` each cuts
@@ -184,7 +184,7 @@ class Reader:
     def _add_neighbor(self, sample: Sample, slot: Slot, source: ImageSource, stream: int) -> None:
         """Adds one of the image's readable neighbours, drawn uniformly; without any, `neighbor_id` stays at -1."""
         table = source.neighbors
-        if table is None or sample.image_id not in table:
+        if table is None or source.role != "objects" or sample.image_id not in table:
             return
         rng = generator(self.seed, slot.epoch, slot.source, sample.image_id, stream + NEIGHBOR)
         row = [int(i) for i in table.row(sample.image_id)["neighbors"] if source.trains_on(int(i))]
@@ -202,30 +202,27 @@ class Reader:
             return
 
     def _finish(self, sample: Sample, row: ImageRow) -> None:
-        """Renders the views (or leaves that to the GPU) and stacks them and their geometry by name.
-
-        The views of a missing neighbour are black, their affine the identity.
-        """
+        """Renders the views (or leaves that to the GPU) and stacks them and their geometry by name."""
         named: dict[str, list[tuple[Draw, int]]] = {}
         for item, image in sample.draws:
             named.setdefault(item.view, []).append((item, image))
         for name, items in named.items():
             sample.sizes[name] = items[0][0].size
-            sample.affines[name] = np.stack([item.affine for item, _ in items]).astype(np.float32)
+            sample.affines[name] = np.stack([item.affine for item, _ in items])[:, None].astype(np.float32)
             if any(item.labels for item, _ in items):
                 if row.superpixels is None:
                     raise SourceError(f"view {name!r} asks for labels: give the method a `superpixels` input")
-                sample.labels[name] = np.stack([render_cpu.cut_labels(row.superpixels, item) for item, _ in items])
+                labels = [render_cpu.cut_labels(row.superpixels, item) for item, _ in items]
+                sample.labels[name] = np.stack(labels)[:, None]
             if self.render:
-                sample.views[name] = np.stack(
-                    [render_cpu.render(sample.pixels[image], item, sample.reduced[image]) for item, image in items]
-                )
+                views = [render_cpu.render(sample.pixels[image], item, sample.reduced[image]) for item, image in items]
+                sample.views[name] = np.stack(views)[:, None]
         for spec in self.plan.views:
-            if spec.of == "neighbor" and spec.name not in named:
+            if spec.of == "neighbor" and spec.name not in named:  # no neighbour: no row
                 sample.sizes[spec.name] = spec.size
-                sample.affines[spec.name] = np.tile(np.eye(2, 3, dtype=np.float32), (spec.count, 1, 1))
+                sample.affines[spec.name] = np.empty((spec.count, 0, 2, 3), np.float32)
                 if self.render:
-                    sample.views[spec.name] = np.zeros((spec.count, spec.size, spec.size, 3), np.uint8)
+                    sample.views[spec.name] = np.empty((spec.count, 0, spec.size, spec.size, 3), np.uint8)
         if self.render:
             sample.pixels, sample.draws = [], []
 

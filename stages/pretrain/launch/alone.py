@@ -6,8 +6,10 @@ import torch
 
 from pipeline.stage import Context, Outcome
 from stages.pretrain.config.pretrain import PretrainConfig
+from stages.pretrain.fit import check_start
 from stages.pretrain.launch.artifact import write_artifact
 from stages.pretrain.launch.assemble import assemble
+from stages.pretrain.launch.continuing import FromKeptState
 from stages.pretrain.launch.loading import loader_workers
 from stages.pretrain.launch.relay import CurveLog
 from stages.pretrain.launch.replay import leaver
@@ -17,6 +19,7 @@ from stages.training.loop import train
 
 def train_alone(config: PretrainConfig, context: Context, curves: CurveLog) -> Outcome:
     """Train here, from the last checkpoint where there is one, and write the artifact's files."""
+    check_start(config, context, workers=1)
     checkpoints = CheckpointFolder(context.output.progress_folder / "checkpoints", context.fingerprint, say=context.say)
     training = assemble(
         config,
@@ -26,7 +29,8 @@ def train_alone(config: PretrainConfig, context: Context, curves: CurveLog) -> O
     )
     curves.total = training.total_steps
     leave_replay = leaver(config, context.inputs, training, context.output)
-    state = train(training, checkpoints, curves.add, leave_replay)
+    started = FromKeptState(checkpoints, context.inputs, training.total_steps)
+    state = train(training, started, curves.add, leave_replay)
     for row in state.curves:  # what an earlier, interrupted process had logged belongs to this run's record too
         curves.add(row)
-    return write_artifact(config, context.inputs, context.output, training, state)
+    return write_artifact(config, context.inputs, context.output, training, state, started)

@@ -13,6 +13,7 @@ from pipeline.store.writer import ArtifactWriter
 from stages.models.encoder import Encoder
 from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.launch.assemble import Pretraining, image_sources, train_data
+from stages.pretrain.launch.continuing import FromKeptState
 from stages.pretrain.launch.preview import curves_table, preview_png, views_png
 from stages.training.checkpoint import TrainingState
 
@@ -23,6 +24,7 @@ def write_artifact(
     output: ArtifactWriter,
     training: Pretraining,
     state: TrainingState,
+    started: FromKeptState,
 ) -> Outcome:
     """Put every file through `output`; the same files whatever the number of ranks and the device.
 
@@ -32,10 +34,12 @@ def write_artifact(
         output: of the artifact in the making.
         training: as rank 0 has it, trained; its method is moved to the CPU.
         state: where the training ended.
+        started: what the training began with; keeps its state where the config asks for that.
 
     Returns:
         What the stage reports: the last row's terms, how many steps, what was skipped.
     """
+    kept = {"training_state_bytes": started.keep(training.method, state, output)} if config.keep_state else {}
     trained = training.method.cpu().eval().encoder()
     with tempfile.TemporaryDirectory() as folder:
         files = trained.save(Path(folder), method=config.method.name)
@@ -46,7 +50,7 @@ def write_artifact(
     first_batch = train_data(config, image_sources(config, inputs), training.method.view_plan(), encoder)
     output.put_file("curves.json", json.dumps(state.curves).encode())
     output.put_file("curves.parquet", curves_table(state.curves))
-    output.put_file("views.png", views_png(first_batch, training.method.view_plan(), encoder))
+    output.put_file("views.png", views_png(first_batch, training.method, encoder))
     output.put_file("preview.png", preview_png(encoder, state.curves, config, inputs))
     last = state.curves[-1]
     terms = [name for name in (*config.method.term_weights(), "total") if name in last]
@@ -54,5 +58,6 @@ def write_artifact(
         metrics={**{name: last[name] for name in terms}, "images_per_s": last["images_per_s"]},
         counts={"steps": state.step, **{f"skipped: {reason}": n for reason, n in state.skipped.items()}},
         problems=[{"key": key, "reason": reason} for key, reason in state.problems.items()],
+        notes=kept,
         preview="preview.png",
     )

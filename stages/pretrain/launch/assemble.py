@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.errors import SourceError
+from pipeline.errors import SourceError, UsageError
 from pipeline.store.artifact import Artifact
 from stages.data.tables import Table
 from stages.models.encoder import Encoder
@@ -53,14 +53,10 @@ def assemble(
 
     Raises:
         SourceError: when the chosen split has no image.
-        ValueError: when the ranks do not divide the batch.
+        UsageError: when the method cannot use the encoder.
+        ValueError: when the numbers do not fit together, which stages/pretrain/fit.py finds before.
     """
     device = torch.device(device)
-    share = config.batch_size // config.accumulate
-    if share % world_size:
-        raise ValueError(
-            f"batch_size / accumulate is {share}, which {world_size} workers do not divide: change resources.workers"
-        )
     sources = image_sources(config, inputs)
     images = sum(len(source.chosen) for source in sources)
     total_steps, steps_per_epoch = config.total_steps(images), config.steps_per_epoch(images)
@@ -68,9 +64,12 @@ def assemble(
     # Student, heads and queues start the same on every rank and in every world size.
     torch.manual_seed(config.seed)
     encoder = Encoder.load(inputs["init"]) if config.backbone is None else Encoder.build(config.backbone)
-    method = config.method.build(
-        encoder, total_steps=total_steps, steps_per_epoch=steps_per_epoch, global_batch=config.batch_size
-    )
+    try:
+        method = config.method.build(
+            encoder, total_steps=total_steps, steps_per_epoch=steps_per_epoch, global_batch=config.batch_size
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     method.encoder().require_savable()
     method.use_inputs({path[len(OWN) :]: artifact for path, artifact in inputs.items() if path.startswith(OWN)})
     if world_size > 1:

@@ -17,10 +17,11 @@ from stages.models.encoder import Encoder
 from stages.models.inference import Inference, squeeze
 from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.data.loader import TrainData
-from stages.pretrain.views.plan import ViewPlan
+from stages.pretrain.methods.method import Method
 from stages.pretrain.views.sheet import view_sheet
 
 SHOWN = 6  # images, the same ones for every encoder trained on the same set
+IN_SHEET = 4  # images whose views are shown
 
 
 def curves_table(rows: Sequence[Mapping[str, float]]) -> bytes:
@@ -70,9 +71,18 @@ def pca_sheet(encoder: Encoder, images: Table) -> bytes | None:
     return pictures.grid(cells, columns=4, title="patch features: first three principal components as colours")
 
 
-def views_png(data: TrainData, plan: ViewPlan, encoder: Encoder) -> bytes:
-    """The crops of the first batch as the method saw them, with the rectangles that they share."""
-    return view_sheet(next(data.batches(0, 1)), plan, encoder.mean, encoder.std, title="views of the first batch")
+def views_png(data: TrainData, method: Method, encoder: Encoder) -> bytes:
+    """The crops of the first batch with the rectangles that they share, and what the method makes of them."""
+    batch = next(data.batches(0, 1)).first(IN_SHEET + 1)  # the last one may be a background of the one before it
+    return view_sheet(
+        batch,
+        method.view_plan(),
+        encoder.mean,
+        encoder.std,
+        panels=method.preview_panels(batch),
+        images=IN_SHEET,
+        title="views of the first batch",
+    )
 
 
 def _stack(panels: Sequence[bytes]) -> bytes:

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.errors import ClusterError, StageFailed
 from pipeline.stage import Context, Outcome
 from stages.pretrain.config.pretrain import PretrainConfig
+from stages.pretrain.fit import check_start
 from stages.pretrain.launch.relay import CurveLog, Relay, drained
 
 
@@ -20,21 +21,22 @@ def train_on_ray(config: PretrainConfig, context: Context, curves: CurveLog) -> 
     """Fit with Ray Train; rank 0 writes the artifact's files."""
     import ray
 
-    relay = ray.remote(num_cpus=0)(Relay).remote()  # its process comes up while the next lines import
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    from stages.pretrain.launch.process_group import ProcessGroup
-
     gpus_there, cpus_there = ray.cluster_resources().get("GPU", 0), ray.cluster_resources().get("CPU", 1)
     use_gpu = gpus_there > 0 if config.resources.gpus is None else config.resources.gpus > 0
     workers = config.resources.workers or (int(gpus_there) if use_gpu else 1)
+    check_start(config, context, workers)
     cpus = config.resources.cpus or max(1, int(cpus_there // workers))
     if cpus * workers > cpus_there:
         raise ClusterError(
             f"stages.{context.name}: {workers} workers with {cpus:g} CPUs each need {cpus * workers:g}, "
             f"the cluster has {cpus_there:g}: lower resources.workers or resources.cpus"
         )
+    relay = ray.remote(num_cpus=0)(Relay).remote()  # its process comes up while the next lines import
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from stages.pretrain.launch.process_group import ProcessGroup
+
     job = {
         "config": config.model_dump(mode="json", by_alias=True),
         "inputs": dict(context.inputs),

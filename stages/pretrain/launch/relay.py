@@ -27,6 +27,8 @@ class CurveLog:
         self.seen.add(row["step"])
         self.context.log_metrics({k: v for k, v in row.items() if k != "step"}, int(row["step"]))
         if self.total:
+            loss, lr, speed = row["total"], row["lr"], row["images_per_s"]
+            self.context.show_figures(f"loss {loss:.4g}, lr {lr:.2e}, {speed:.0f} images/s")
             self.context.report_progress(row["step"], self.total, "steps")
 
 

@@ -22,6 +22,7 @@ from pipeline.stage import Outcome
 from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.launch.artifact import write_artifact
 from stages.pretrain.launch.assemble import assemble
+from stages.pretrain.launch.continuing import FromKeptState
 from stages.pretrain.launch.loading import loader_workers
 from stages.pretrain.launch.replay import leaver
 from stages.training.checkpoint import TrainingState, is_complete, read_checkpoint, write_checkpoint
@@ -60,10 +61,11 @@ def work(job: dict[str, Any]) -> tuple[Outcome, list[dict[str, float]]] | None:
             relay.start.remote(training.total_steps)
             report = relay.push.remote
         leave_replay = leaver(config, job["inputs"], training, job["output"])
-        state = train(training, RayCheckpoints(job["run"], rank), report, leave_replay)
+        started = FromKeptState(RayCheckpoints(job["run"], rank), job["inputs"], training.total_steps)
+        state = train(training, started, report, leave_replay)
         if rank != 0:
             return None
-        return write_artifact(config, job["inputs"], job["output"], training, state), state.curves
+        return write_artifact(config, job["inputs"], job["output"], training, state, started), state.curves
     except TesseraError as error:
         # Raised, so that Ray Train ends the other ranks, which may wait for this one in a collective; noted first,
         # so that the workers it then starts again return at once, and the driver says why.

@@ -17,6 +17,7 @@ from pipeline.store.artifact import Artifact
 from stages.models.encoder import Encoder
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.views.plan import ViewPlan
+from stages.pretrain.views.sheet import Panel
 from stages.training.contract import Step, Trainable
 
 __all__ = ["Method", "Step"]
@@ -42,7 +43,7 @@ class Method(Trainable):
             The method, with its teacher and heads if it has any.
 
         Raises:
-            ValueError: if the method cannot use this encoder, or the batch is too small for it.
+            ValueError: if the method cannot use this encoder.
         """
         return cls(settings, encoder)
 
@@ -73,10 +74,25 @@ class Method(Trainable):
         computes over the batch are computed over the images of all ranks (stages/training/collectives.py).
         """
 
+    def preview_panels(self, batch: Batch) -> Sequence[Panel]:
+        """What the method makes of these views, for the picture of the first batch (views/sheet.py).
+
+        Called once, in one process, after training: it must not wait for other ranks.
+        """
+        return ()
+
     def representation(self) -> nn.Module | None:
         """The module that maps the student's views to features, if it is not the encoder given to `build`; else None.
 
         DSA, which wraps other methods, reads the representations from this module's forward passes (dsa/method.py).
         MAE returns its own module, because its encoder sees only some patches of the image.
+        """
+        return None
+
+    def projection(self) -> tuple[nn.Module, int] | None:
+        """The module that maps the student's views to projections, and their width; None if there is none.
+
+        DSA's released variant, which compares projections, reads them from this module's forward passes. The settings
+        say whether a method has one (`MethodSettings.projects_views`).
         """
         return None

@@ -214,6 +214,21 @@ def shown(item: Draw) -> Rect:
     return min(tx, ex), min(ty, ey), max(tx, ex), max(ty, ey)
 
 
+def visible(item: Draw, width: int, height: int, reduced: int = 1) -> tuple[int, int, int, int]:
+    """The pixels x0, y0, x1, y1 of a decoded image that a draw may show; a view is black everywhere else.
+
+    Args:
+        item: the draw.
+        width: of the decoded image.
+        height: likewise.
+        reduced: the image was decoded at 1/reduced of its size: pixels that are partly outside are not shown.
+    """
+    if item.within is None:
+        return 0, 0, width, height
+    x0, y0, x1, y1 = item.within
+    return -(-x0 // reduced), -(-y0 // reduced), min(width, x1 // reduced), min(height, y1 // reduced)
+
+
 def _between(rng: np.random.Generator, low: float, high: float) -> float:
     """The same as `rng.uniform`, in a third of the time."""
     return low + (high - low) * rng.random()

@@ -46,7 +46,8 @@ class ViewSpec:
     flip_p: float = 0.0  # horizontal
     photometric: Photometric | tuple[Photometric, ...] = Photometric()  # one for all, or one a view (DINO's globals)
     parent: str | None = None  # crop from that view's rectangle instead of the whole image (FLSL's nested crops)
-    of: Literal["image", "neighbor"] = "image"  # "neighbor": of an image drawn from the k-NN row
+    # "neighbor": of an image drawn from the k-NN row; images of role "objects" have one (data/batch.py).
+    of: Literal["image", "neighbor"] = "image"
     whole: bool = False  # the whole image squeezed to size x size (D3SSL's first view); scale and ratio unused
     min_overlap: float = (
         0.0  # with each earlier view called `overlap_with`: least common area, as a fraction of the image's
@@ -79,6 +80,9 @@ class Draw:
     labels: bool = False
     of: Literal["image", "neighbor"] = "image"
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    within: tuple[int, int, int, int] | None = (
+        None  # the pixels x0, y0, x1, y1 of the image that may be seen; None: all
+    )
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """Turns draws into pixels on a CPU: OpenCV on uint8, one image after the other.
 
 Along each axis, a crop with more pixels than its view is averaged over the exact area of each view pixel, and a crop
-with fewer is interpolated (bilinear or bicubic, edges repeated). What lies outside the image is black. Then come the
-colour operations, in the draw's order. render_gpu.py computes the same (tests/stages/pretrain/views/test_renderers.py
-compares them).
+with fewer is interpolated (bilinear or bicubic, edges repeated). What lies outside the image, or outside of what the
+draw may show of it, is black. Then come the colour operations, in the draw's order. render_gpu.py computes the same
+(tests/stages/pretrain/views/test_renderers.py compares them).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.pretrain.views.draw import shown
+from stages.pretrain.views.draw import shown, visible
 from stages.pretrain.views.plan import Draw, Pixels
 
 GRAY = (0.299, 0.587, 0.114)  # weights of red, green and blue in a grey value: ITU-R 601, as in PIL and torchvision
@@ -29,7 +29,11 @@ def render(image: Pixels, item: Draw, reduced: int = 1) -> Pixels:
 
 def cut(image: Pixels, item: Draw, reduced: int = 1) -> Pixels:
     """One view (size, size, 3) before any colour operation; `image` as in `render`."""
-    rect = [edge / reduced for edge in shown(item)]
+    left, top, right, bottom = visible(item, image.shape[1], image.shape[0], reduced)
+    image = image[top:bottom, left:right]
+    if not image.size:
+        return np.zeros((item.size, item.size, 3), np.uint8)
+    rect = [edge / reduced - corner for edge, corner in zip(shown(item), (left, top, left, top), strict=True)]
     x0, y0, x1, y1 = whole = [round(edge) for edge in rect]
     height, width = image.shape[:2]
     on_pixels = max(abs(a - b) for a, b in zip(rect, whole, strict=True)) < 1e-6
@@ -41,16 +45,18 @@ def cut(image: Pixels, item: Draw, reduced: int = 1) -> Pixels:
 
 
 def cut_labels(labels: NDArray[Any], item: Draw) -> NDArray[np.int32]:
-    """The labels (size, size) of a view's pixels, from a label map (H, W) of the stored image; -1 outside the image.
+    """The labels (size, size) of a view's pixels, from a label map (H, W) of the stored image.
 
-    A view pixel has the label of the image pixel that its centre lies in.
+    A view pixel has the label of the image pixel that its centre lies in; -1 where that is outside the image, or
+    outside of what the draw may show of it.
     """
     x = np.floor(item.affine[0, 0] * (np.arange(item.size) + 0.5) + item.affine[0, 2]).astype(np.int64)
     y = np.floor(item.affine[1, 1] * (np.arange(item.size) + 0.5) + item.affine[1, 2]).astype(np.int64)
     height, width = labels.shape
     found = labels[np.clip(y, 0, height - 1)[:, None], np.clip(x, 0, width - 1)].astype(np.int32)
-    found[(y < 0) | (y >= height)] = -1
-    found[:, (x < 0) | (x >= width)] = -1
+    left, top, right, bottom = visible(item, width, height)
+    found[(y < top) | (y >= bottom)] = -1
+    found[:, (x < left) | (x >= right)] = -1
     return found
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.pretrain.views.draw import shown
+from stages.pretrain.views.draw import shown, visible
 from stages.pretrain.views.plan import Draw
 from stages.pretrain.views.render_cpu import GRAY, blur_taps
 
@@ -51,12 +51,15 @@ def render(
         (N, 3, S, S) float32 in [0, 255], on the images' device.
     """
     rects = np.array([shown(item) for item in draws]) / np.array([[reduced[b]] for b in image_of])
-    heights, widths = np.array([sizes[b][0] for b in image_of]), np.array([sizes[b][1] for b in image_of])
+    # What may be seen of the images: first and last row and column, the last excluded.
+    edges = np.array(
+        [visible(item, sizes[b][1], sizes[b][0], reduced[b]) for item, b in zip(draws, image_of, strict=True)]
+    )
     cubic = np.array([item.interpolation == "bicubic" for item in draws])
     mirrored = np.array([item.affine[0, 0] < 0 for item in draws])
     device, size = images_BHW3.device, draws[0].size
-    rows_NSH = _weights(rects[:, 1::2], heights, cubic, size, images_BHW3.shape[1], device)
-    columns_NSW = _weights(rects[:, 0::2], widths, cubic, size, images_BHW3.shape[2], device)
+    rows_NSH = _weights(rects[:, 1::2], edges[:, 1::2], cubic, size, images_BHW3.shape[1], device)
+    columns_NSW = _weights(rects[:, 0::2], edges[:, 0::2], cubic, size, images_BHW3.shape[2], device)
     columns_NSW = torch.where(_send(mirrored, device)[:, None, None], columns_NSW.flip(1), columns_NSW)
 
     views = torch.empty(len(draws), 3, size, size, device=device)
@@ -87,7 +90,7 @@ def _weights(
 
     Args:
         spans: (N, 2) first and last edge of each crop, in image pixels.
-        limits: (N,) pixels of the image without its padding.
+        limits: (N, 2) first and last pixel of the image that may be seen, the last excluded.
         cubic: (N,) whether to interpolate bicubically; else bilinearly.
         size: S.
         side: pixels of the image with its padding, H or W.
@@ -96,28 +99,30 @@ def _weights(
     Returns:
         (N, S, side) float32.
     """
-    whole = (np.abs(spans - np.rint(spans)) < 1e-6).all(1) & (spans[:, 0] > -1e-6) & (spans[:, 1] < limits + 1e-6)
+    inside = (spans[:, 0] > limits[:, 0] - 1e-6) & (spans[:, 1] < limits[:, 1] + 1e-6)
+    whole = (np.abs(spans - np.rint(spans)) < 1e-6).all(1) & inside
     # Interpolation near an edge: a crop on whole pixels repeats its own outermost pixels (render_cpu.py resizes such a
     # crop as an array of its own); any other crop repeats the image's.
-    low = _send(np.where(whole, np.rint(spans[:, 0]), 0), device)[:, None]
-    high = _send(np.where(whole, np.rint(spans[:, 1]), limits) - 1, device)[:, None]
+    low = _send(np.where(whole, np.rint(spans[:, 0]), limits[:, 0]), device)[:, None]
+    high = _send(np.where(whole, np.rint(spans[:, 1]), limits[:, 1]) - 1, device)[:, None]
     start, stop = _send(spans[:, 0], device)[:, None], _send(spans[:, 1], device)[:, None]
-    limit, is_cubic = _send(limits, device)[:, None], _send(cubic, device)[:, None, None]
+    first_seen, limit = _send(limits[:, 0], device)[:, None], _send(limits[:, 1], device)[:, None]
+    is_cubic = _send(cubic, device)[:, None, None]
     scale = (stop - start) / size
     edges = start + scale * torch.arange(size + 1, device=device)  # (N, S + 1)
 
     cell = torch.arange(side, device=device, dtype=torch.float64)
     covered = torch.minimum(edges[:, 1:, None], cell + 1) - torch.maximum(edges[:, :-1, None], cell)
-    areas = covered.clamp_(min=0) / scale[:, :, None] * (cell < limit)[:, None]
+    areas = covered.clamp_(min=0) / scale[:, :, None] * ((cell >= first_seen) & (cell < limit))[:, None]
 
     centre = (edges[:, :-1] + edges[:, 1:]) / 2
     first = (centre - 0.5).floor()
     t = centre - 0.5 - first
     linear = torch.stack([torch.zeros_like(t), 1 - t, t, torch.zeros_like(t)], -1)
     taps = torch.where(is_cubic, torch.stack([_keys(t + 1), _keys(t), _keys(1 - t), _keys(2 - t)], -1), linear)
-    taps = taps * ((centre >= 0) & (centre <= limit))[..., None]
+    taps = taps * ((centre >= first_seen) & (centre <= limit))[..., None]
     at = first[..., None] + torch.arange(-1, 3, device=device)
-    at = torch.minimum(torch.maximum(at, low[..., None]), high[..., None]).long()
+    at = torch.minimum(torch.maximum(at, low[..., None]), high[..., None]).clamp_(min=0).long()
     interpolated = torch.zeros_like(areas).scatter_add_(2, at, taps)
     return torch.where((scale >= 1)[..., None], areas, interpolated).float()
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.config import registry
+from pipeline.store.artifact import Artifact, Damage
+from pipeline.store.store import ArtifactStore
 from tests.pipeline.workshop import Workshop, timed
 
 
@@ -203,15 +208,115 @@ def test_verify_finds_artifacts_when_the_source_is_gone(done: Workshop) -> None:
     assert done.json("lineage", "score", "p.yaml")["nodes"]
 
 
-def test_gc_keeps_what_a_pipeline_needs(done: Workshop) -> None:
+GC = ("artifacts", "gc", "p.yaml", "--unused", "--older-than", "0")
+
+
+def test_gc_removes_what_the_pipeline_itself_no_longer_needs(done: Workshop) -> None:
     done.tessera("run", "p.yaml", "--set", "stages.encoder.width=4")
     assert len(done.json("artifacts", "ls", "--store", "store")) == 6
-    would = done.json("artifacts", "gc", "p.yaml", "--unused", "--older-than", "0", "--dry-run")
+    would = done.json(*GC, "--dry-run")
     assert len(done.json("artifacts", "ls", "--store", "store")) == 6
-    gone = done.json("artifacts", "gc", "p.yaml", "--unused", "--older-than", "0")
+    gone = done.json(*GC, "--yes")
     assert [row["path"] for row in would["removed"]] == [row["path"] for row in gone["removed"]]
     assert set(done.states("plan", "p.yaml").values()) == {"cached"}
     assert len(done.json("artifacts", "ls", "--store", "store")) == 4
+
+
+def test_gc_leaves_what_another_pipeline_made_or_used(done: Workshop) -> None:
+    """q.yaml shares the first stage with p.yaml and has an encoder of its own; then p.yaml changes its source."""
+    text = (done.folder / "p.yaml").read_text()
+    (done.folder / "q.yaml").write_text(text.replace("numbers: scaled}", "numbers: scaled, width: 7}"))
+    done.tessera("run", "q.yaml")
+    (done.folder / "numbers.txt").write_text("4\n5\n")
+    found = done.json(*GC, "--dry-run")
+    assert {row["path"].split("/")[0] for row in found["removed"]} == {"encoder", "metrics"}  # of p alone
+    assert {row["reason"].rpartition(" by ")[0] for row in found["kept"]} == {"used by pipeline 'q'"}
+    assert len(found["kept"]) == 4  # numbers, scaled: used by q; encoder, metrics: made by it
+    both = done.json("artifacts", "gc", "p.yaml", "q.yaml", "--unused", "--older-than", "0", "--dry-run")
+    assert len(both["removed"]) == 6
+    asked = done.json(*GC, "--also-others", "--dry-run")
+    assert len(asked["removed"]) == 6
+    assert {row["made_by"].split(" by ")[0] for row in asked["removed"]} >= {"stage 'encoder' of pipeline 'q'"}
+    shown = done.tessera(*GC, "--yes").stdout
+    assert "stage 'encoder' of pipeline 'p' by " in " ".join(shown.split())
+    assert "no pipeline needs" not in shown
+    assert "kept: 4 artifacts, used by pipeline 'q' by " in shown
+    (done.folder / "numbers.txt").write_text("1\n2\n3\n")
+    assert set(done.states("plan", "q.yaml").values()) == {"cached"}
+
+
+def test_gc_keeps_another_users_artifacts_of_a_pipeline_with_the_same_name(
+    done: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGNAME", "ann")
+    done.tessera("run", "p.yaml", "--set", "stages.encoder.width=4")
+    monkeypatch.setenv("LOGNAME", "bob")
+    found = done.json(*GC, "--dry-run")
+    assert found["removed"] == []
+    assert any(row["reason"].startswith("used by pipeline 'p' by ann@") for row in found["kept"])
+
+
+def test_gc_asks_before_it_removes_artifacts(done: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    done.tessera("run", "p.yaml", "--set", "stages.encoder.width=4")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    assert "--yes" in done.tessera(*GC, code=2).stderr  # no terminal: nobody can be asked
+    assert len(done.json("artifacts", "ls", "--store", "store")) == 6
+    for answer, code, left in (("n\n", 1, 6), ("y\n", 0, 4)):
+        terminal = io.StringIO(answer)
+        monkeypatch.setattr(terminal, "isatty", lambda: True)
+        monkeypatch.setattr("sys.stdin", terminal)
+        done.tessera(*GC, code=code)
+        assert len(done.json("artifacts", "ls", "--store", "store")) == left
+
+
+def test_gc_leaves_what_is_pinned(done: Workshop) -> None:
+    done.tessera("run", "p.yaml", "--set", "stages.encoder.width=4")
+    wide = next(row for row in done.json("artifacts", "ls", "--store", "store") if row["stage"] == "encoder")
+    for row in done.json("artifacts", "ls", "--store", "store"):
+        done.tessera("artifacts", "pin", row["address"])
+    assert done.json(*GC, "--yes")["removed"] == []
+    assert "pinned" in done.tessera("artifacts", "show", wide["address"]).stdout
+    for row in done.json("artifacts", "ls", "--store", "store"):
+        done.tessera("artifacts", "pin", row["address"], "--undo")
+    assert len(done.json(*GC, "--yes")["removed"]) == 2
+
+
+def test_gc_while_a_run_goes_on_keeps_what_it_reads_and_writes(done: Workshop) -> None:
+    """The run has other settings than the file that gc is given, so that by the file alone its inputs are unused."""
+    (done.folder / "numbers.txt").write_text("7\n")
+    done.hold.touch()
+    going_on = done.start("run", "p.yaml", "--json")
+    while len(done.ran) < 6:
+        time.sleep(0.02)  # four stages of `done`, then numbers and scaled of this run
+    (done.folder / "numbers.txt").write_text("1\n2\n3\n")
+    found = done.json(*GC, "--yes")
+    assert found["removed"] == []
+    assert [row["reason"] for row in found["kept"]] == ["a run that goes on needs it"]
+    assert done.json("artifacts", "verify", "--store", "store") == {"checked": 5, "damaged": [], "notes": []}
+    done.hold.unlink()
+    _, errors = going_on.communicate(timeout=60)
+    assert going_on.returncode == 0, errors
+    assert done.json(*GC, "--dry-run")["kept"] == []
+
+
+def test_verify_does_not_call_an_artifact_damaged_that_is_replaced_meanwhile(
+    done: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify, replaced = ArtifactStore.verify, []
+
+    def replace_first(store: ArtifactStore, artifact: Artifact, *rest: Any) -> list[Damage]:
+        if artifact.kind == "metrics" and not replaced:
+            replaced.append(artifact)
+            done.tessera("run", "p.yaml", "--force", "score")
+            store.objects.delete([f"{artifact.name}/{artifact.manifest.files[0].stored}"])  # as seen half-way through
+            found = verify(store, artifact, *rest)
+            done.tessera("run", "p.yaml", "--force", "score")
+            return found
+        return verify(store, artifact, *rest)
+
+    monkeypatch.setattr(ArtifactStore, "verify", replace_first)
+    assert done.json("artifacts", "verify", "p.yaml") == {"checked": 4, "damaged": [], "notes": []}
+    assert replaced
 
 
 def test_export_copies_plain_names_and_overwrites_nothing(done: Workshop) -> None:

@@ -2,7 +2,8 @@
 
 The folder has entry points of its own, so that putting it on the path is all it takes, as for a user's package.
 What a stage did is appended to the file that TESSERA_FAKES_LOG names, and TESSERA_FAKES_HOLD makes `fake_scaled`
-wait, once it has begun, for as long as that file exists.
+wait, once it has begun, for as long as that file exists; before it writes, while one with "-before-writing" behind its
+name exists (it then makes one with "-has-read").
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
 from pipeline.errors import SourceError
-from pipeline.stage import Context, Input, NoFingerprint, Outcome, Source, Stage, StageConfig
+from pipeline.stage import Context, Feed, Input, NoFingerprint, Outcome, Source, Stage, StageConfig
 
 PICTURE = bytes.fromhex(  # one grey pixel
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49444154789c6360000000020001"
@@ -59,9 +61,9 @@ class Scaled(Stage[ScaledConfig]):
     kind, uses_ray, Config = "numbers", False, ScaledConfig
 
     def run(self, context: Context) -> Outcome:
-        log(f"run {context.name}")
         print("a library says hello")
-        os.system("echo a child says hello")
+        os.system("echo a child says hello")  # ignores Ctrl-C while it lasts, so it comes before the log's line
+        log(f"run {context.name}")
         hold = os.environ.get("TESSERA_FAKES_HOLD")
         while hold and Path(hold).exists():
             time.sleep(0.02)
@@ -70,6 +72,10 @@ class Scaled(Stage[ScaledConfig]):
         if self.config.fail == "bug":
             raise ZeroDivisionError("a bug")
         values = [self.config.factor * value for value in numbers(context)]
+        if hold and (before_writing := Path(f"{hold}-before-writing")).exists():
+            Path(f"{hold}-has-read").touch()
+            while before_writing.exists():
+                time.sleep(0.02)
         for step, value in enumerate(values):
             context.log_metrics({"loss/term": value}, step)
             context.report_progress(step + 1, len(values), "numbers")
@@ -124,11 +130,20 @@ class FakeEncoder(Stage[EncoderConfig]):
 
 class ScoreConfig(StageConfig):
     of: Input["numbers", "encoder"]
+    at_least: Annotated[int, NoFingerprint] = 0  # numbers that it must be given
 
 
 class Score(Stage[ScoreConfig]):
     kind, uses_ray, Config = "metrics", False, ScoreConfig
     shows_metrics = True
+
+    def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
+        feed: Feed | None = feeds["of"]
+        while feed is not None and feed.counts is None:  # the nearest artifact above that is made
+            feed = next(iter(feed.inputs.values()), None)
+        found = (feed.counts or {}).get("numbers", self.config.at_least) if feed else self.config.at_least
+        if found < self.config.at_least:
+            yield "at_least", f"{feed.stage if feed else ''} holds {found} numbers", "lower it"
 
     def run(self, context: Context) -> Outcome:
         log(f"run {context.name}")

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.errors import ClusterError
-from pipeline.run import cluster
+from pipeline.run import cluster, head
 from tests.pipeline.workshop import Workshop
 
 ON_RAY = """
@@ -124,6 +124,30 @@ def test_an_address_where_nobody_answers_fails_at_once(workshop: Workshop) -> No
     shown = workshop.tessera("run", "p.yaml", "--address", address, code=1)
     assert time.monotonic() - start < 15
     assert f"no Ray cluster answers at {address}" in shown.stderr
+
+
+def test_what_answers_but_is_no_ray_is_said_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "ANSWER_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ClusterError, match=f"something answers at {address}, but not as the head .*port"):
+            head.joinable(address)
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        ("import sys; sys.exit('AuthenticationError: InvalidAuthToken')", "wants its token, and this process has no"),
+        ("import sys; sys.exit('RpcError: no')", "cannot be joined: RpcError: no"),
+        ('print(); print(\'{"ray_version": "2.9.3"}\')', "runs Ray 2.9.3, this process .*both must be the same"),
+        ('print(); print(\'{"python_version": "3.8.1"}\')', "runs Python 3.8.1, this process 3"),
+    ],
+)
+def test_a_cluster_that_refuses_or_does_not_fit(says: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setattr(head, "ASK", says)
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(ClusterError, match=message):
+        head.joinable(f"127.0.0.1:{server.getsockname()[1]}")
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265", "head", ":6379", "head:port"])

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from pipeline.cli.printing import number
+from pipeline.cli.printing import number, result_rows
 from pipeline.run import display
 from pipeline.run.display import RunDisplay, duration, size
 
@@ -31,19 +31,23 @@ def test_without_a_terminal_progress_comes_in_lines(monkeypatch: pytest.MonkeyPa
         shown.progress(1, 10, "images")  # too early for a line
         monkeypatch.setattr(display, "LINE_EVERY", 0.0)
         shown.progress(5, 10, "images")
+        shown.figures("loss 2.31, lr 1.00e-03, 87 images/s")
+        shown.progress(6, 10, "steps")
         shown.say("2 [unreadable] images")
         shown.warn("tracking is away")
         shown.end("done in 1.0 s")
     lines = out.getvalue().splitlines()
     assert lines[0] == "boxes: new"
     assert lines[1].startswith("  boxes: 5 of 10 images, ")
-    assert lines[2:] == ["  boxes: 2 [unreadable] images", "warning: tracking is away", "boxes: done in 1.0 s"]
+    assert lines[2].startswith("  boxes: 6 of 10 steps, loss 2.31, lr 1.00e-03, 87 images/s, ")
+    assert lines[3:] == ["  boxes: 2 [unreadable] images", "warning: tracking is away", "boxes: done in 1.0 s"]
 
 
 def test_a_terminal_gets_a_bar() -> None:
     out = io.StringIO()
     with RunDisplay(Console(file=out, force_terminal=True, width=100)) as shown:
         shown.begin("boxes", ["new"])
+        shown.figures("loss 2.31")
         shown.progress(4, 10, "images")
         assert shown._progress is not None
         shown._progress.refresh()
@@ -51,3 +55,18 @@ def test_a_terminal_gets_a_bar() -> None:
         shown.watch("reading data", 1, 2, "files")
     assert "4/10" in out.getvalue()
     assert "images" in out.getvalue()
+    assert "loss 2.31" in out.getvalue()
+
+
+def test_a_result_stands_in_one_row_beside_that_of_an_untrained_encoder() -> None:
+    stage = {
+        "name": "linear",
+        "metrics": {"miou": 41.234, "loss": 0.5, "miou_random": 12.0, "odd_random": 3.0, "loss_random": 1.25},
+        "units": {"miou": "%"},
+    }
+    assert list(result_rows(stage)) == [
+        ("linear", "miou", "41.23 %", "12 %", "+29.23 points"),
+        ("linear", "loss", "0.5000", "1.2500", "-0.7500"),
+        ("linear", "odd_random", "3", "", ""),
+    ]
+    assert list(result_rows({"name": "photos"})) == []

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import socket
+import sqlite3
+import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +17,7 @@ import pytest
 from pipeline.run import cluster, doctor, tracking
 from pipeline.run.doctor import FAIL, OK, WARN, Check
 from pipeline.store.store import ArtifactStore
-from tests.pipeline.workshop import Workshop
+from tests.pipeline.workshop import PIPELINE, Workshop
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +45,66 @@ def test_every_failure_and_warning_has_a_remedy(workshop: Workshop, monkeypatch:
     assert not any(check.remedy for check in checks if check.state == OK)
 
 
+def answering(**changes: object) -> subprocess.Popen[str]:
+    """A process that answers as the one which asks Ray."""
+    seen = {
+        "cluster": "R",
+        "where": "R",
+        "gpus": 0,
+        "torch_gpus": 0,
+        "remote": False,
+        "machines": [[2, 0]],
+        "most": None,
+    }
+    command = [sys.executable, "-c", f"print({json.dumps(json.dumps(seen | changes))})"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_what_a_run_would_trip_over_is_found_and_nothing_is_left(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_ask_ray", lambda address: answering())
+    workshop.write(PIPELINE + "  big: {{uses: fake_on_ray, numbers: numbers}}\n", tracking="sqlite:///deep/mlflow.db")
+    found = workshop.json("doctor", "p.yaml", "--store", "deep/store")["checks"]
+    assert {check["name"]: check["state"] for check in found}.items() >= {
+        ("plan", OK),
+        ("store", OK),
+        ("tracking", OK),
+        ("resources", OK),
+    }
+    arguments = ("--set", "stages.big.resources.gpus=1", "--set", "stages.scaled.resources.cpus=999")
+    found = workshop.json("doctor", "p.yaml", *arguments, code=1)["checks"]
+    wrong = {check["name"]: check for check in found if check["state"] == FAIL}
+    assert "stages.scaled.resources.cpus: the stage asks for 999 CPUs" in wrong["start"]["detail"]
+    assert "stages.big.resources.gpus: the stage asks for 1 CPU and 1 GPU, R has 2 CPUs" in wrong["resources"]["detail"]
+    monkeypatch.setattr(doctor, "_ask_ray", lambda address: answering(most=[8, 1]))
+    found = workshop.json("doctor", "p.yaml", "--set", "stages.big.resources.gpus=1")["checks"]
+    (grows,) = (check for check in found if check["name"] == "resources")
+    assert (grows["state"], "the autoscaler must add nodes" in grows["remedy"]) == (WARN, True)
+    found = workshop.json("doctor", "p.yaml", "--set", "stages.numbers.source=number.txt", code=1)["checks"]
+    (wrong_source,) = (check for check in found if check["state"] == FAIL)
+    assert wrong_source["detail"].startswith(
+        "--set stages.numbers.source=number.txt: stages.numbers.source: nothing is at"
+    )
+    assert wrong_source["remedy"] == "did you mean 'numbers.txt'?"
+    assert sorted(path.name for path in workshop.folder.iterdir()) == ["numbers.txt", "p.yaml"]
+    assert "name its file too" in workshop.tessera("doctor", "--set", "a.b=1", code=2).stderr
+
+
+def test_a_database_is_tried_without_mlflow(tmp_path: Path) -> None:
+    file = tmp_path / "mlflow.db"
+    with contextlib.closing(sqlite3.connect(file)) as other:
+        other.execute("CREATE TABLE t (x)")
+        (check,) = doctor._tracking(f"sqlite:///{file}")
+        assert (check.state, check.detail) == (OK, f"sqlite:///{file}: readable and writable")
+        other.execute("BEGIN EXCLUSIVE")
+        (check,) = doctor._tracking(f"sqlite:///{file}")
+        assert (check.state, "locked" in check.detail) == (FAIL, True)
+    file.write_text("no database, but long enough to be read as the head of one " * 20)
+    (check,) = doctor._tracking(f"sqlite:///{file}")
+    assert (check.state, "not a database" in check.detail) == (FAIL, True)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_healthy_machine_passes(workshop: Workshop) -> None:
@@ -60,8 +125,7 @@ def test_a_healthy_machine_passes(workshop: Workshop) -> None:
     } <= states.keys()
     detail = next(check["detail"] for check in report["checks"] if check["name"] == "ray cluster")
     assert "CPUs" in detail
-    assert not (workshop.folder / "store" / "numbers").exists()
-    assert list((workshop.folder / "store").rglob("probe-*")) == []
+    assert sorted(path.name for path in workshop.folder.iterdir()) == ["numbers.txt", "p.yaml"]  # nothing is left
 
 
 def test_old_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +153,7 @@ def test_an_address_without_a_cluster_fails_in_time() -> None:
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
     start = time.monotonic()
-    (check,) = doctor._ray(address)
+    (check,) = doctor._ray(doctor._ask_ray(address), None, [])
     assert check.state == FAIL
     assert address in check.detail
     assert time.monotonic() - start < 30

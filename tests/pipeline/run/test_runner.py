@@ -14,9 +14,10 @@ from pipeline.config.load import load_pipeline
 from pipeline.errors import ArtifactDamaged, SourceError
 from pipeline.plan.plan import make_plan
 from pipeline.run.display import RunDisplay
-from pipeline.run.runner import RunFailed, explain, on_purpose, run, stopped_by
+from pipeline.run.failure import RunFailed, explain, explain_in, on_purpose, stopped_by
+from pipeline.run.runner import run
 from pipeline.store.store import ArtifactStore
-from tests.pipeline.workshop import Workshop, timed
+from tests.pipeline.workshop import PIPELINE, Workshop, timed
 
 
 def committed(workshop: Workshop) -> list[str]:
@@ -123,6 +124,73 @@ def test_an_interrupt_is_clean(workshop: Workshop, sent: signal.Signals, code: i
     assert workshop.states("run", "p.yaml")["numbers"] == "cached"
 
 
+def test_what_only_a_finished_artifact_shows_stops_the_run_before_the_stages_between(workshop: Workshop) -> None:
+    shown = workshop.tessera("run", "p.yaml", "--set", "stages.score.at_least=4", code=1)
+    place = "--set stages.score.at_least=4: stages.score.at_least: "
+    assert f"error: stage 'score' failed: {place}numbers holds 3 numbers (lower it)\n" in shown.stderr
+    assert workshop.ran == ["numbers"]
+    shown = workshop.tessera("plan", "p.yaml", "--set", "stages.score.at_least=4", code=2)  # now the plan knows it
+    assert f"error: {place}numbers holds 3 numbers (lower it)\n" in shown.stderr
+
+
+FORKED = (
+    PIPELINE
+    + """\
+  twice: {{uses: fake_scaled, numbers: numbers, factor: 3}}
+  other: {{uses: fake_score, of: twice}}
+"""
+)
+
+
+def test_keep_going_runs_what_does_not_need_the_failed_stage(workshop: Workshop) -> None:
+    workshop.write(FORKED)
+    failing = ("--set", "stages.scaled.fail=purpose")
+    workshop.tessera("run", "p.yaml", *failing, code=1)
+    assert "twice" not in workshop.ran
+    shown = workshop.tessera("run", "p.yaml", *failing, "--keep-going", "--json", code=1)
+    states = {stage["name"]: (stage["state"], stage.get("error")) for stage in json.loads(shown.stdout)["stages"]}
+    assert states == {
+        "numbers": ("cached", None),
+        "scaled": ("failed", "the numbers are too odd (take even ones)"),
+        "encoder": ("skipped", "it needs 'scaled'"),
+        "score": ("skipped", "it needs 'encoder'"),
+        "twice": ("done", None),
+        "other": ("done", None),
+    }
+    assert shown.stderr.endswith(
+        "error: stage 'scaled' failed: the numbers are too odd (take even ones)\n"
+        "stage 'encoder' not run: it needs 'scaled'\n"
+        "stage 'score' not run: it needs 'encoder'\n"
+    )
+    table = workshop.tessera("run", "p.yaml", *failing, "--keep-going", code=1).stdout
+    assert "skipped" in table
+    assert set(workshop.states("run", "p.yaml", "--keep-going").values()) <= {"cached", "done"}
+
+
+def test_keep_going_past_a_stage_that_a_finished_artifact_rules_out(workshop: Workshop) -> None:
+    states = workshop.states("run", "p.yaml", "--keep-going", "--set", "stages.score.at_least=4", code=1)
+    assert states == {"numbers": "done", "scaled": "done", "encoder": "done", "score": "failed"}
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("factor: 3 is odd", "p.yaml:6: stages.scaled.factor: 3 is odd"),
+        ("stages.scaled.factor: 3 is odd", "p.yaml:6: stages.scaled.factor: 3 is odd"),
+        ("numbers, factor: both are odd", "p.yaml:5: stages.scaled.numbers: both are odd"),
+        ("stages.scaled: too odd", "p.yaml:4: stages.scaled: too odd"),
+        ("scaled: too odd", "too odd"),
+        ("a worker failed: too odd", "a worker failed: too odd"),
+    ],
+)
+def test_a_failure_that_names_a_setting_has_its_line(workshop: Workshop, message: str, shown: str) -> None:
+    workshop.write(
+        "stages:\n  numbers: {{uses: fake_numbers, source: numbers.txt}}\n"
+        "  # the stage\n  scaled:\n    numbers: numbers\n    factor: 3\n    uses: fake_scaled\n"
+    )
+    assert explain_in(load_pipeline("p.yaml"), "scaled", SourceError(message)) == shown
+
+
 def test_damage_between_plan_and_use_stops_the_stage_and_names_the_file(workshop: Workshop) -> None:
     workshop.tessera("run", "p.yaml", "--only", "numbers")
     pipeline = load_pipeline("p.yaml")
@@ -207,6 +275,9 @@ def test_explain_finds_the_sentence_that_was_meant() -> None:
     for error in (meant, WrappedLikeRay(meant), WrappedLikeRay(WrappedLikeRay(meant)), chained):
         assert on_purpose(error) is meant
         assert explain(error) == str(meant)
+    full = WrappedLikeRay(OSError(28, "Error writing bytes to file"))
+    assert "a disk is full: [Errno 28] Error writing bytes" in explain(full)
+    assert "tessera artifacts gc" in explain(full)
     bug = WrappedLikeRay(ValueError("bad shape"))
     assert on_purpose(bug) is None
     assert explain(bug) == "ValueError: bad shape"

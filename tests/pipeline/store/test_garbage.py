@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
+from pipeline.store import uses
 from pipeline.store.artifact import Artifact
 from pipeline.store.lease import Holder, lease_path
 from pipeline.store.owner import Owner, machine
+from pipeline.store.records import write_record
 from pipeline.store.store import ArtifactStore
 
 NOW = timedelta(0)
@@ -32,12 +35,14 @@ def make(store: ArtifactStore, fingerprint: str = "abc") -> Artifact:
     return writer.commit()
 
 
-def collect(store: ArtifactStore, older_than: timedelta = NOW, keep: set[tuple[str, str]] | None = None) -> list[str]:
+def collect(
+    store: ArtifactStore, older_than: timedelta = NOW, unneeded: Mapping[tuple[str, str], str] | None = None
+) -> list[str]:
     """Paths that gc removes; a dry run must have announced the same, and removed nothing."""
     before = [found.path for found in store.objects.walk()]
-    announced = store.gc(keep, older_than=older_than, dry_run=True)
+    announced = store.gc(unneeded, older_than=older_than, dry_run=True)
     assert [found.path for found in store.objects.walk()] == before
-    removed = store.gc(keep, older_than=older_than)
+    removed = store.gc(unneeded, older_than=older_than)
     assert removed == announced
     return [item.path for item in removed]
 
@@ -89,13 +94,51 @@ def test_remains_of_an_interrupted_write_go(tmp_path: Path) -> None:
     assert store.verify(artifact) == []
 
 
-def test_with_keep_only_what_is_needed_stays(store: ArtifactStore) -> None:
-    kept = make(store)
+def test_an_artifact_goes_when_somebody_says_so_and_nothing_speaks_for_it(store: ArtifactStore) -> None:
+    kept, gone = make(store), {("encoder", "def"): "asked for"}
     make(store, "def")
-    assert collect(store, HOUR, {("encoder", "abc")}) == []  # just made: perhaps for a pipeline that runs now
-    assert collect(store, NOW, {("encoder", "abc")}) == ["encoder/def"]
+    uses.note_use(store.objects, "encoder/def", "p", "warmup")
+    assert collect(store, HOUR, gone) == []  # just made: perhaps for a pipeline that runs now
+    with uses.needed_while(store.objects, ["encoder/def"]):
+        assert collect(store, NOW, gone) == []
+    uses.pin(store.objects, "encoder/def")
+    assert collect(store, NOW, gone) == []
+    assert uses.unpin(store.objects, "encoder/def")
+    assert collect(store, NOW, gone) == ["encoder/def"]
     assert [artifact.name for artifact in store.artifacts()] == [kept.name]
     assert store.objects.walk(".tessera/memo/encoder/def.json") == []
+    assert uses.uses(store.objects, "encoder/def") == []
+
+
+def test_an_old_artifact_that_was_used_a_moment_ago_stays(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    make(store)
+    for path in (tmp_path / "encoder" / "abc").iterdir():
+        os.utime(path, (1, 1))
+    uses.note_use(store.objects, "encoder/abc", "p", "warmup")
+    assert collect(store, HOUR, {("encoder", "abc"): "asked for"}) == []
+    for path in (tmp_path / ".tessera/records/used").rglob("*.json"):
+        os.utime(path, (1, 1))
+    assert collect(store, HOUR, {("encoder", "abc"): "asked for"}) == ["encoder/abc"]
+
+
+def test_what_is_known_of_the_uses_of_a_deleted_artifact_goes(store: ArtifactStore) -> None:
+    make(store)
+    uses.note_use(store.objects, "encoder/abc", "p", "warmup")
+    store.discard("encoder", "abc")  # as `--force` does before it computes anew: the uses are still true
+    assert [use.pipeline for use in uses.uses(store.objects, "encoder/abc")] == ["p"]
+    assert collect(store, HOUR) == []
+    assert collect(store) == [".tessera/records/used/encoder/abc"]
+    assert uses.uses(store.objects, "encoder/abc") == []
+
+
+def test_what_a_killed_run_needed_is_no_longer_kept_and_its_note_goes(store: ArtifactStore) -> None:
+    make(store)
+    write_record(store.objects, "runs/killed", {"artifacts": ["encoder/abc"]})
+    store.objects.put(lease_path("runs/killed"), Holder("token", DEAD, 0.0, 0.0).to_bytes())
+    removed = collect(store, NOW, {("encoder", "abc"): "asked for"})
+    assert removed == ["encoder/abc", lease_path("runs/killed"), ".tessera/records/runs/killed.json"]
+    assert collect(store) == []
 
 
 def test_a_broken_manifest_goes_with_its_files(store: ArtifactStore) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from stages.data import pictures
 from stages.data.images import decode
@@ -81,6 +82,28 @@ def test_classes_have_their_colours_and_void_is_black() -> None:
     assert len(set(pictures.class_colours(80))) == 80
 
 
+def test_the_colours_of_a_whole_legend_can_be_told_apart() -> None:
+    """In CIE Lab, where a distance of 2.3 can just be seen."""
+    import cv2
+
+    colours = np.array([*pictures.class_colours(pictures.LEGEND), (0, 0, 0)], np.float32)[None] / 255  # void is black
+    lab = cv2.cvtColor(colours, cv2.COLOR_RGB2Lab)[0]
+    apart = np.linalg.norm(lab[:, None] - lab[None], axis=2)
+    assert apart[~np.eye(len(lab), dtype=bool)].min() > 15
+
+
+def test_a_legend_of_30_classes_is_whole_and_a_longer_one_says_what_is_left_out() -> None:
+    names = [(f"class {i}", colour) for i, colour in enumerate(pictures.class_colours(32))]
+    whole, long = (decode(pictures.grid([plain(50, 50)], 1, cell=300, legend=legend)) for legend in (names[:30], names))
+
+    def shown(sheet: NDArray[np.uint8]) -> list[bool]:
+        return [bool((sheet == colour).all(2).any()) for _, colour in names]
+
+    assert shown(whole) == shown(long) == [True] * 30 + [False] * 2
+    assert (long.shape[0] - whole.shape[0]) in (0, 24)
+    assert (long[-30:] != 255).any(), "the number of classes that are left out"
+
+
 def test_principal_components_separate_what_differs() -> None:
     rng = np.random.default_rng(0)
     maps = rng.normal(0, 0.01, (2, 6, 4, 4))
@@ -92,13 +115,39 @@ def test_principal_components_separate_what_differs() -> None:
     assert pictures.pca_colours(maps[:, :2], side=64)[0].shape == (64, 64, 3)
 
 
+def test_no_picture_of_components_is_all_one_colour() -> None:
+    """Two pictures that differ far more from each other than their patches do, as a dark and a bright photograph."""
+    rng = np.random.default_rng(0)
+    maps = rng.normal(0, 0.01, (2, 8, 6, 6))
+    maps[1] += 100 * rng.normal(0, 1, (8, 1, 1))
+    maps[:, 3, :, 3:] += 0.5
+    for picture in pictures.pca_colours(maps):
+        assert picture.reshape(-1, 3).std(0).min() > 30
+        assert abs(int(picture[0, 0, 0]) - int(picture[0, 5, 0])) > 150  # and the halves still differ
+    flat = pictures.pca_colours(np.ones((1, 8, 6, 6)))[0]
+    assert (flat == 128).all()  # equal patches: nothing to show
+
+
+def test_a_single_value_is_text_and_not_a_plot_of_one_dot(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    drawn: list[int] = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, x, *rest, **how: drawn.append(len(x)) or plot(self, x, *rest, **how))
+    many = pictures.curves({"a": [(1, 2.0), (2, 3.0)], "b": [(1, 0.5)]})
+    alone = pictures.curves({"b": [(1, 0.5)]}, title="Terms")
+    assert drawn == [2]
+    assert decode(many).shape[0] > decode(alone).shape[0] > 50
+    assert (decode(alone) < 128).any()
+
+
 def test_curves() -> None:
     series = {
         "term": [(i, 1 / (i + 1)) for i in range(10)],
         "one point": [(0, 1.0)],
         "nan": [(0, float("nan")), (1, 1.0)],
     }
-    assert decode(pictures.curves(series, title="Terms")).shape[1] > 1000
+    assert decode(pictures.curves(series, title="Terms")).shape[1] > 900
     with pytest.raises(ValueError, match="no curve"):
         pictures.curves({})
 

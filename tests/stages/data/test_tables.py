@@ -17,6 +17,7 @@ from hypothesis.extra import numpy as hnp
 from pipeline.errors import ArtifactDamaged, StoreError
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
+from stages.data import tables
 from stages.data.rows import read_shard
 from stages.data.tables import SCHEMAS, Table, pack_labels, unpack_labels
 
@@ -42,6 +43,16 @@ def test_rows_are_found_by_id_across_shards_and_batches(store: ArtifactStore) ->
         assert row["boxes"].dtype == np.float32
         assert (row["boxes"] == image_id).all()
     assert table.take([229, 3, 3]).column("image_id").to_pylist() == [229, 3, 3]
+
+
+def test_rows_are_right_when_more_batches_are_read_than_are_kept_open(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "_KEPT_BATCHES", 2)
+    table = Table.open(boxes_artifact(store, [list(range(200)), list(range(200, 430))]))
+    for image_id in (0, 429, 100, 63, 64, 300, 0, 200):
+        assert (table.row(image_id)["boxes"] == image_id).all()
+        assert len(table._batches) <= 2
 
 
 @given(st.sets(st.integers(0, 400), min_size=1, max_size=60))

@@ -172,15 +172,15 @@ print(total, most)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_private_memory_of_a_reader_does_not_grow_with_the_set(store: ArtifactStore) -> None:
     writer = store.begin("features", "f1")
-    patches = np.tile(np.arange(64, dtype=np.float16), 100 * 100 * 12)  # 15 MB an image, 614 MB in all
+    patches = np.tile(np.arange(64, dtype=np.float16), 100 * 100 * 12)  # 15 MB an image, 384 MB in all
     row = {"key": "a", "vector": np.zeros(4, np.float16), "patches": patches, "grid_height": 100, "grid_width": 100}
     five = pa.Table.from_pylist([{"image_id": 0, **row}] * 5, schema=SCHEMAS["features"])
-    for shard in range(8):
+    for shard in range(5):
         writer.put_table(shard, five.set_column(0, "image_id", pa.array(range(5 * shard, 5 * shard + 5))))
     writer.commit()
     done = subprocess.run([sys.executable, "-c", READER, store.address], capture_output=True, text=True, check=True)
     total, most = map(int, done.stdout.split())
-    assert total > 580 << 20, "all of it was read"
+    assert total > 360 << 20, "all of it was read"
     assert most < 260, (
         "MB beyond what the imports took: a row group of 64 MB in the making of the copy, some times over"
     )

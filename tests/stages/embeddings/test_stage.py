@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -65,6 +67,11 @@ def test_vectors_of_an_encoder_and_of_a_backbone(
 def test_exactly_one_model(given: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match="exactly one of encoder and backbone"):
         EmbeddingsConfig.model_validate({"images": "images", **given})
+
+
+def test_the_driver_imports_no_torch() -> None:
+    code = "import sys, stages.embeddings.embedder; assert not {'torch', 'timm', 'ray'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_centre_square_is_the_middle_of_the_image() -> None:

@@ -43,6 +43,27 @@ def test_the_same_config_gives_the_same_numbers_and_rows(run: RunStage) -> None:
     assert next(one.shards()).sha256 == next(two.shards()).sha256
 
 
+def with_labels(store: ArtifactStore, images: Artifact, label_of: dict[int, int]) -> Artifact:
+    rows = [row for entry in images.shards() for row in read_shard(images, entry).to_pylist()]
+    for row in rows:
+        row["label_id"] = label_of.get(row["image_id"], row["label_id"])
+    writer = store.begin("images", f"otherlabels{len(label_of)}")
+    writer.put_table(0, pa.Table.from_pylist(rows, schema=SCHEMAS["images"]))
+    return writer.commit(notes={"classes": ["red", "green", "blue", "grey", "black"]})
+
+
+def test_classes_that_the_vote_cannot_do_justice_to_are_said(
+    run: RunStage, store: ArtifactStore, coloured: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(ClassifyKnn, images=with_labels(store, coloured, {0: 3, 20: 4, 21: 4}), **SMALL)
+    assert capsys.readouterr().out.splitlines() == [
+        "1 of 4 classes have one train image only, whose one vote the others of k = 5 can outweigh: grey",
+        "2 of 10 test images cannot be right, as no train image is of their class: black",
+    ]
+    with pytest.raises(SourceError, match="all labelled images of split 'train' are of one class, blue: every vote"):
+        run(ClassifyKnn, images=with_labels(store, coloured, dict.fromkeys(range(20), 2)), **SMALL)
+
+
 def test_without_the_random_encoder(run: RunStage) -> None:
     outcome, _ = run(ClassifyKnn, random_baseline=False, **SMALL)
     assert set(outcome.metrics) == {"top1", "top5"}

@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 
 from pipeline.errors import SourceError
 from stages.data.images import decode_mask
-from stages.ingest.coco import _check, _decompress, rasterise
+from stages.ingest.coco_masks import check_shape, decompress, rasterise
 from tests.stages.ingest.conftest import Ingested
 
 Run = Callable[..., Ingested]
@@ -172,21 +172,21 @@ def test_rle_in_both_forms(data: st.DataObject, height: int, width: int) -> None
     bits = data.draw(st.lists(st.integers(0, 1), min_size=height * width, max_size=height * width))
     mask = np.asfortranarray(np.array(bits, np.uint8).reshape(height, width))
     text = coco_mask.encode(mask)["counts"].decode()
-    runs = _decompress(text)
+    runs = decompress(text)
     assert sum(runs) == height * width
     for counts in (text, runs):
         shape = {"size": [height, width], "counts": counts}
-        _check(shape, width, height)
+        check_shape(shape, width, height)
         assert (rasterise(json.dumps(shape).encode(), width, height) == mask).all()
 
 
 @given(st.text(alphabet=st.characters(min_codepoint=40, max_codepoint=120), max_size=12))
 def test_broken_rle_is_refused_or_adds_up(text: str) -> None:
     try:
-        _check({"size": [4, 5], "counts": text}, 5, 4)
+        check_shape({"size": [4, 5], "counts": text}, 5, 4)
     except ValueError:
         return
-    assert sum(_decompress(text)) == 20
+    assert sum(decompress(text)) == 20
 
 
 def test_quickstart(quickstart_data: Path, ingest: Run) -> None:

@@ -41,6 +41,7 @@ def test_binary_masks(davis: Path, ingest: Run) -> None:
     done = ingest(source=davis, layout="davis")
     assert [(row["sequence"], row["frame"]) for row in done.rows] == [("dog", 0), ("dog", 1), ("swan", 0), ("swan", 1)]
     assert done.outcome.notes["mask_classes"] == ["background", "object"]
+    assert done.said[1:] == ["no lists in ImageSets: every image is of split train (set split, or write the lists)"]
     assert decode_mask(done.rows[1]["mask"])[0].tolist() == [1, 1, 0, 0, 0, 0]
 
 

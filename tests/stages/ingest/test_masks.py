@@ -105,7 +105,7 @@ def test_other_folder_names(tmp_path: Path, ingest: Run, make_image: Make, make_
 
 def test_not_this_layout(tmp_path: Path, ingest: Run, make_image: Make, make_mask: Make) -> None:
     make_image(tmp_path / "in/a.jpg")
-    with pytest.raises(SourceError, match="not of layout masks: it needs images in images/"):
+    with pytest.raises(SourceError, match="not of layout masks: it needs images in images/ and PNG masks in masks/"):
         ingest(source=tmp_path / "in", layout="masks")
     make_image(tmp_path / "bad/images/x.jpg", 4, 3)
     make_mask(tmp_path / "bad/masks/x.png", np.zeros((3, 4), np.uint8))

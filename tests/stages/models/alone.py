@@ -23,7 +23,7 @@ for folder, snippet, files, out in json.loads(sys.argv[2]):
     os.chdir(folder)
     names = {}
     exec(snippet, names)
-    found = [[names[name] for name in ("images", "vector", "map")]]
+    found = [[names[name] for name in ("images", "vector", "feature_map")]]
     with torch.inference_mode():
         for images in map(torch.load, files):
             found.append([images, *names["encoder"](names["encoder"].normalise(images))])

@@ -9,15 +9,19 @@ import sys
 import pytest
 import timm
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from pipeline.errors import SourceError, UsageError
+from stages.models import timm_catalogue
 from stages.models.encoder import Encoder
 from stages.models.feature_extractor import ObjectAwareFilter
 from stages.models.settings import Backbone
 
 TINY = {"embed_dim": 48, "depth": 3, "num_heads": 3}
+SWIN = {"embed_dim": 24, "depths": [1, 1, 1, 1], "window_size": 2}
 VIT = Backbone(name="vit_tiny_patch16_224", img_size=64, kwargs=TINY)
 
 
@@ -37,8 +41,11 @@ def features_of(encoder: Encoder, *size: int):
         (Backbone(name="resnet18", output_stride=8), (64, 96), 512, 8, (8, 12)),
         (Backbone(name="resnet18", out_stage="c4"), (64, 96), 256, 16, (4, 6)),
         (Backbone(name="convnext_atto"), (64, 96), 320, 32, (2, 3)),
+        (Backbone(name="swin_tiny_patch4_window7_224", img_size=64, kwargs=SWIN), (64, 64), 192, 32, (2, 2)),
+        (Backbone(name="ghostnet_050"), (64, 96), 480, 32, (2, 3)),
+        (Backbone(name="levit_128s"), (224, 224), 384, 64, (4, 4)),
     ],
-    ids=["vit", "patch8", "no_cls_sincos", "resnet", "dilated", "c4", "convnext"],
+    ids=["vit", "patch8", "no_cls_sincos", "resnet", "dilated", "c4", "convnext", "swin", "no_drop_path", "levit"],
 )
 def test_shapes(backbone, size, width, stride, grid) -> None:
     encoder = Encoder.build(backbone)
@@ -230,15 +237,49 @@ def test_missing_checkpoint_is_named(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("backbone", "rule"),
     [
-        ({"name": "vit_smal"}, "timm has no model called 'vit_smal'"),
+        (
+            {"name": "vit_smal_patch16_224"},
+            "no model called 'vit_smal_patch16_224'; did you mean vit_small_patch16_224",
+        ),
+        ({"name": "resnet18.mine"}, r"no weights called 'resnet18\.mine'; after the dot may stand a1_in1k"),
         ({"name": "resnet18", "pos_embed": "sincos"}, "resnet18 is not a plain ViT"),
-        ({"name": "vit_tiny_patch16_224", "output_stride": 16}, "is a ViT; remove them"),
+        ({"name": "vit_tiny_patch16_224", "output_stride": 16}, "output_stride: .* is a ViT; remove them"),
+        ({"name": "convnext_atto", "out_stage": "c4"}, "out_stage: convnext_atto is not a ResNet"),
+        (
+            {"name": "vit_tiny_patch16_224", "img_size": 100},
+            "100 pixels do not split into patches of 16; set .* 96 or 112",
+        ),
         ({"name": "vit_tiny_patch16_224", "kwargs": {"colour": 1}}, "does not accept them.*colour"),
+        ({"name": "ghostnet_050", "drop_path": 0.1}, "backbone.drop_path: ghostnet_050 has no stochastic depth"),
     ],
 )
 def test_rules_of_backbones(backbone, rule) -> None:
-    with pytest.raises(UsageError, match=rule):
+    with pytest.raises((UsageError, ValidationError), match=rule):
         Encoder.build(Backbone.model_validate(backbone))
+
+
+def test_the_catalogue_is_timms_own() -> None:
+    from timm.models import _registry as registry
+
+    assert set(timm_catalogue.names()) == set(registry._model_entrypoints)
+    for name in timm_catalogue.names():
+        model = timm_catalogue.look_up(name)
+        assert model is not None
+        assert model.module == registry._model_to_module.get(name, model.module)
+    for name, with_tags in registry._model_with_tags.items():
+        tags = timm_catalogue.tags(name)
+        assert not tags or {full.partition(".")[2] for full in with_tags if "." in full} <= set(tags)
+
+
+@pytest.mark.filterwarnings("ignore:Mapping deprecated model name")
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "vit_base_patch14_dinov2", "deit_tiny_patch16_224", "vit_base_patch8_224_dino"]
+)
+def test_the_catalogue_knows_the_patch(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert isinstance(model, VisionTransformer)
+    assert Backbone(name=name).patch == model.patch_embed.patch_size[0]
 
 
 def test_settings_import_no_torch() -> None:

@@ -126,6 +126,7 @@ def test_the_exported_features_are_the_evaluated_ones(name: str, made: Made) -> 
         assert facts["width"] == map_BDhw.shape[1]
         assert facts["vector_width"] == vector.shape[1]
         assert facts["stride"] == images.shape[2] // map_BDhw.shape[2] == images.shape[3] // map_BDhw.shape[3]
+    assert json.loads(artifact.read("encoder.json")) == facts, "the numbers of the artifact are as true"
     assert alone["numbers"] == {key: facts[key] for key in alone["numbers"]}
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
-from pipeline.stage import Context, Resources
+from pipeline.stage import Context, Feed, Resources, StageConfig
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from stages.data.images import decode
@@ -197,7 +197,7 @@ def test_two_images_are_each_others_neighbours(store: ArtifactStore, images: Cal
 
 def test_more_neighbours_than_images_is_an_error_with_the_numbers(store: ArtifactStore, embeddings: Artifact) -> None:
     with pytest.raises(
-        SourceError, match=r"k is 12, but each of the 12 images has only 11 others: set stages\.near\.k"
+        SourceError, match=r"k is 12, but each of the 12 images has only 11 others: set it to 11 or less"
     ):
         run(store, embeddings, k=12)
 
@@ -206,3 +206,18 @@ def test_recall_of_an_approximate_index_is_in_the_manifest(store: ArtifactStore,
     outcome, made = run(store, embeddings, k=3, index="hnsw", recall_sample=5)
     assert made.manifest.notes["recall"] == outcome.metrics["recall"] == 1.0
     assert made.manifest.notes["recall_sample"] == 5
+
+
+def test_more_neighbours_than_images_are_found_when_the_images_are_counted() -> None:
+    stage = Neighbors(NeighborsConfig(embeddings="e", k=10))
+    settings = StageConfig()
+
+    def asked(images: int | None) -> list[tuple[str, str, str]]:
+        counts = None if images is None else {"images": images}
+        feed = Feed("e", "embeddings", "f", {"images": Feed("photos", "images", "f", {}, settings, counts)}, settings)
+        return list(stage.mismatches({"embeddings": feed}))
+
+    assert asked(None) == asked(11) == []
+    ((path, what, remedy),) = asked(10)
+    assert (path, remedy) == ("k", "set it to 9 or less, or add images")
+    assert what == "k is 10, but each of the 10 images of photos has 9 others"

@@ -65,19 +65,32 @@ RunStage = Callable[..., tuple[Outcome, Artifact]]
 
 @pytest.fixture
 def run_stage(store: ArtifactStore, images: Artifact) -> RunStage:
-    """`run_stage(fingerprint, {"steps": 4, ...}, on_row)` runs the stage and commits its artifact."""
+    """`run_stage(fingerprint, {"steps": 4, ...}, on_row)` runs the stage and commits its artifact.
+
+    Further inputs go by their field: `run_stage(..., init=encoder)`, `**{"continue": encoder}`.
+    """
 
     def run(
         fingerprint: str,
         settings: Mapping[str, Any],
         on_row: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None,
         trained_on: Artifact = images,
+        say: Callable[[str], None] = print,
+        show: Callable[[str], None] = lambda text: None,
+        **more: Artifact,
     ) -> tuple[Outcome, Artifact]:
         config = PretrainConfig.model_validate({**SMALL, **settings})
         output = store.begin("encoder", fingerprint)
-        inputs = {"images": trained_on}
-        context = Context("train", fingerprint, inputs, output, config.resources, log_metrics=on_row)
+        inputs = {"images": trained_on, **more}
+        told = {"log_metrics": on_row, "show_figures": show, "say": say}
+        context = Context("train", fingerprint, inputs, output, config.resources, **told)
         outcome = Pretrain(config).run(context)
-        return outcome, output.commit(metrics=outcome.metrics, counts=outcome.counts, preview=outcome.preview)
+        return outcome, output.commit(
+            stage="train",
+            metrics=outcome.metrics,
+            counts=outcome.counts,
+            notes=outcome.notes,
+            preview=outcome.preview,
+        )
 
     return run

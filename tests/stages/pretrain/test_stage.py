@@ -46,7 +46,7 @@ stages:
   boxes: {{uses: selective_search, images: scenes}}
   cotap:
     uses: pretrain
-    images: [{{from: objects}}]
+    images: {images}
     backbone: {{name: resnet18}}
     method: {method}
     epochs: 1
@@ -62,6 +62,7 @@ def plan(tmp_path: Path, **changes: str) -> Plan:
         "objects": str(tmp_path / "objects"),
         "scenes": str(tmp_path / "scenes"),
         "embedded": "objects",
+        "images": "[{from: objects}]",
         "method": "{name: cotap, neighbors: neighbors}",
     }
     file = tmp_path / "pipeline.yaml"
@@ -79,6 +80,14 @@ def test_a_table_of_another_image_set_is_refused_when_planning(tmp_path: Path) -
         plan(tmp_path, embedded="scenes")
     with pytest.raises(ConfigError, match=r"stages\.cotap\.method\.boxes: boxes is made from the images of scenes"):
         plan(tmp_path, method="{name: d3ssl, boxes: boxes}")
+
+
+def test_neighbours_of_scenes_are_refused_when_planning(tmp_path: Path) -> None:
+    message = r"stages\.cotap\.method\.neighbors: neighbors is made from the images of scenes, which are scenes here"
+    both = "[{from: objects}, {from: scenes, role: scenes}]"
+    with pytest.raises(ConfigError, match=message):
+        plan(tmp_path, embedded="scenes", images=both)
+    assert {stage.name for stage in plan(tmp_path, images=both).stages} >= {"cotap"}
 
 
 def test_the_same_images_under_another_name_are_the_same_set(tmp_path: Path) -> None:

@@ -5,15 +5,14 @@ Source: docs/methods.md#cotap.
 Terms: align_patch (Eq. 4, 5), align_image, sc_patch (Eq. 2, 12), sc_image, proto (Eq. 15, 16). A term of weight 0 is
 not computed, and a head that no term needs is not made.
 
-Shape legend: V crops (G global ones first), B images of this rank, C width of the encoder's map, D width of features or
-embeddings, h w sides of a map, K prototypes of a head, N patches of a view (or pairs of patches), M prototypes of the
-filter, F values of one of them.
+Shape legend: V crops (G global ones first), B images of this rank, I of them those that a term is about (of all ranks
+where they are gathered), C width of the encoder's map, D width of features or embeddings, h w sides of a map, K
+prototypes of a head, N patches of a view (or pairs of patches), M prototypes of the filter, F values of one of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 import torch.nn.functional as functional
@@ -34,17 +33,17 @@ from stages.pretrain.methods.cotap.settings import CoTAPSettings, FilterSettings
 from stages.pretrain.methods.shared.assignments import entropy, usage
 from stages.pretrain.methods.shared.colours import crop_colours
 from stages.pretrain.methods.shared.overlap import align_patches, assign_patches, mean_of, resample, views_of
-from stages.pretrain.methods.shared.pairing import partners
+from stages.pretrain.methods.shared.pairing import random_partners
 from stages.pretrain.methods.shared.teacher import Branch, SelfDistillation, make_head
 from stages.pretrain.views.geometry import overlap
 from stages.pretrain.views.plan import ViewPlan, ViewSpec
-from stages.training.collectives import all_reduce_max, all_reduce_sum, gather
+from stages.training.collectives import all_reduce_max, all_reduce_sum, gather, gather_with_gradient
 
 
 class CoTAP(SelfDistillation):
     """Student and teacher with an object-aware filter. The image-level terms see object-centric images only."""
 
-    def __init__(self, settings: CoTAPSettings, encoder: Encoder, *, global_batch: int) -> None:
+    def __init__(self, settings: CoTAPSettings, encoder: Encoder) -> None:
         add_filter(encoder, settings.filter)  # before the heads, whose widths include it
         uses = settings.uses
         heads: dict[str, ProjectionHead] = {}
@@ -54,29 +53,10 @@ class CoTAP(SelfDistillation):
             # sc_patch alone compares embeddings: the head then has no prototypes.
             scored = settings if uses("align_patch") else None
             heads["dense"] = self._make_head(encoder.width, settings.dense_head, scored)
-        super().__init__(Branch(encoder, heads), settings.teacher)
+        super().__init__(Branch(encoder, heads), settings.teacher, settings.export)
         self.settings = settings
-        self.group = settings.ranking.group_size(global_batch) if uses("sc_patch") else 0
         self.roles: tuple[str, ...] | None = None
-        self._watched: dict[str, Tensor] = {}
-
-    @classmethod
-    def build(
-        cls, settings: CoTAPSettings, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int
-    ) -> Self:
-        """The method; the size of the groups that images are paired in follows from the global batch.
-
-        Args:
-            settings: CoTAP's settings.
-            encoder: the student; it gets the object-aware filter here.
-            total_steps: not used.
-            steps_per_epoch: not used.
-            global_batch: images of one optimiser step, of all ranks together.
-
-        Raises:
-            ValueError: if the encoder cannot have the filter that the settings describe, or sc_patch has no pairs.
-        """
-        return cls(settings, encoder, global_batch=global_batch)
+        self._targets_IK: Tensor | None = None  # of align_image in the last forward pass
 
     @staticmethod
     def _make_head(width: int, head: HeadSettings, settings: CoTAPSettings | None) -> ProjectionHead:
@@ -127,10 +107,11 @@ class CoTAP(SelfDistillation):
     def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
         """The terms that have a weight. Student and teacher run once for all of them."""
         uses, globals_ = self.settings.uses, self.settings.global_crops.count
-        student = self.student_features(batch)
-        teacher = self.teacher_features(batch, *(["neighbor"] if uses("sc_image") else []))
-        teacher, neighbor = teacher[:globals_], teacher[globals_:]
         objects_B = self._object_centric(batch)
+        student = self.student_features(batch)
+        # Only neighbours that a term is about: others would count in the teacher's batch norms.
+        teacher = self.teacher_features(batch, *([_neighbors(batch, objects_B)] if uses("sc_image") else []))
+        teacher, neighbors = teacher[:globals_], teacher[globals_:]
         terms: dict[str, Tensor] = {}
         # The dense head runs once on every map. Both patch terms use its embeddings.
         embedded = self._dense_embeddings(student, teacher)
@@ -142,7 +123,8 @@ class CoTAP(SelfDistillation):
             maps = embedded if self.settings.ranking.feature == "head" else _unit_maps(student, teacher)
             terms["sc_patch"] = self._sc_patch(batch, *maps)
         if uses("sc_image"):
-            terms["sc_image"] = self._sc_image(batch, student[0], neighbor[0], objects_B)
+            with_neighbor_B = objects_B & _has_neighbor(batch)
+            terms["sc_image"] = self._sc_image(student[0].vector[with_neighbor_B], neighbors[0].vector)
         if uses("proto"):
             terms["proto"] = self._proto(teacher[0], objects_B)
         return terms
@@ -156,18 +138,21 @@ class CoTAP(SelfDistillation):
         return align_patches(scores, targets, views_of(batch), dense, may_flip=self.settings.flip > 0)
 
     def _align_image(self, student: list[Features], teacher: list[Features], objects_B: Tensor) -> Tensor:
-        """Lbar_align: the same for the images' vectors, over all ordered pairs of crops."""
+        """Lbar_align: the same for the object-centric images' vectors, over all ordered pairs of crops."""
         with torch.no_grad():
-            teacher_GBK = self.teacher.head("image")(torch.stack([crop.vector for crop in teacher]))
-            targets_GBK = torch.stack([self._assign_images(scores_BK, objects_B) for scores_BK in teacher_GBK])
-            self._watched.update(teacher_entropy=entropy(targets_GBK), prototype_usage=usage(targets_GBK))
-        student_VBK = self.student.head("image")(torch.stack([crop.vector for crop in student]))
-        return mean_of(dino_loss(student_VBK, targets_GBK, temperature=self.settings.dense.temperature), objects_B)
+            teacher_GIK = self.teacher.head("image")(torch.stack([crop.vector[objects_B] for crop in teacher]))
+            targets_GIK = torch.stack([self._assign_images(scores_IK) for scores_IK in teacher_GIK])
+            self._targets_IK = targets_GIK.flatten(0, 1)
+        student_VIK = self.student.head("image")(torch.stack([crop.vector[objects_B] for crop in student]))
+        return mean_of(dino_loss(student_VIK, targets_GIK, temperature=self.settings.dense.temperature))
 
     def _sc_patch(self, batch: Batch, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-        """L_sc: the student ranks the pairs of patches of two images as the teacher does (Eq. 2 and 12)."""
+        """L_sc: the student ranks the pairs of patches of two images as the teacher does (Eq. 2 and 12).
+
+        An image's partner may be one of another rank, whose map is then gathered from there.
+        """
         ranking = self.settings.ranking
-        partner_B = partners(batch, self.group, setting="method.ranking.group")
+        partner_B = random_partners(batch)
         valid_B = torch.ones(len(batch), dtype=torch.bool, device=partner_B.device)
         online, target = student[0], teacher[0]
         if ranking.pairs == "cross_view":
@@ -176,7 +161,7 @@ class CoTAP(SelfDistillation):
             grid, may_flip = self.settings.dense.grid, self.settings.flip > 0
             online = resample(online, box_a, first, grid, may_flip=may_flip)
             target = resample(teacher[1], box_b, second, grid, may_flip=may_flip)
-            valid_B = valid_B & valid_B[partner_B]
+            valid_B = valid_B & gather(valid_B.long())[partner_B].bool()
         p_BN = self._similarities(online, partner_B)
         with torch.no_grad():
             q_BN = self._similarities(target, partner_B)
@@ -187,22 +172,30 @@ class CoTAP(SelfDistillation):
         return mean_of(cotap_ranking_loss(p_BN, q_BN, tau1=ranking.tau1, tau2=ranking.tau2), valid_B)
 
     def _similarities(self, map_BDhw: Tensor, partner_B: Tensor) -> Tensor:
-        """S(u, v) of Eq. 2, flattened: every patch of an image with every patch of its partner, (B, N * N)."""
+        """S(u, v) of Eq. 2, flattened: every patch of an image with every patch of its partner, (B, N * N).
+
+        Args:
+            map_BDhw: of this rank's images.
+            partner_B: each one's partner, a row of the global batch.
+        """
         # RoIAlign averages unit vectors. Normalise again, so that similarities keep their range.
         unit_BDN = functional.normalize(at_least_float32(map_BDhw.flatten(2)), dim=1)
+        others_BDN = gather_with_gradient(unit_BDN)[partner_B]
         with torch.autocast(unit_BDN.device.type, enabled=False):
-            cosine_BN = torch.bmm(unit_BDN.transpose(1, 2), unit_BDN[partner_B]).flatten(1)
+            cosine_BN = torch.bmm(unit_BDN.transpose(1, 2), others_BDN).flatten(1)
         return 0.5 * cosine_BN + 0.5 if self.settings.ranking.similarity_range == "unit" else cosine_BN
 
-    def _sc_image(self, batch: Batch, student: Features, neighbor: Features, objects_B: Tensor) -> Tensor:
-        """Lbar_sc: the student's view 1 of an image predicts the teacher's assignment of the neighbour."""
-        if batch.neighbor_ids is not None:
-            objects_B = objects_B & (batch.neighbor_ids >= 0)
+    def _sc_image(self, student_IC: Tensor, neighbor_IC: Tensor) -> Tensor:
+        """Lbar_sc: the student's view 1 of an image predicts the teacher's assignment of the neighbour.
+
+        Args:
+            student_IC: vectors of the object-centric images that have a neighbour.
+            neighbor_IC: the teacher's vectors of their neighbours.
+        """
         with torch.no_grad():
-            targets_BK = self._assign_images(self.teacher.head("image")(neighbor.vector), objects_B)
-        scores_BK = self.student.head("image")(student.vector)
-        loss_B = soft_cross_entropy(scores_BK, targets_BK, temperature=self.settings.dense.temperature)
-        return mean_of(loss_B, objects_B)
+            targets_IK = self._assign_images(self.teacher.head("image")(neighbor_IC))
+        scores_IK = self.student.head("image")(student_IC)
+        return mean_of(soft_cross_entropy(scores_IK, targets_IK, temperature=self.settings.dense.temperature))
 
     def _proto(self, teacher: Features, objects_B: Tensor) -> Tensor:
         """L_proto of the filter's prototypes U and the images of all ranks; only U gets a gradient (Eq. 15, 16).
@@ -212,9 +205,9 @@ class CoTAP(SelfDistillation):
         assert self.settings.filter is not None
         student_filter: ObjectAwareFilter = self.student.encoder.filter
         unfiltered_BChw = teacher.map[:, : self.student.encoder.backbone_width]
-        images_NF = gather(student_filter.pooled(at_least_float32(unfiltered_BChw))[objects_B])
+        images_IF = gather(student_filter.pooled(at_least_float32(unfiltered_BChw[objects_B])))
         prototypes_MF = student_filter.prototypes.flatten(1)
-        return prototype_entropy(prototypes_MF, images_NF, temperature=self.settings.filter.temperature)
+        return prototype_entropy(prototypes_MF, images_IF, temperature=self.settings.filter.temperature)
 
     # -- pieces ----------------------------------------------------------------------------------------------
 
@@ -227,17 +220,16 @@ class CoTAP(SelfDistillation):
             targets = [self.teacher.embed_map("dense", crop.map) for crop in teacher]
         return [self.student.embed_map("dense", crop.map) for crop in crops], targets
 
-    def _assign_images(self, scores_BK: Tensor, chosen_B: Tensor) -> Tensor:
-        """Soft assignments of the chosen images: Sinkhorn over those of all ranks. The other rows are 0."""
+    def _assign_images(self, scores_IK: Tensor) -> Tensor:
+        """Soft assignments of images: Sinkhorn over those of all ranks."""
         dense = self.settings.dense
-        assigned_BK = sinkhorn(
-            scores_BK[chosen_B],
+        return sinkhorn(
+            scores_IK,
             epsilon=dense.epsilon,
             iterations=dense.iterations,
             all_reduce=all_reduce_sum,
             all_reduce_max=all_reduce_max,
         )
-        return scores_BK.new_zeros(scores_BK.shape, dtype=assigned_BK.dtype).index_put((chosen_B,), assigned_BK)
 
     def _object_centric(self, batch: Batch) -> Tensor:
         """(B,) bool: the images that the image-level terms see. All of them if no roles were given."""
@@ -247,8 +239,26 @@ class CoTAP(SelfDistillation):
         return is_object[batch.source]
 
     def diagnostics(self) -> dict[str, float]:
-        """Entropy of the teacher's image assignments and the share of prototypes in use."""
-        return {name: value.item() for name, value in self._watched.items()}
+        """Entropy of the teacher's image assignments and the share of prototypes in use.
+
+        Both are over the object-centric images of all ranks in the last forward pass; nothing where there was none.
+        """
+        if self._targets_IK is None:
+            return {}
+        targets_IK = gather(self._targets_IK)
+        if not len(targets_IK):
+            return {}
+        return {"teacher_entropy": entropy(targets_IK).item(), "prototype_usage": usage(targets_IK).item()}
+
+
+def _has_neighbor(batch: Batch) -> Tensor:
+    assert batch.neighbor_ids is not None
+    return batch.neighbor_ids >= 0
+
+
+def _neighbors(batch: Batch, chosen_B: Tensor) -> Tensor:
+    """The views (I, 3, S, S) of the chosen images' neighbours, of those that have one."""
+    return batch.views["neighbor"][0][chosen_B[_has_neighbor(batch)]]
 
 
 def _unit_maps(student: list[Features], teacher: list[Features]) -> tuple[list[Tensor], list[Tensor]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
-from stages.pretrain.config.method import MethodSettings
-from stages.pretrain.config.parts import Crops, DenseSettings, HeadSettings, TeacherSettings, pairing_group
+from stages.pretrain.config.method import MethodSettings, Start
+from stages.pretrain.config.parts import Crops, DenseSettings, Export, HeadSettings, TeacherSettings
 
 
 class RankingSettings(Settings):
@@ -31,26 +32,6 @@ class RankingSettings(Settings):
     )
     tau1: float = Field(-0.2, description="teacher similarities below it have no weight")
     tau2: float = Field(0.5, gt=0, description="margin of the surrogate, in units of similarity")
-    group: int | None = Field(
-        None,
-        ge=2,
-        description="every image is paired with another one of its group of this many consecutive images of the "
-        "global batch, by a random cyclic shift, so that pairs do not depend on the number of ranks; must divide the "
-        "images that a rank has at once; default: the largest of 4, 2 that divides the global batch, else its "
-        "smallest divisor",
-    )
-
-    def group_size(self, global_batch: int) -> int:
-        """`group`, or its default for this global batch.
-
-        Raises:
-            ValueError: if the batch has one image and so no pair.
-        """
-        if self.group is not None:
-            return self.group
-        if global_batch < 2:
-            raise ValueError("sc_patch compares different images: give a batch of at least 2, or set its weight to 0")
-        return pairing_group(global_batch)
 
 
 class FilterSettings(Settings):
@@ -93,6 +74,12 @@ class CoTAPSettings(MethodSettings):
     ranking: RankingSettings = RankingSettings()
     filter: FilterSettings | None = FilterSettings()
     teacher: TeacherSettings = TeacherSettings(momentum=0.9997)
+    export: Export = Field("student", description="whose encoder is evaluated; the paper's is the online branch")
+
+    def over_one_pass(self) -> tuple[str, ...]:
+        """Every term compares images or balances over them."""
+        proto = ("the images that prototypes are compared with",) if self.uses("proto") else ()
+        return ("Sinkhorn's assignments", "pairs of images", *proto)
 
     @model_validator(mode="after")
     def _terms_have_what_they_need(self) -> CoTAPSettings:
@@ -110,3 +97,14 @@ class CoTAPSettings(MethodSettings):
     def uses(self, term: str) -> bool:
         """Whether a term has a weight and, for `proto`, there is a filter. Other terms are not computed."""
         return super().uses(term) and (term != "proto" or self.filter is not None)
+
+    def least_batch(self) -> int:
+        """2 for the ranking of pairs of images, else 1."""
+        return 2 if self.uses("sc_patch") else 1
+
+    def misfits(self, start: Start) -> Iterator[tuple[str, str, str]]:
+        """A filter before a ViT's last block needs a ViT."""
+        yield from super().misfits(start)
+        if self.filter is not None and self.filter.placement == "pre_last" and start.backbone.is_vit is False:
+            what = f"pre_last needs a ViT's last block, and {start.backbone.name} has none"
+            yield "filter.placement", what, "set it to post, or name a ViT"

@@ -14,12 +14,13 @@ of a region's vector, S side of a view, s side of a pooled region, M rows of the
 from __future__ import annotations
 
 import copy
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from pipeline.errors import UsageError
 from stages.models.encoder import Encoder
 from stages.models.heads import at_least_float32
 from stages.pretrain.data.batch import Batch
@@ -29,9 +30,10 @@ from stages.pretrain.methods.d3ssl.region_masks import compose, kept, union
 from stages.pretrain.methods.d3ssl.settings import D3SSLSettings
 from stages.pretrain.methods.d3ssl.views import view_plan
 from stages.pretrain.methods.method import Method, Step
-from stages.pretrain.methods.shared.pairing import partners
+from stages.pretrain.methods.shared.pairing import next_in_batch
 from stages.pretrain.methods.shared.teacher import move_teacher
 from stages.pretrain.views.plan import ViewPlan
+from stages.pretrain.views.sheet import Panel
 from stages.training.collectives import all_reduce_sum, gather
 from stages.training.schedules import cosine
 
@@ -73,12 +75,11 @@ class D3SSL(Method):
     bank_filled: Tensor  # () rows in use
     without_boxes: Tensor  # () images so far, of all ranks, that had no box to use
 
-    def __init__(self, settings: D3SSLSettings, encoder: Encoder, *, global_batch: int) -> None:
+    def __init__(self, settings: D3SSLSettings, encoder: Encoder) -> None:
         super().__init__()
         self.settings = settings
         self.student = RegionEncoder(encoder, _make_head(encoder, settings), settings.roi_size)
         self.teacher = self.student.teacher()
-        self.group = settings.group_size(global_batch) if settings.uses("deposition") else 0
         self.register_buffer("bank", torch.zeros(settings.bank.size, settings.head.out))
         for name in ("bank_next", "bank_filled", "without_boxes"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
@@ -86,27 +87,21 @@ class D3SSL(Method):
         self._whole: list[Tensor] = []  # number of images without boxes, likewise
         self._watched: dict[str, Tensor] = {}
 
-    @classmethod
-    def build(
-        cls, settings: D3SSLSettings, encoder: Encoder, *, total_steps: int, steps_per_epoch: int, global_batch: int
-    ) -> Self:
-        """The method; the size of the groups that backgrounds come from follows from the global batch.
-
-        Args:
-            settings: D3SSL's settings.
-            encoder: the student.
-            total_steps: not used.
-            steps_per_epoch: not used.
-            global_batch: images of one optimiser step, of all ranks together.
-
-        Raises:
-            ValueError: if `deposition` has a weight and the batch has one image, so that there is no background.
-        """
-        return cls(settings, encoder, global_batch=global_batch)
-
     def view_plan(self) -> ViewPlan:
         """The whole image and one crop, with the regions that both show (views.py)."""
         return view_plan(self.settings)
+
+    def representation(self) -> None:
+        """None: on a ViT the encoder runs as a whole.
+
+        Raises:
+            UsageError: on a ResNet, whose last stage sees regions only, so that there is no vector of a view.
+        """
+        if self.student.encoder.is_resnet:
+            raise UsageError(
+                "d3ssl on a ResNet runs the last stage on regions and makes no vector of a view, so dsa has nothing to "
+                "compare: choose a ViT, or another host"
+            )
 
     def start_step(self, step: Step) -> None:
         """Starts a step with no new regions for the bank."""
@@ -131,7 +126,7 @@ class D3SSL(Method):
                 terms["decouple"] = decoupling_loss(z_s1, z_s2, z_t1, z_t2, self.bank, **loss).mean()
             self._watched["positive_cosine"] = (z_s1.detach() * z_t2).sum(dim=1).mean()
         if settings.uses("deposition"):
-            z_s3 = self.student(self._pasted(batch, view2), boxes3)
+            z_s3 = self.student(self._pasted(batch, view2, next_in_batch(view2)), boxes3)
             with torch.autocast(view1.device.type, enabled=False):
                 terms["deposition"] = depositioning_loss(z_s3, z_t1, z_t2, self.bank, **loss).mean()
             self._watched["pasted_cosine"] = (z_s3.detach() * z_t2).sum(dim=1).mean()
@@ -151,12 +146,30 @@ class D3SSL(Method):
             seen_BSS &= union(regions_BR4[:, :count], size) | ~union(regions_BR4[:, count:], size)
         return torch.where(seen_BSS[:, None], view_B3SS, self.settings.fill)
 
-    def _pasted(self, batch: Batch, view2_B3SS: Tensor) -> Tensor:
+    def _pasted(self, batch: Batch, view2_B3SS: Tensor, background_B3SS: Tensor) -> Tensor:
         """View 3 (Eq. 6 to 8): the crop's regions, moved and with cut-outs, on the crop of another image."""
-        other_B = partners(batch, self.group, setting="method.background_group", shift=1).to(view2_B3SS.device)
         size = view2_B3SS.shape[-1]
         mask_BSS = union(batch.extras["moved"], size) & kept(batch.extras["cuts"][:, 2], size)
-        return compose(view2_B3SS, view2_B3SS[other_B], mask_BSS, batch.extras["shift"])
+        return compose(view2_B3SS, background_B3SS, mask_BSS, batch.extras["shift"])
+
+    def preview_panels(self, batch: Batch) -> list[Panel]:
+        """Each view as it is compared, with its cut-outs and with the proposals whose vectors are contrasted."""
+        settings, extras = self.settings, batch.extras
+        view1, view2 = batch.views["whole"][0], batch.views["crop"][0]
+        view2s = functional.avg_pool2d(view2, settings.size // settings.small_size)
+        boxes1, boxes2, boxes2s, boxes3 = extras["boxes"].unbind(1)
+        panels = [
+            Panel(
+                "view 1, proposals, cut-outs", self._hat(view1, extras["cuts"][:, 0], extras["regions"][:, 0]), boxes1
+            ),
+            Panel("view 2 of the teacher", view2, boxes2),
+        ]
+        if settings.uses("decouple"):
+            hat2s = self._hat(view2s, extras["cuts"][:, 1], extras["regions"][:, 1])
+            panels.append(Panel("view 2s, smaller", hat2s, boxes2s))
+        if settings.uses("deposition"):
+            panels.append(Panel("view 3, on another image", self._pasted(batch, view2, view2.roll(-1, 0)), boxes3))
+        return panels
 
     def after_step(self, step: Step) -> None:
         """Moves the teacher, then adds this step's regions of all ranks to the bank."""

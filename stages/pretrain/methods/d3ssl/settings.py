@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
-from stages.pretrain.config.method import MethodSettings
-from stages.pretrain.config.parts import Range, TeacherSettings, pairing_group
+from stages.pretrain.config.method import MethodSettings, QueueSize, Start
+from stages.pretrain.config.parts import Export, Range, TeacherSettings
 
 
 class CutoutSettings(Settings):
@@ -102,15 +103,8 @@ class D3SSLSettings(MethodSettings):
     head: RegionHead = RegionHead()
     temperature: float = Field(0.2, gt=0)
     bank: BankSettings = BankSettings()
-    background_group: int | None = Field(
-        None,
-        ge=2,
-        description="deposition: regions are pasted onto the next image of their group of this many consecutive images "
-        "of the global batch, so that it does not depend on the number of ranks; must divide the images that a rank "
-        "has at once; default: the largest of 4, 2 that divides the global batch, else its smallest divisor",
-    )
     teacher: TeacherSettings = TeacherSettings(momentum=0.99)
-    export: Literal["student", "teacher"] = Field(
+    export: Export = Field(
         "student", description="whose encoder is evaluated; student as in MoCo and SoCo, whose recipes D3SSL follows"
     )
 
@@ -122,17 +116,26 @@ class D3SSLSettings(MethodSettings):
             raise ValueError("weights: every term weighs 0; give at least one a weight")
         return self
 
-    def group_size(self, global_batch: int) -> int:
-        """`background_group`, or its default for this global batch.
+    def over_one_pass(self) -> tuple[str, ...]:
+        """The images that regions are pasted onto; the negatives are earlier batches'."""
+        return ("the backgrounds of deposition",) if self.uses("deposition") else ()
 
-        Raises:
-            ValueError: if the batch has one image and so no other image as background.
-        """
-        if self.background_group is not None:
-            return self.background_group
-        if global_batch < 2:
-            raise ValueError(
-                "deposition pastes regions onto another image of the batch: give a batch of at least 2, or set "
-                "method.weights.deposition to 0"
-            )
-        return pairing_group(global_batch)
+    def least_batch(self) -> int:
+        """2 for the term that pastes regions onto another image of the batch, else 1."""
+        return 2 if self.uses("deposition") else 1
+
+    def queues(self) -> dict[str, QueueSize]:
+        """The bank of regions, which takes those of one or of both views of the teacher."""
+        views = 2 if self.bank.holds == "both" else 1
+        return {"bank.size": QueueSize(self.bank.size, of_an_image=self.proposals * views)}
+
+    def view_sizes(self) -> Iterator[tuple[str, int]]:
+        """Both sizes."""
+        yield from super().view_sizes()
+        yield "small_size", self.small_size
+
+    def no_host_with(self, start: Start) -> str | None:
+        """Of a ResNet it trains regions of the C4 map, and computes no vector of a whole view."""
+        if start.backbone.is_vit is not False:
+            return None
+        return f"d3ssl takes regions of the C4 map of {start.backbone.name}, and dsa compares vectors of whole views"

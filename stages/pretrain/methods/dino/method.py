@@ -35,7 +35,7 @@ class Dino(SelfDistillation):
         self, settings: DinoSettings, encoder: Encoder, heads: dict[str, ProjectionHead] | None = None
     ) -> None:
         image_head = make_head(encoder.vector_width, settings.head)
-        super().__init__(Branch(encoder, {"image": image_head, **(heads or {})}), settings.teacher)
+        super().__init__(Branch(encoder, {"image": image_head, **(heads or {})}), settings.teacher, settings.export)
         self.settings = settings
         self.register_buffer("center", torch.zeros(settings.head.prototypes))
         self.temperature = settings.teacher_temperature.start

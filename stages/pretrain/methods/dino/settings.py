@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.pretrain.config.method import MethodSettings
-from stages.pretrain.config.parts import Crops, HeadSettings, TeacherSettings, TeacherTemperature
+from stages.pretrain.config.parts import (
+    Crops,
+    Export,
+    HeadSettings,
+    TeacherSettings,
+    TeacherTemperature,
+    check_crops,
+)
 
 
 class DinoSettings(MethodSettings):
@@ -32,3 +39,13 @@ class DinoSettings(MethodSettings):
     )
     center_momentum: float = Field(0.9, ge=0, le=1)
     teacher: TeacherSettings = TeacherSettings()
+    export: Export = Field("teacher", description="whose encoder is evaluated; teacher as in the official code")
+
+    @model_validator(mode="after")
+    def _enough_crops(self) -> DinoSettings:
+        check_crops(self.global_crops, self.local_crops)
+        return self
+
+    def over_one_pass(self) -> tuple[str, ...]:
+        """Sinkhorn's assignments; the centre moves by the mean of all passes."""
+        return ("Sinkhorn's assignments of images",) if self.centering == "sinkhorn" else ()

@@ -27,3 +27,7 @@ class DinoDenseSettings(DinoSettings):
     flip: float = Field(0.0, ge=0, le=1, description="probability of a horizontal flip; regions are mirrored back")
     dense_head: HeadSettings = HeadSettings(prototypes=300)
     dense: DenseSettings = DenseSettings()
+
+    def over_one_pass(self) -> tuple[str, ...]:
+        """The same for patches, always."""
+        return (*super().over_one_pass(), "Sinkhorn's assignments of patches")

@@ -1,15 +1,45 @@
-"""What a config says about `dsa`: a regulariser around any other method. Free of torch."""
+"""What a config says about `dsa`: a regulariser around any other method, in two variants. Free of torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
-from pipeline.stage import Input
+from pipeline.stage import Input, Settings
 from stages.models.settings import Backbone
-from stages.pretrain.config.method import MethodSettings, method_settings
+from stages.pretrain.config.method import MethodSettings, QueueSize, Start, method_settings
+
+Variant = Literal["text", "released"]
+# The two terms of each variant, which have no name in common, with their weights: nu and upsilon of the paper's Eq. 17,
+# and the release's lambda1 and lambda2.
+WEIGHTS: Mapping[Variant, Mapping[str, float]] = {
+    "text": {"dsa_am": 0.1, "dsa_con": 100.0},
+    "released": {"dsa_released_arrange": 1.0, "dsa_released_constraint": 0.01},
+}
+BUILDS: Mapping[Variant, str] = {
+    "text": "stages.pretrain.methods.dsa.method:DSA",
+    "released": "stages.pretrain.methods.dsa.released:ReleasedDSA",
+}
+# Options that the release has no counterpart of, or has under `released` with other numbers.
+OF_THE_TEXT = ("alpha", "tau", "tau_prior", "hidden", "activation", "normalise", "distance", "m_scale", "anchors")
+
+
+class ReleasedSettings(Settings):
+    """What the authors' release has in place of the paper's options; its defaults are those of its command line.
+
+    Source: docs/methods.md#dsa-as-released.
+    """
+
+    pairs: Literal["difference", "concatenation"] = Field(
+        "difference",
+        description="what the arranging network reads of a pair; the release trains with differences, and holds "
+        "concatenations unused",
+    )
+    temperature: float = Field(0.5, gt=0, description="of the arranging loss's exponent")
+    tau_prior: float = Field(0.5, gt=0, description="temperature of the prior")
+    mu: int = Field(1, ge=0, description="a neighbour counts if more than this many of its own lead back to the anchor")
 
 
 class DSASettings(MethodSettings):
@@ -18,11 +48,12 @@ class DSASettings(MethodSettings):
     Source: docs/methods.md#dsa.
     """
 
-    builds: ClassVar[str] = "stages.pretrain.methods.dsa.method:DSA"
-    terms: ClassVar[tuple[str, ...]] = ("dsa_am", "dsa_con")
-    default_weights: ClassVar[Mapping[str, float]] = {"dsa_am": 0.1, "dsa_con": 100.0}  # nu and upsilon of Eq. 17
-
     name: str = "dsa"
+    variant: Variant = Field(
+        "text",
+        description="text: the objective that the paper writes; released: the one that the authors' code computes, "
+        "which differs from it in every part; its terms have names of their own",
+    )
     host: Annotated[SerializeAsAny[MethodSettings], BeforeValidator(method_settings)] = Field(
         description="the method that is regularised, with all its own settings"
     )
@@ -55,12 +86,57 @@ class DSASettings(MethodSettings):
         "without sc)",
     )
 
+    released: ReleasedSettings = Field(ReleasedSettings(), description="variant released: its own options")
+
+    @property
+    def builds(self) -> str:  # type: ignore[override]
+        """The class of this variant."""
+        return BUILDS[self.variant]
+
+    @property
+    def terms(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The two terms of this variant."""
+        return tuple(WEIGHTS[self.variant])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_of_the_variant(cls, given: Any) -> Any:
+        """Fills in the variant's own weights, so that they are part of the fingerprint."""
+        if not isinstance(given, dict) or not isinstance(given.get("weights", {}), dict):
+            return given
+        own = WEIGHTS["released" if given.get("variant") == "released" else "text"]
+        return {**given, "weights": {**own, **given.get("weights", {})}}
+
     @field_validator("host")
     @classmethod
-    def _one_layer(cls, host: MethodSettings) -> MethodSettings:
-        if isinstance(host, DSASettings):
-            raise ValueError("dsa cannot regularise itself: name another method")
+    def _can_be_a_host(cls, host: MethodSettings) -> MethodSettings:
+        host.as_host()  # says why where it cannot
         return host
+
+    def as_host(self) -> MethodSettings:
+        """Refuses: a regulariser has no representations of its own.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("dsa cannot regularise itself: name another method")
+
+    @model_validator(mode="after")
+    def _one_variant(self) -> DSASettings:
+        of_the_text = [name for name in OF_THE_TEXT if getattr(self, name) != type(self).model_fields[name].default]
+        if self.variant == "text" and self.released != ReleasedSettings():
+            raise ValueError("released: these options are of variant released; remove them, or set variant: released")
+        if self.variant == "released" and of_the_text:
+            raise ValueError(
+                f"{', '.join(of_the_text)}: of variant text, which the release does not have; its own options are "
+                "under `released`. Remove them, or set variant: text"
+            )
+        if self.variant == "released" and not self.host.projects_views:
+            raise ValueError(
+                f"host: variant released compares the projections of two views, of which {self.host.name} has none; "
+                "name simclr, with which it was released, or another method of two views"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_auxiliary(self) -> DSASettings:
@@ -68,6 +144,26 @@ class DSASettings(MethodSettings):
             raise ValueError("auxiliary, embeddings: DSA's prior comes from exactly one of the two; give one")
         return self
 
+    def least_batch(self) -> int:
+        """The host's; in the released variant, whose scores are those of whole images, at least 2."""
+        return max(self.host.as_host().least_batch(), 2 if self.variant == "released" else 1)
+
+    def over_one_pass(self) -> tuple[str, ...]:
+        """What the host does, and the pairs of views, with their neighbours."""
+        return (*self.host.over_one_pass(), "the pairs and neighbours that dsa compares")
+
     def term_weights(self) -> dict[str, float]:
         """The host's terms with the host's weights, then DSA's own two."""
         return {**self.host.term_weights(), **super().term_weights()}
+
+    def queues(self) -> dict[str, QueueSize]:
+        """The host's."""
+        return {f"host.{name}": queue for name, queue in self.host.as_host().queues().items()}
+
+    def misfits(self, start: Start) -> Iterator[tuple[str, str, str]]:
+        """What its host cannot do with the encoder, by itself and as a host."""
+        host = self.host.as_host()
+        if (reason := host.no_host_with(start)) is not None:
+            yield "host", reason, "name a ViT, or another host"
+        for path, what, remedy in host.misfits(start):
+            yield f"host.{path}", what, remedy

@@ -43,7 +43,8 @@ class FLSL(SelfDistillation):
 
     def __init__(self, settings: FLSLSettings, encoder: Encoder) -> None:
         require_usable(encoder, settings)
-        super().__init__(Branch(encoder, {HEAD: make_head(encoder.width, settings.head)}), settings.teacher)
+        student = Branch(encoder, {HEAD: make_head(encoder.width, settings.head)})
+        super().__init__(student, settings.teacher, settings.export)
         self.settings = settings
         self.register_buffer("center", torch.zeros(settings.head.prototypes))
         self.previous: Encoder | None = None  # the earlier teacher of multi-stage training
@@ -76,7 +77,7 @@ class FLSL(SelfDistillation):
             gray_p=0.2,
             blur_p=0.5,
             solarize_p=0.2,
-            blur_else_solarize_p=0.5,
+            blur_else_solarize_p=0.5 if settings.colours == "either" else None,
         )
 
         def inside(name: str, size: int, count: int, scale: tuple[float, float]) -> ViewSpec:
@@ -256,7 +257,7 @@ def require_usable(encoder: Encoder, settings: FLSLSettings) -> None:
         if encoder.backbone.pos_embed != "sincos":
             raise ValueError(f"FLSL's ViT has fixed positions: set backbone.pos_embed: sincos, {otherwise}")
     queries, crops = settings.queries, [("global", settings.global_crops, settings.queries.window_global)]
-    if settings.local_crops.count and not settings.two_teacher_views:
+    if settings.local_crops.count:
         crops.append(("local", settings.local_crops, queries.window_local))
     for name, crop, window in crops:
         grid = -(-crop.size // encoder.stride)

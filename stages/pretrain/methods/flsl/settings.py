@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
-from stages.pretrain.config.method import MethodSettings
-from stages.pretrain.config.parts import Crops, HeadSettings, Range, TeacherSettings, TeacherTemperature
+from stages.pretrain.config.method import MethodSettings, Start
+from stages.pretrain.config.parts import Crops, Export, HeadSettings, Range, TeacherSettings, TeacherTemperature
 
 
 class TeacherCrop(Settings):
@@ -51,6 +51,9 @@ class PreviousStage(Settings):
     )
 
 
+NO_LOCAL_CROPS = {"size": 96, "count": 0, "scale": (0.1, 0.4)}
+
+
 class FLSLSettings(MethodSettings):
     """FLSL. For the encoder of the paper set `backbone: {class_token: false, pos_embed: sincos}`.
 
@@ -80,6 +83,11 @@ class FLSLSettings(MethodSettings):
         description="the paper's symmetric form: two teacher crops of one place in different colours, each predicts "
         "the student crops of the other; without local crops. False: the released code's form",
     )
+    colours: Literal["either", "sequential"] = Field(
+        "either",
+        description="either: blur (0.5), or else blur (0.1) and solarise (0.2), as the released code; sequential: blur "
+        "(0.5) and then solarise (0.2) in every crop, as the paper: the default with two_teacher_views",
+    )
     queries: QuerySettings = QuerySettings()
     self_attention: AttentionSettings = Field(AttentionSettings(end=0.1), description="t_sa, from a token to its mode")
     cross_attention: AttentionSettings = Field(
@@ -104,7 +112,21 @@ class FLSLSettings(MethodSettings):
     )
     center_momentum: float = Field(0.9, ge=0, le=1)
     teacher: TeacherSettings = TeacherSettings()
+    export: Export = Field("teacher", description="whose encoder is evaluated; teacher as in the official code")
     previous: PreviousStage | None = Field(None, description="multi-stage training")
+
+    def over_one_pass(self) -> tuple[str, ...]:
+        """The mean assignment of `vmr`, and Sinkhorn's assignments if there are any."""
+        balanced = ("Sinkhorn's assignments",) if self.centering == "sinkhorn" else ()
+        return (*balanced, *(("the mean assignment of vmr",) if self.uses("vmr") else ()))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_form(cls, given: Any) -> Any:
+        """The paper's form has other defaults, which are filled in so that a copy of the settings is as they are."""
+        if not isinstance(given, dict) or not given.get("two_teacher_views"):
+            return given
+        return {"local_crops": NO_LOCAL_CROPS, "colours": "sequential", **given}
 
     @model_validator(mode="after")
     def _consistent(self) -> FLSLSettings:
@@ -112,6 +134,28 @@ class FLSLSettings(MethodSettings):
             raise ValueError("weights.inter: without it nothing trains the centroids; give it a weight above 0")
         if self.global_crops.count < 1:
             raise ValueError("global_crops.count: the student needs a large crop; give at least 1")
-        if self.two_teacher_views and "local_crops" in self.model_fields_set and self.local_crops.count:
+        if self.two_teacher_views and self.local_crops.count:
             raise ValueError("local_crops: two_teacher_views has none; leave them out or set two_teacher_views: false")
         return self
+
+    def view_sizes(self) -> Iterator[tuple[str, int]]:
+        """The student's and the teacher's crops; with two teacher views there are no local ones."""
+        unused = "local_crops.size" if self.two_teacher_views else ""
+        yield from ((path, size) for path, size in super().view_sizes() if path != unused)
+        yield "teacher_crop.size", self.teacher_crop.size
+
+    def misfits(self, start: Start) -> Iterator[tuple[str, str, str]]:
+        """With `tokens: paper`, the encoder must be a ViT without [CLS] and with fixed positions."""
+        yield from super().misfits(start)
+        backbone, otherwise = start.backbone, "or set method.tokens: map to train on any feature map"
+        if self.tokens == "paper" and backbone.is_vit is False:
+            yield (
+                "tokens",
+                f"FLSL clusters the tokens of a ViT, and {backbone.name} is none",
+                f"name a ViT, {otherwise}",
+            )
+        elif self.tokens == "paper" and backbone.is_vit:
+            if backbone.class_token:
+                yield "tokens", "FLSL's ViT has no [CLS]", f"set backbone.class_token: false, {otherwise}"
+            if backbone.pos_embed != "sincos":
+                yield "tokens", "FLSL's ViT has fixed positions", f"set backbone.pos_embed: sincos, {otherwise}"

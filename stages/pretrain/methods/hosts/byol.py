@@ -21,7 +21,9 @@ class BYOL(TwoView):
     def __init__(self, settings: BYOLSettings, encoder: Encoder) -> None:
         projector = mlp(settings.projector.widths(encoder.vector_width))
         predictor = mlp([settings.projector.out, settings.predictor_hidden, settings.projector.out])
-        super().__init__(settings, encoder, projector, predictor=predictor, teacher=settings.teacher)
+        super().__init__(
+            settings, encoder, projector, predictor=predictor, teacher=settings.teacher, export=settings.export
+        )
 
     def compute_terms(self, batch: Batch) -> dict[str, Tensor]:
         """The student's prediction from each view against the moving average's projection of the other."""

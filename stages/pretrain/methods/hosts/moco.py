@@ -35,7 +35,8 @@ class MoCoV2(TwoView):
     def __init__(self, settings: MoCoSettings, encoder: Encoder) -> None:
         head = settings.projector or MLPSettings(hidden=2048, out=128)
         teacher = settings.teacher or TeacherSettings(momentum=0.999, momentum_end=0.999)
-        super().__init__(settings, encoder, mlp(head.widths(encoder.vector_width), norm=False), teacher=teacher)
+        projector = mlp(head.widths(encoder.vector_width), norm=False)
+        super().__init__(settings, encoder, projector, teacher=teacher, export=settings.export)
         self.queue = Queue(settings.queue, head.out)
         self.loss = queue_contrast(self.queue, settings.temperature or 0.2)
         self._keys: list[Tensor] = []  # of each forward pass of this step
@@ -77,7 +78,7 @@ class MoCoV3(TwoView):
             [head.out, settings.predictor_hidden, head.out], end="fixed_norm" if encoder.is_vit else "plain"
         )
         teacher = settings.teacher or TeacherSettings(momentum=0.99)
-        super().__init__(settings, encoder, projector, predictor=predictor, teacher=teacher)
+        super().__init__(settings, encoder, projector, predictor=predictor, teacher=teacher, export=settings.export)
         self.temperature = settings.temperature or (0.2 if encoder.is_vit else 1.0)
 
     def compute_terms(self, batch: Batch) -> dict[str, Tensor]:

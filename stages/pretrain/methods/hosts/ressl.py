@@ -27,7 +27,7 @@ class ReSSL(TwoView):
 
     def __init__(self, settings: ReSSLSettings, encoder: Encoder) -> None:
         projector = mlp(settings.projector.widths(encoder.vector_width))
-        super().__init__(settings, encoder, projector, teacher=settings.teacher)
+        super().__init__(settings, encoder, projector, teacher=settings.teacher, export=settings.export)
         self.queue = Queue(settings.queue, settings.projector.out)
         self.loss = partial(ressl_loss, tau_s=settings.tau_student, tau_t=settings.tau_teacher)
         self._keys: list[Tensor] = []  # the teacher's projections, of each forward pass of this step

@@ -103,12 +103,7 @@ class SwAV(Method):
 
     def _queue_share(self) -> list[Tensor]:
         """This rank's share of every crop's queue. Sinkhorn over all ranks then counts each entry once."""
-        size, ranks = self.settings.queue, world_size()
-        if size % ranks:
-            raise ValueError(
-                f"method.queue is {size}, which {ranks} ranks cannot share: choose a multiple of resources.workers"
-            )
-        return [queue.rows[rank() :: ranks] for queue in self.queues if isinstance(queue, Queue)]
+        return [queue.rows[rank() :: world_size()] for queue in self.queues if isinstance(queue, Queue)]
 
     def before_update(self, step: Step) -> None:
         """Drops the gradients of the prototypes in the first steps (`freeze_prototypes`)."""

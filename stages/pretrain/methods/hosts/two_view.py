@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stages.models.encoder import Encoder
 from stages.models.heads import at_least_float32
-from stages.pretrain.config.parts import TeacherSettings
+from stages.pretrain.config.parts import Export, TeacherSettings
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.hosts.settings.two_view import TwoViewSettings
 from stages.pretrain.methods.method import Method, Step
@@ -38,6 +38,7 @@ class TwoView(Method):
         *,
         predictor: nn.Module | None = None,
         teacher: TeacherSettings | None = None,
+        export: Export = "student",
     ) -> None:
         super().__init__()
         self.settings = settings
@@ -45,6 +46,7 @@ class TwoView(Method):
         self.predictor = predictor
         self.teacher = self.network.frozen_copy() if teacher else None
         self.teacher_settings = teacher
+        self.export = export
 
     def colours(self) -> tuple[Photometric, Photometric]:
         """BYOL's colour operations, which most methods share: view 1 always blurred, view 2 sometimes solarised."""
@@ -72,6 +74,11 @@ class TwoView(Method):
         assert self.teacher is not None
         return [self.teacher(view_B3SS) for view_B3SS in batch.views["global"]]
 
+    def projection(self) -> tuple[nn.Module, int]:
+        """The network, and D."""
+        layers = [layer for layer in self.network.projector.modules() if isinstance(layer, nn.Linear)]
+        return self.network, layers[-1].out_features
+
     def after_step(self, step: Step) -> None:
         """Moves the moving average, if the method has one."""
         if self.teacher is not None and self.teacher_settings is not None:
@@ -80,7 +87,10 @@ class TwoView(Method):
             move_teacher(self.teacher, self.network, momentum)
 
     def encoder(self) -> Encoder:
-        """The encoder that gets gradients: what these papers evaluate, even if there is a moving average."""
+        """The encoder that gets gradients, unless `export` names the moving average."""
+        if self.export == "teacher":
+            assert self.teacher is not None
+            return self.teacher.encoder
         return self.network.encoder
 
 

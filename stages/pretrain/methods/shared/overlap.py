@@ -111,17 +111,17 @@ def assign_patches(scores_BKhw: Tensor, settings: DenseSettings) -> Tensor:
     return q_NK.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
-def mean_of(value_B: Tensor, chosen_B: Tensor) -> Tensor:
+def mean_of(value_B: Tensor, chosen_B: Tensor | None = None) -> Tensor:
     """Mean over the chosen images or pairs of all ranks; 0 if none is chosen.
 
     Args:
-        value_B: one value for each image or pair of this rank.
-        chosen_B: bool, which of them count.
+        value_B: one value for each image or pair of this rank; B may be 0, and differ between ranks.
+        chosen_B: bool, which of them count; None: all.
 
     Returns:
         A scalar: this rank's share of the mean. The average of the shares over ranks is the mean.
     """
-    chosen_B = chosen_B.to(value_B.dtype)
+    chosen_B = torch.ones_like(value_B) if chosen_B is None else chosen_B.to(value_B.dtype)
     count = all_reduce_sum(chosen_B.sum())
     return torch.where(chosen_B > 0, value_B, 0).sum() * world_size() / count.clamp(min=1)
 

@@ -1,7 +1,7 @@
 """Self-distillation without its losses: a student, a teacher that is its moving average, and the features of both.
 
-Shape legend: V views of one kind, B images of this rank, S side of a view, D width of the encoder's features, h w sides
-of a map, N = h w cells, d width of a head's embedding, K prototypes.
+Shape legend: V views of one kind, B images of this rank, I of further images, S side of a view, D width of the
+encoder's features, h w sides of a map, N = h w cells, d width of a head's embedding, K prototypes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stages.models.encoder import Encoder, Features
 from stages.models.heads import ProjectionHead
-from stages.pretrain.config.parts import HeadSettings, TeacherSettings
+from stages.pretrain.config.parts import Export, HeadSettings, TeacherSettings
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.method import Method, Step
 from stages.training.schedules import cosine
@@ -23,23 +23,29 @@ from stages.training.schedules import cosine
 class SelfDistillation(Method):
     """Base of `dino`, `dino_dense`, `cotap` and `flsl`: all but the views and the terms."""
 
-    def __init__(self, student: Branch, settings: TeacherSettings) -> None:
+    def __init__(self, student: Branch, settings: TeacherSettings, export: Export) -> None:
         super().__init__()
         self.student = student
         self.teacher = make_teacher(student)
         self.teacher_settings = settings
+        self.export = export
 
     def student_features(self, batch: Batch) -> list[Features]:
         """The student's features of all crops, global ones first; one forward pass for each size of crop."""
         return self.student.encode(batch.views[name] for name in ("global", "local") if name in batch.views)
 
     @torch.no_grad()
-    def teacher_features(self, batch: Batch, *extra: str) -> list[Features]:
-        """The teacher's features of the global crops, then of the views named in `extra`, in one forward pass.
+    def teacher_features(self, batch: Batch, *more: Tensor) -> list[Features]:
+        """The teacher's features of the global crops, then of `more`, all in one forward pass.
 
-        The views in `extra` must have the size of the global crops.
+        Args:
+            batch: this rank's.
+            more: further images (I, 3, S, S) of the global crops' size; I may be 0, and differ between ranks.
         """
-        return self.teacher.encode([torch.cat([batch.views["global"], *(batch.views[name] for name in extra)])])
+        stacks = [*batch.views["global"], *more]
+        counts = [len(stack) for stack in stacks]
+        vectors, maps = self.teacher.encoder(torch.cat(stacks))
+        return [Features(*pair) for pair in zip(vectors.split(counts), maps.split(counts), strict=True)]
 
     def after_step(self, step: Step) -> None:
         """Brings the heads' prototypes back to their length, then moves the teacher."""
@@ -51,8 +57,8 @@ class SelfDistillation(Method):
         move_teacher(self.teacher, self.student, momentum)
 
     def encoder(self) -> Encoder:
-        """The teacher's encoder."""
-        return self.teacher.encoder
+        """The encoder of the branch that `export` names."""
+        return (self.student if self.export == "student" else self.teacher).encoder
 
 
 class Branch(nn.Module):

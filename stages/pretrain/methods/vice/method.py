@@ -30,6 +30,7 @@ from stages.pretrain.methods.vice.regions import MASKED
 from stages.pretrain.methods.vice.settings import ViCESettings
 from stages.pretrain.methods.vice.views import view_plan
 from stages.pretrain.views.plan import ViewPlan
+from stages.pretrain.views.sheet import Panel
 from stages.training.collectives import all_reduce_max, all_reduce_sum, gather, rank, world_size
 
 
@@ -105,6 +106,16 @@ class ViCE(Method):
             "regions_per_image": count_B.double().mean(),
         }
         return {"swapped": swapped, **terms}
+
+    def preview_panels(self, batch: Batch) -> list[Panel]:
+        """Each view as the network sees it: noise on masked regions, lines around mutual ones, the rest dark."""
+        regions_VBSS = batch.extras["regions"].transpose(0, 1).long()
+        seen_VB3SS = self._filled(batch, regions_VBSS)
+        shown_VBSS = torch.where(regions_VBSS == MASKED, batch.extras["count"][:, None, None], regions_VBSS)
+        return [
+            Panel(f"view {v}: mutual regions" + (", noise" if self.settings.mask.ratio else ""), seen, regions=shown)
+            for v, (seen, shown) in enumerate(zip(seen_VB3SS, shown_VBSS, strict=True))
+        ]
 
     def _filled(self, batch: Batch, regions_VBSS: Tensor) -> Tensor:
         """The views with masked regions filled with U(-1, 1) noise, which depends on the step only, not on the rank."""

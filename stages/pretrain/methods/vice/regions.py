@@ -43,6 +43,17 @@ class Frame:
         """A rectangle of the frame, in pixels of the stored image."""
         return (np.asarray(rect, np.float64) - (self.left, self.top, self.left, self.top)) / self.scale
 
+    def seen(self, width: int, height: int) -> Rectangle:
+        """The part of the stored image, in its whole pixels, that the frame shows.
+
+        Args:
+            width: of the stored image.
+            height: likewise.
+        """
+        edges = np.rint(self.to_image((0, 0, self.width, self.height))).clip(0, (width, height, width, height))
+        x0, y0, x1, y1 = (int(edge) for edge in edges)
+        return x0, y0, x1, y1
+
 
 def padded_frame(width: int, height: int, size: int, longest: int) -> Frame:
     """A frame that shows all of the image, padded.

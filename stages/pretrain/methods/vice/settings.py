@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
-from stages.pretrain.config.method import MethodSettings
+from stages.pretrain.config.method import MethodSettings, Start
 from stages.pretrain.config.parts import Range
 from stages.training.settings import weight_of
 
@@ -126,3 +127,23 @@ class ViCESettings(MethodSettings):
         if self.region == "mean":
             return {"swapped": weight_of(self.weights, "swapped")}
         return {term: self.weights.get(term, 0.5) for term in self.terms}
+
+    def over_one_pass(self) -> tuple[str, ...]:
+        """Assignments are balanced over the regions of a pass and the queue; with `regions` all of them weigh alike."""
+        weighed = ("the mean over regions",) if self.loss_mean == "regions" else ()
+        return ("Sinkhorn's assignments of regions", *weighed)
+
+    def as_host(self) -> ViCESettings:
+        """Refuses: the backbone's levels go to the decoder, and nothing computes the vector that DSA compares.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("vice trains a backbone's levels and makes no vector of a view, so dsa has nothing to compare")
+
+    def misfits(self, start: Start) -> Iterator[tuple[str, str, str]]:
+        """A filter sees none of the backbone's levels that ViCE trains."""
+        yield from super().misfits(start)
+        if start.filtered:
+            what = "vice trains the backbone's levels, which the object-aware filter of init does not see"
+            yield "name", what, "name an init without a filter"

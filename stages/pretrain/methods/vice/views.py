@@ -51,12 +51,14 @@ class RegionDrawer:
         """The draws of one image and the extras."""
         settings = self.settings
         frame = self._frame(row)
+        # A view may be larger than a square frame: what it shows of the image beyond the frame is outside too.
+        within = frame.seen(row.width, row.height) if settings.standard.kind == "square" else None
         squares = self._squares(rng, row, frame)
         draws = []
         for rect in squares:
             flip = bool(rng.random() < settings.flip)
             affine = crop_affine(frame.to_image(rect), settings.size, flip)
-            draws.append(Draw("view", affine, settings.size, draw_colour(self.colours, rng)))
+            draws.append(Draw("view", affine, settings.size, draw_colour(self.colours, rng), within=within))
 
         labels, ids = self._labels(row)
         maps = [cut_labels(labels, item) for item in draws]

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from pipeline.stage import edges, unfingerprinted
 from stages.pretrain.config.pretrain import PretrainConfig
 
+ONE_CROP = {"size": 64, "count": 1, "scale": (0.2, 1.0)}
 COTAP = {
     "images": [{"from": "objects", "weight": 1}, {"from": "scenes", "weight": 1, "role": "scenes"}],
     "init": "warmup",
@@ -48,6 +49,9 @@ def test_settings_of_the_method_survive_a_dump() -> None:
         ({"batch_size": 10, "accumulate": 4}, "does not divide"),
         ({"method": {"name": "cotop"}}, "no method is called 'cotop'"),
         ({"method": {"name": "dino", "weights": {"dine": 1.0}}}, "no such term dine"),
+        ({"method": {"name": "dino", "global_crops": ONE_CROP, "local_crops": {**ONE_CROP, "count": 0}}}, "at least 2"),
+        ({"method": {"name": "swav", "global_crops": {**ONE_CROP, "count": 0}}}, r"global_crops\.count: .* at least 1"),
+        ({"method": {"name": "vicregl", "global_crops": ONE_CROP}}, "at least 2 in all"),
         ({"learning_rate": 1.0}, "Extra inputs"),
     ],
 )

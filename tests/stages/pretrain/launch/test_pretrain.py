@@ -13,11 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.errors import ClusterError
+from pipeline.errors import ClusterError, UsageError
+from pipeline.stage import Context, Outcome
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from stages.models.encoder import Encoder
-from tests.stages.pretrain.conftest import RunStage, write_photographs
+from stages.pretrain.config.pretrain import PretrainConfig
+from stages.pretrain.launch import alone
+from stages.pretrain.launch.pretrain import pretrain
+from tests.stages.pretrain.conftest import SMALL, RunStage, write_photographs
 
 ALONE = {"resources": {"workers": 0}}
 TERMS = ("align_image", "total", "grad_norm", "lr")
@@ -39,12 +43,41 @@ def test_the_artifact_holds_encoder_curves_and_picture(run_stage: RunStage) -> N
     assert encoder(torch.zeros(1, 3, 32, 32)).map.shape == (1, 32, 4, 4)
 
 
+def test_progress_shows_loss_learning_rate_and_speed(run_stage: RunStage) -> None:
+    shown: list[str] = []
+    _, artifact = run_stage("a" * 24, {"steps": 2, **ALONE}, show=shown.append)
+    rows = json.loads(artifact.read("curves.json"))
+    assert shown == [f"loss {row['total']:.4g}, lr {row['lr']:.2e}, {row['images_per_s']:.0f} images/s" for row in rows]
+
+
 def test_unreadable_images_are_named_in_the_artifact(run_stage: RunStage, store: ArtifactStore) -> None:
     damaged = write_photographs(store, "1" * 24, unreadable=[3, 17])
     outcome, _ = run_stage("a" * 24, {"epochs": 2, **ALONE}, trained_on=damaged)
     assert {problem["key"] for problem in outcome.problems} == {"003.jpg", "017.jpg"}
     assert all(problem["reason"] for problem in outcome.problems)
     assert outcome.counts["skipped: unreadable image"] >= 4  # each is met again in the second epoch
+
+
+def test_a_run_says_what_the_passes_of_a_step_do_not_see(
+    store: ArtifactStore, images: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alone, "train_alone", lambda *given: Outcome())
+
+    def said(**changes: object) -> list[str]:
+        lines: list[str] = []
+        config = PretrainConfig.model_validate({**SMALL, "steps": 1, **ALONE, **changes})
+        context = Context("warmup", "a" * 24, {"images": images}, store.begin("encoder", "a" * 24), config.resources)
+        context.say = lines.append
+        pretrain(config, context)
+        return lines
+
+    assert said() == []
+    (line,) = said(accumulate=2, method={"name": "simclr"})
+    assert line.startswith("warmup: accumulate: 2 makes forward passes of 2 images. Computed over one pass")
+    assert "not over the batch of 4: negatives, and batch norms where the networks have any" in line
+    (line,) = said(accumulate=2)
+    assert "not over the batch of 4: and" not in line
+    assert "batch of 4: batch norms" in line
 
 
 @pytest.mark.slow
@@ -77,6 +110,16 @@ def test_a_killed_training_worker_changes_nothing(run_stage: RunStage, ray_local
 def test_more_cpus_than_the_cluster_has_are_refused(run_stage: RunStage, ray_local: None) -> None:
     with pytest.raises(ClusterError, match=r"2 workers with 64 CPUs each need 128, the cluster has"):
         run_stage("f" * 24, {"steps": 1, "resources": {"workers": 2, "cpus": 64}})
+
+
+@pytest.mark.slow
+def test_a_batch_that_the_workers_cannot_share_is_refused_before_they_start(
+    run_stage: RunStage, ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = "ray.train.v2.api.data_parallel_trainer.DataParallelTrainer"
+    monkeypatch.setattr(f"{trainer}.fit", lambda self: pytest.fail("Ray Train was started"))
+    with pytest.raises(UsageError, match="4 images, which 3 workers cannot share equally"):
+        run_stage("f" * 24, {"steps": 1, "resources": {"workers": 3}})
 
 
 def train_workers() -> list[psutil.Process]:

@@ -48,6 +48,14 @@ def test_a_collapse_leaves_a_file_that_replays_its_step(run_stage: RunStage) -> 
     assert again["grad_norms"]["align_image"] == pytest.approx(row["grad_norm/align_image"], rel=1e-5)
 
 
+def test_a_learning_rate_of_1000_names_the_term_and_the_command(run_stage: RunStage) -> None:
+    match = r"term align_image is (nan|inf) at step \d+ \(lower optimizer\.lr"
+    with pytest.raises(StageFailed, match=match) as stopped:
+        run_stage("0" * 24, {"steps": 200, "optimizer": {"lr": 1000.0}, **ALONE})
+    found = replay.replay(replay.read(file_in(str(stopped.value))))
+    assert not math.isfinite(found["terms"]["align_image"])
+
+
 def test_the_command_prints_the_terms(run_stage: RunStage) -> None:
     watch = {"min_rank": 1000.0, "grace": 0, "patience": 1}
     with pytest.raises(StageFailed) as stopped:

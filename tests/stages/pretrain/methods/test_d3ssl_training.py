@@ -64,6 +64,26 @@ def test_a_run_cut_in_half_ends_as_one(inputs: dict[str, Artifact], tmp_path: Pa
     assert all(torch.equal(value, expected[name]) for name, value in state.items())
 
 
+def test_the_picture_of_the_views_shows_proposals_and_cut_outs(inputs: dict[str, Artifact]) -> None:
+    """The panels are what the encoder is given, whose values are tested above, and the boxes that are pooled."""
+    made = assemble(PretrainConfig.model_validate(CONFIG), inputs)
+    batch = next(made.data.batches(0, 1)).first(3)
+    one, two, small, pasted = made.method.preview_panels(batch)
+    size = batch.views["whole"].shape[-1]
+    assert [len(panel.view) for panel in (one, two, small, pasted)] == [3] * 4
+    hidden = (one.view == made.method.settings.fill).all(1)  # type: ignore[union-attr]
+    assert hidden.any()
+    assert not hidden.all()
+    assert torch.equal(two.view, batch.views["crop"][0])
+    for panel, boxes in zip((one, two, small, pasted), batch.extras["boxes"].unbind(1), strict=True):
+        assert torch.equal(panel.boxes, boxes)
+    assert small.view.shape[-1] < size == pasted.view.shape[-1]
+    assert not torch.equal(pasted.view, batch.views["crop"][0])
+    alone = {**CONFIG, "method": CONFIG["method"] | {"weights": {"deposition": 0}}}
+    fewer = assemble(PretrainConfig.model_validate(alone), inputs).method.preview_panels(batch)
+    assert len(fewer) == 3
+
+
 def test_missing_boxes_are_named(inputs: dict[str, Artifact], tmp_path: Path) -> None:
     del inputs["method.boxes.1"]
     with pytest.raises(UsageError, match="the method reads boxes, and source 1 of images has none"):

@@ -18,7 +18,7 @@ from stages.pretrain.data.loader import ImageSource, TrainData
 from stages.pretrain.views.draw import generator
 from stages.pretrain.views.plan import Draw
 from tests.conftest import encode, smooth_pixels
-from tests.stages.pretrain.methods.test_d3ssl import build, drawn_batch, image_row, settings, some_boxes, train_step
+from tests.stages.pretrain.methods.test_d3ssl import build, drawn_batch, image_row, settings, sgd_step, some_boxes
 
 
 def test_boxes_lie_in_their_views_and_moved_ones_inside() -> None:
@@ -100,7 +100,7 @@ def test_images_without_boxes_are_counted_and_trained_on() -> None:
     method = build()
     without, with_boxes = drawn_batch(method.settings, boxes=False), drawn_batch(method.settings, first=8)
     for batch in (without, with_boxes, without):
-        values = train_step(method, batch)
+        values = sgd_step(method, batch)
     assert all(np.isfinite(value) for value in values.values())
     assert method.diagnostics()["images_without_boxes"] == 16
 
@@ -130,5 +130,5 @@ def test_grey_and_tiny_images_train(tmp_path: Path) -> None:
     for batch in data.batches(0, 3):
         assert torch.isfinite(batch.views["whole"]).all()
         assert not batch.skipped
-        assert all(np.isfinite(value) for value in train_step(method, batch).values())
+        assert all(np.isfinite(value) for value in sgd_step(method, batch).values())
     assert method.diagnostics()["images_without_boxes"] == 6

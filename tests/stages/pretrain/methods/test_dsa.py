@@ -9,14 +9,16 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from pipeline.errors import UsageError
 from stages.models.encoder import Encoder
 from stages.models.settings import Backbone
 from stages.pretrain.config.method import method_settings
 from stages.pretrain.methods.dsa.method import DSA
+from stages.pretrain.methods.dsa.released import Concatenations, Differences, ReleasedDSA
 from stages.pretrain.methods.dsa.settings import DSASettings
 from stages.pretrain.methods.method import Step
 from tests.stages.pretrain.methods.ranks import Results
-from tests.stages.pretrain.methods.tiny import CROPS, HEAD
+from tests.stages.pretrain.methods.tiny import CROPS, HEAD, train_step
 from tests.stages.pretrain.methods.tiny_hosts import (
     AUXILIARY,
     HOSTS,
@@ -28,7 +30,6 @@ from tests.stages.pretrain.methods.tiny_hosts import (
     settings,
     silent,
     train_on_rank,
-    train_step,
 )
 
 
@@ -84,7 +85,7 @@ def test_a_host_whose_student_sees_one_view_needs_another_of_its_size() -> None:
     method = build(method_settings({"name": "dsa", "host": host, "auxiliary": AUXILIARY}))
     batch = a_batch()
     batch.views["global"] = batch.views["global"][:1]
-    with pytest.raises(ValueError, match=r"its host makes one of 32 pixels.*global_crops\.count: 2"):
+    with pytest.raises(UsageError, match=r"its host makes one of 32 pixels.*global_crops\.count: 2"):
         method(batch)
     method.views.names = ["teacher", "global"]  # as FLSL: the teacher's crop has the student's size
     batch.views["teacher"] = batch.views["global"] + 1
@@ -107,6 +108,12 @@ def test_flsl_is_a_host_too() -> None:
     assert list(terms) == ["intra", "inter", "vmr", "dsa_am", "dsa_con"]
     assert all(torch.isfinite(term) for term in terms.values())
     assert config.term_weights()["vmr"] == 5.0
+
+
+def test_a_host_that_makes_no_vectors_of_views_is_refused_before_the_first_step() -> None:
+    config = method_settings({"name": "dsa", "host": {"name": "d3ssl", "boxes": "boxes"}, "auxiliary": AUXILIARY})
+    with pytest.raises(UsageError, match=r"d3ssl on a ResNet .* dsa has nothing to compare: choose a ViT"):
+        build(config, resnet=True)
 
 
 def test_inputs_of_the_host_reach_it() -> None:
@@ -171,6 +178,73 @@ def test_every_choice_gives_other_finite_terms(knobs: dict[str, Any]) -> None:
     assert not torch.equal(terms(**knobs), terms())
 
 
+# ---------------------------------------------------------------------------------------------------- as released
+@pytest.mark.parametrize("name", ["simclr", "moco_v2", "moco_v3", "byol", "simsiam", "vicreg", "ressl"])
+@pytest.mark.parametrize("knobs", [{}, {"cached": True}, {"released": {"pairs": "concatenation"}}], ids=str)
+def test_the_released_variant_adds_terms_of_its_own_names(name: str, knobs: dict[str, Any]) -> None:
+    config = settings(name, dsa=True, variant="released", **knobs)
+    method, batch = build(config), a_batch()
+    assert isinstance(method, ReleasedDSA)
+    method.start_step(STEP)
+    terms = method(batch)
+    assert list(terms) == [*config.host.terms, "dsa_released_arrange", "dsa_released_constraint"]
+    assert list(config.term_weights().values())[-2:] == [1.0, 0.01]  # lambda1, and lambda2 of a mean
+    (terms["dsa_released_arrange"] + terms["dsa_released_constraint"]).backward(retain_graph=True)
+    encoder = method.encoder().model.blocks[0].attn.qkv.weight
+    assert encoder.grad.abs().sum() > 0
+    assert method.arranger.hidden.weight.grad.abs().sum() > 0
+    assert 0 <= method.diagnostics()["dsa_score"] <= 1
+
+
+def test_the_released_variant_compares_projections_and_whole_images() -> None:
+    method, batch = build(settings("simclr", dsa=True, variant="released")), a_batch()
+    with method.views:
+        method.host.compute_terms(batch)
+        z, images = method.views.two(batch)
+    assert torch.equal(images, batch.views["global"].flatten(0, 1))
+    torch.testing.assert_close(z, method.host.network(images))
+    (whole,) = [spec for spec in method.view_plan().views if spec.whole]
+    assert (whole.name, whole.size, whole.flip_p) == ("original", 24, 0.0)
+    method(batch)
+    before = method.diagnostics()
+    batch.views["original"] = torch.randn(1, 8, 3, 24, 24, generator=torch.Generator().manual_seed(2))
+    method(batch)
+    after = method.diagnostics()
+    assert after["dsa_m_max"] == before["dsa_m_max"]
+    assert after["dsa_score"] != before["dsa_score"]  # the anchors' scores are those of the whole images
+
+
+@pytest.mark.parametrize("network", [Differences, Concatenations])
+def test_a_released_network_starts_alive(network: type[Differences | Concatenations]) -> None:
+    """It ends in a ReLU: one that starts at 0 for all pairs would never learn."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        z = 0.1 * torch.randn(6, 12)
+        assert network(12)(z, z).sum() > 0
+
+
+def test_the_released_variant_needs_another_image() -> None:
+    assert settings("moco_v2", dsa=True).least_batch() == 1
+    assert settings("moco_v2", dsa=True, variant="released").least_batch() == 2  # whose neighbours give the scores
+    assert settings("simclr", dsa=True).least_batch() == 2  # the host's
+
+
+def test_the_variants_cannot_be_mixed_up() -> None:
+    both = [settings("simclr", dsa=True, cached=True), settings("simclr", dsa=True, cached=True, variant="released")]
+    assert not set(both[0].weights) & set(both[1].weights)
+    assert [method_settings(each.model_dump(mode="json")) for each in both] == both
+    for wrong, words in [
+        ({"variant": "released", "alpha": 0.5, "hidden": 8}, "alpha, hidden: of variant text"),
+        ({"released": {"mu": 2}}, "set variant: released"),
+        ({"variant": "released", "weights": {"dsa_am": 1.0}}, "no such term dsa_am; dsa has dsa_released_arrange"),
+        ({"weights": {"dsa_released_arrange": 1.0}}, "no such term dsa_released_arrange; dsa has dsa_am"),
+    ]:
+        with pytest.raises(ValidationError, match=words):
+            method_settings({"name": "dsa", "host": HOSTS["simclr"], "embeddings": "e", **wrong})
+    with pytest.raises(ValidationError, match="projections of two views, of which dino has none"):
+        method_settings({"name": "dsa", "variant": "released", "host": OURS["dino"], "embeddings": "e"})
+
+
 def test_dsa_resumes_exactly() -> None:
     method, batch = build(settings("moco_v2", dsa=True)), a_batch()
     train_step(method, batch, torch.optim.SGD(method.trained_parameters(), lr=0.05), Step(0, 10, 2))
@@ -189,11 +263,14 @@ def test_rules_are_named() -> None:
         )
     with pytest.raises(ValidationError, match="no such term simclr; dsa has dsa_am, dsa_con"):
         method_settings({"name": "dsa", "embeddings": "e", "host": HOSTS["simclr"], "weights": {"simclr": 2.0}})
+    with pytest.raises(ValidationError, match=r"host\n.*vice trains a backbone's levels"):
+        method_settings({"name": "dsa", "embeddings": "e", "host": {"name": "vice", "superpixels": "s"}})
 
 
 # ------------------------------------------------------------------------------------------------------------- ranks
 RANKED = {
     "simclr": {},
+    "barlow_twins": {"variant": "released"},
     "mae": {},
     "byol": {"cached": True},
 }

@@ -14,6 +14,7 @@ from stages.pretrain.methods.dsa.losses.dsa_arranging import (
     pair_distances,
     pair_scores,
 )
+from stages.pretrain.methods.dsa.losses.dsa_released import column_sizes
 from stages.pretrain.methods.dsa.losses.dsa_scoring import connection_scores, neighbourhood, prior_similarity
 
 
@@ -129,3 +130,13 @@ def test_latent_connections_count_only_more() -> None:
     torch.testing.assert_close(scores, torch.tensor(expected))
     assert (scores >= connection_scores(neighbors)).all()
     assert (scores > connection_scores(neighbors)).any()
+
+
+def test_column_sizes_equal_the_sum_over_all_pairs() -> None:
+    z = torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).add_(50).requires_grad_()
+    expected = (z[:, None] - z[None]).abs().sum(dim=(0, 1))
+    weight = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(column_sizes(z), expected)
+    (wanted,) = torch.autograd.grad(expected @ weight, z)
+    (found,) = torch.autograd.grad(column_sizes(z) @ weight, z)
+    torch.testing.assert_close(found, wanted)

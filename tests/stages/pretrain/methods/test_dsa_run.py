@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from pipeline.errors import UsageError
 from pipeline.stage import Context, edges
@@ -13,6 +14,7 @@ from pipeline.store.store import ArtifactStore
 from stages.data.tables import SCHEMAS
 from stages.pretrain.launch.assemble import assemble
 from stages.pretrain.stage import Pretrain, PretrainConfig
+from stages.pretrain.views.geometry import apply
 from tests.stages.pretrain.conftest import SMALL
 
 HOST = {"name": "moco", "size": 32, "queue": 10, "projector": {"hidden": 16, "out": 8}}
@@ -49,6 +51,20 @@ def test_embeddings_reach_the_rows_of_a_batch(store: ArtifactStore, images: Arti
     vectors = np.random.default_rng(0).normal(size=(24, 6)).astype(np.float32)
     np.testing.assert_array_equal(batch.extras["embedding"].numpy(), vectors[batch.image_ids.numpy()])
     assert run.weights == {"moco": 1.0, "dsa_am": 0.1, "dsa_con": 100.0}
+
+
+def test_the_released_variant_gets_the_whole_images(images: Artifact) -> None:
+    auxiliary = {"name": "vit_tiny_patch16_224", "img_size": 24, "patch_size": 8}
+    auxiliary |= {"kwargs": {"embed_dim": 16, "depth": 1, "num_heads": 2}}
+    method = {"name": "dsa", "variant": "released", "host": HOST, "auxiliary": auxiliary, "eta": 3}
+    run = assemble(config(method=method), {"images": images})
+    (batch,) = run.data.batches(0, 1)
+    assert batch.views["original"].shape == (1, 4, 3, 24, 24)
+    corners = torch.tensor([[0.0, 0.0], [24.0, 24.0]]).expand(4, -1, -1)
+    torch.testing.assert_close(apply(batch.affines["original"][0], corners)[:, 1], torch.tensor([[48.0, 40.0]] * 4))
+    terms = run.method.compute_terms(batch)
+    assert list(terms) == list(run.weights) == ["moco", "dsa_released_arrange", "dsa_released_constraint"]
+    assert all(torch.isfinite(term) for term in terms.values())
 
 
 def test_embeddings_of_other_images_are_refused(store: ArtifactStore, images: Artifact) -> None:

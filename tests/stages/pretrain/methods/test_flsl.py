@@ -26,10 +26,10 @@ from stages.pretrain.methods.flsl.method import FLSL, HEAD
 from stages.pretrain.methods.flsl.query_sampling import sample_queries
 from stages.pretrain.methods.flsl.settings import FLSLSettings
 from stages.pretrain.methods.method import Step
-from stages.pretrain.views.draw import draw_views, generator, shown
+from stages.pretrain.views.draw import draw_colour, draw_views, generator, shown
 from tests.stages.pretrain.conftest import SMALL, RunStage
 from tests.stages.pretrain.methods.ranks import Results, assert_alike, on_one_and_two, steps_of
-from tests.stages.pretrain.methods.tiny import share, tiny_encoder
+from tests.stages.pretrain.methods.tiny import share, tiny_encoder, train_step
 
 STEP = Step(index=3, total=10, steps_per_epoch=2)
 TINY: dict[str, Any] = {
@@ -74,17 +74,6 @@ def noise(config: dict[str, Any], count: int = 8, seed: int = 0) -> Batch:
     views = {s.name: torch.randn(s.count, count, 3, s.size, s.size, generator=rng) for s in plan.views}
     ids = torch.arange(count)
     return Batch(ids, torch.zeros_like(ids), views, {}, neighbor_ids=-torch.ones_like(ids), seed=7)
-
-
-def train_step(method: FLSL, batch: Batch, optimizer: torch.optim.Optimizer, step: Step) -> dict[str, float]:
-    method.start_step(step)
-    terms = method(batch)
-    torch.stack(list(terms.values())).sum().backward()
-    method.before_update(step)
-    optimizer.step()
-    optimizer.zero_grad()
-    method.after_step(step)
-    return {name: term.item() for name, term in terms.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ terms
@@ -254,11 +243,37 @@ def test_other_encoders_need_a_word(encoder: Callable[[], Encoder], rule: str) -
     assert all(torch.isfinite(term) for term in terms.values())
 
 
+@pytest.mark.parametrize(
+    ("changes", "colours"),
+    [
+        ({}, "either"),
+        ({"two_teacher_views": True}, "sequential"),
+        ({"two_teacher_views": True, "colours": "either"}, "either"),
+        ({"colours": "sequential"}, "sequential"),
+    ],
+)
+def test_colours_are_the_codes_or_the_papers(changes: dict[str, Any], colours: str) -> None:
+    settings = FLSLSettings.model_validate(changes)
+    assert settings.colours == colours
+    # Ray's workers and replays get the settings like this.
+    assert FLSLSettings.model_validate(settings.model_dump(mode="json")) == settings
+    method = build(TINY | {"colours": colours})
+    rng = np.random.default_rng(0)
+    drawn = [draw_colour(method.view_plan().views[0].photometric, rng) for _ in range(2000)]
+    blurred, solarized = (np.array([name in each for each in drawn]) for name in ("blur", "solarize"))
+    both = 0.5 * 0.2 if colours == "sequential" else 0.5 * 0.1 * 0.2
+    assert np.mean(blurred) == pytest.approx(0.5 if colours == "sequential" else 0.5 * (0.5 + 0.1), abs=0.04)
+    assert np.mean(solarized) == pytest.approx(0.2 if colours == "sequential" else 0.1, abs=0.03)
+    assert np.mean(blurred & solarized) == pytest.approx(both, abs=0.025)
+
+
 def test_settings_say_what_is_wrong() -> None:
     with pytest.raises(ValueError, match=r"method\.queries\.window_local.*4 x 4 tokens of a crop of 16 pixels"):
         build(TINY | {"queries": {"window_local": 5}})
     with pytest.raises(ValidationError, match="two_teacher_views has none"):
         FLSLSettings.model_validate(TINY | {"two_teacher_views": True})
+    with pytest.raises(ValidationError, match="two_teacher_views has none"):
+        FLSLSettings(two_teacher_views=True, local_crops={"size": 96, "count": 2, "scale": (0.1, 0.4)})
     with pytest.raises(ValidationError, match=r"weights\.inter"):
         FLSLSettings(weights={"inter": 0})
     with pytest.raises(ValidationError, match="no such term volume"):

@@ -24,7 +24,7 @@ from stages.pretrain.views.plan import Drawn, ImageRow
 from stages.regions.segments import grid_labels
 from tests.conftest import smooth_pixels
 from tests.stages.pretrain.methods.ranks import Results, on_one_and_two, steps_of
-from tests.stages.pretrain.methods.tiny import tiny_encoder
+from tests.stages.pretrain.methods.tiny import tiny_encoder, train_step
 
 STEP = Step(index=3, total=10, steps_per_epoch=2)
 SMALL: dict[str, Any] = {
@@ -84,16 +84,8 @@ def drawn_batch(config: ViCESettings, *, count: int = 8, first: int = 0) -> Batc
     )
 
 
-def train_step(method: ViCE, batch: Batch, step: Step = STEP, lr: float = 0.1) -> dict[str, float]:
-    optimizer = torch.optim.SGD(method.trained_parameters(), lr=lr)
-    method.start_step(step)
-    terms = method(batch)
-    torch.stack(list(terms.values())).sum().backward()
-    method.before_update(step)
-    optimizer.step()
-    optimizer.zero_grad()
-    method.after_step(step)
-    return {name: term.item() for name, term in terms.items()}
+def sgd_step(method: ViCE, batch: Batch, step: Step = STEP, lr: float = 0.1) -> dict[str, float]:
+    return train_step(method, batch, torch.optim.SGD(method.trained_parameters(), lr=lr), step)
 
 
 # ------------------------------------------------------------------------------------------------------------ terms
@@ -113,7 +105,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_terms_are_finite_and_every_parameter_learns(name: str, resnet: bool) -> None:
     method = build(resnet=resnet, **VARIANTS[name])
     batch = drawn_batch(method.settings)
-    train_step(method, batch)
+    sgd_step(method, batch)
     method.start_step(STEP)
     terms = method(batch)
     assert set(terms) == set(method.settings.term_weights())
@@ -198,9 +190,9 @@ def test_prototypes_wait_and_stay_on_the_sphere() -> None:
     method = build(frozen_steps=4)
     batch = drawn_batch(method.settings)
     before = method.prototypes.detach().clone()
-    train_step(method, batch, Step(3, 10, 2), lr=1.0)
+    sgd_step(method, batch, Step(3, 10, 2), lr=1.0)
     torch.testing.assert_close(method.prototypes.detach(), before)
-    train_step(method, batch, Step(4, 10, 2), lr=1.0)
+    sgd_step(method, batch, Step(4, 10, 2), lr=1.0)
     assert (method.prototypes - before).abs().max() > 1e-4
     torch.testing.assert_close(method.prototypes.norm(dim=1), torch.ones(12))
 
@@ -208,11 +200,11 @@ def test_prototypes_wait_and_stay_on_the_sphere() -> None:
 def test_queue_fills_newest_first_and_is_used_late() -> None:
     method = build(queue={"size": 10_000, "start": 5})
     first, second = drawn_batch(method.settings), drawn_batch(method.settings, first=8)
-    train_step(method, first)
+    sgd_step(method, first)
     held = int(method.queue_filled)
     assert held == int(first.extras["count"].sum())
     older = method.queue[:held].clone()
-    train_step(method, second)
+    sgd_step(method, second)
     now = int(method.queue_filled)
     assert torch.equal(method.queue[now - held : now], older)
     assert method.queue[now:].abs().sum() == 0
@@ -229,7 +221,7 @@ def test_a_batch_larger_than_the_queue_is_truncated(size: int) -> None:
     batch = drawn_batch(method.settings)
     assert int(batch.extras["count"].sum()) > 7
     for index in range(3):
-        assert all(np.isfinite(value) for value in train_step(method, batch, Step(index, 10, 2)).values())
+        assert all(np.isfinite(value) for value in sgd_step(method, batch, Step(index, 10, 2)).values())
     assert method.queue.shape == (size, 16)
     assert int(method.queue_filled) == size
 
@@ -238,11 +230,11 @@ def test_state_round_trips() -> None:
     method = build()
     batch = drawn_batch(method.settings)
     for index in range(3):
-        train_step(method, batch, Step(index, 10, 2))
+        sgd_step(method, batch, Step(index, 10, 2))
     resumed = build()
     resumed.load_state_dict(method.state_dict())
     for index in (3, 4):
-        assert train_step(method, batch, Step(index, 10, 2)) == train_step(resumed, batch, Step(index, 10, 2))
+        assert sgd_step(method, batch, Step(index, 10, 2)) == sgd_step(resumed, batch, Step(index, 10, 2))
     for key, value in method.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
 

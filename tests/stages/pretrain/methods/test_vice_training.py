@@ -17,6 +17,7 @@ from stages.data.tables import pack_labels
 from stages.models.encoder import Encoder
 from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.launch.assemble import assemble
+from stages.pretrain.methods.vice.regions import MASKED
 from stages.regions.segments import grid_labels
 from stages.training.checkpoint import CheckpointFolder
 from stages.training.loop import train
@@ -96,6 +97,21 @@ def test_the_backbone_is_exported_without_the_decoder(inputs: dict[str, Artifact
     with torch.no_grad():
         torch.testing.assert_close(loaded(image).map, encoder(image).map)
     assert not any("decoder" in key for key in loaded.state_dict())
+
+
+def test_the_picture_of_the_views_shows_mutual_regions_and_masks(inputs: dict[str, Artifact]) -> None:
+    config = CONFIG | {"method": CONFIG["method"] | {"mask": {"ratio": 0.5}}}
+    made = assemble(PretrainConfig.model_validate(config), inputs)
+    batch = next(made.data.batches(0, 1)).first(3)
+    regions = batch.extras["regions"].transpose(0, 1).long()
+    panels = made.method.preview_panels(batch)
+    assert len(panels) == len(regions)
+    assert (regions == MASKED).any()
+    for panel, of_view, view in zip(panels, regions, batch.views["view"], strict=True):
+        changed = (panel.view != view).any(1)
+        assert torch.equal(changed, of_view == MASKED)  # noise on masked regions, nothing else changed
+        assert torch.equal(panel.regions >= 0, of_view != -1)  # dark: what belongs to no mutual and no masked region
+        assert torch.equal(panel.regions[of_view >= 0], of_view[of_view >= 0])
 
 
 def test_missing_superpixels_are_named(inputs: dict[str, Artifact]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -16,11 +18,13 @@ from pipeline.errors import SourceError
 from pipeline.store.store import ArtifactStore
 from stages.data.tables import SCHEMAS, Table, pack_labels
 from stages.pretrain.data.loader import ImageSource, TrainData
-from stages.pretrain.methods.vice.regions import MASKED
+from stages.pretrain.methods.vice.regions import MASKED, square_frame
 from stages.pretrain.methods.vice.views import NO_MUTUAL_REGION, view_plan
+from stages.pretrain.views import render_cpu, render_gpu
 from stages.pretrain.views.draw import generator
 from stages.pretrain.views.geometry import apply, rectangle
 from stages.pretrain.views.plan import ImageRow
+from stages.pretrain.views.render_cpu import cut_labels
 from stages.regions.segments import grid_labels
 from tests.conftest import encode, smooth_pixels
 from tests.stages.pretrain.methods.test_vice import build, drawn, image_row, settings
@@ -119,6 +123,40 @@ def test_an_image_of_any_size_has_views(standard: dict[str, Any], shape: tuple[i
             assert len(points) > 0
             assert (points >= 0).all()
             assert (points <= (width, height)).all()
+
+
+def test_views_of_the_square_frame_show_nothing_outside_of_it() -> None:
+    """A view may be larger than the frame: 320 of 640 x 480 pixels, the low-resolution recipe."""
+    config = settings(
+        standard={"kind": "square", "size": 320}, size=256, resize=(0.5, 2.0), views=5, mask={"ratio": 0.0}, flip=0.5
+    )
+    x0, y0, x1, y1 = square_frame(640, 480, 320).seen(640, 480)
+    assert (x1 - x0, y0, y1) == (480, 0, 480)
+    assert abs(x0 + x1 - 640) <= 2
+    pixels = smooth_pixels(640, 480, 1)
+    pixels[..., 0] = 0
+    pixels[100:300:7, 100:540:9] = 0
+    pixels[:, :x0] = pixels[:, x1:] = (255, 0, 0)  # outside of the frame
+    labels = np.arange(640 * 480, dtype=np.int32).reshape(480, 640)  # every pixel has its own
+    reaching = 0
+    for image_id in range(40):
+        row = ImageRow(image_id, 640, 480, lambda: pixels, superpixels=labels)
+        draws = drawn(config, row).draws
+        for item in draws:
+            left, _, right, _ = rectangle(item.affine, 256)
+            reaching += bool(left < x0 or right > x1)
+            found = cut_labels(labels, item)
+            columns = found[found >= 0] % 640
+            assert x0 <= columns.min() <= columns.max() < x1
+        if image_id < 8:
+            plain = [replace(item, colour={}) for item in draws]
+            gpu = render_gpu.render(torch.from_numpy(pixels)[None], [(480, 640)], plain, [0] * len(draws), [1])
+            for item, theirs in zip(plain, gpu, strict=True):
+                mine = render_cpu.render(pixels, item)
+                black = cut_labels(labels, item) < 0
+                assert mine[..., 0].max() == theirs[0].max() == 0
+                assert mine[cv2.erode(black.astype(np.uint8), np.ones((3, 3))) > 0].sum() == 0
+    assert reaching > 60  # of 200 views
 
 
 def test_pixels_as_regions() -> None:

@@ -1,4 +1,4 @@
-"""A tiny ViT and fake batches for tests of methods: real modules, small sizes, geometry that is known."""
+"""A tiny ViT, fake batches and a step for tests of methods: real modules, small sizes, geometry that is known."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch
 from stages.models.encoder import Encoder
 from stages.models.settings import Backbone
 from stages.pretrain.data.batch import Batch
+from stages.pretrain.methods.method import Method, Step
+from stages.training.loop import compute_total, update
 
 HEAD = {"prototypes": 12, "hidden": 24, "bottleneck": 16}
 CROPS = {
@@ -57,13 +59,30 @@ def share(batch: Batch, rank: int, world_size: int) -> Batch:
     size = len(batch) // world_size
     rows = slice(rank * size, (rank + 1) * size)
     assert batch.neighbor_ids is not None
+    has_neighbor = batch.neighbor_ids >= 0
+    before, mine = int(has_neighbor[: rows.start].sum()), int(has_neighbor[rows].sum())
+    views = {name: view[:, rows] for name, view in batch.views.items()}
+    affines = {name: affine[:, rows] for name, affine in batch.affines.items()}
+    if "neighbor" in views:
+        views["neighbor"] = batch.views["neighbor"][:, before : before + mine]
+        affines["neighbor"] = batch.affines["neighbor"][:, before : before + mine]
     return Batch(
         image_ids=batch.image_ids[rows],
         source=batch.source[rows],
-        views={name: view[:, rows] for name, view in batch.views.items()},
-        affines={name: affine[:, rows] for name, affine in batch.affines.items()},
+        views=views,
+        affines=affines,
         extras={name: extra[rows] for name, extra in batch.extras.items()},
         neighbor_ids=batch.neighbor_ids[rows],
         seed=batch.seed,
         offset=rows.start,
     )
+
+
+def train_step(method: Method, batch: Batch, optimizer: torch.optim.Optimizer, step: Step) -> dict[str, float]:
+    """One step as the loop makes it, with all terms weighing 1; the terms."""
+    method.start_step(step)
+    terms, total = compute_total(method, batch, {}, precision="fp32")
+    torch.autograd.backward(total)
+    method.before_update(step)
+    update(method, optimizer, step)
+    return {name: term.item() for name, term in terms.items()}

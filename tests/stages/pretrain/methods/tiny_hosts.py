@@ -53,7 +53,8 @@ def settings(name: str, *, dsa: bool = False, cached: bool = False, **knobs: Any
     if not dsa:
         return method_settings(host)
     source = {"embeddings": "clip"} if cached else {"auxiliary": AUXILIARY}
-    return method_settings({"name": "dsa", "host": host, "eta": 3, "hidden": 14, **source, **knobs})
+    own = {} if knobs.get("variant") == "released" else {"hidden": 14}
+    return method_settings({"name": "dsa", "host": host, "eta": 3, **own, **source, **knobs})
 
 
 def build(config: MethodSettings, *, resnet: bool = False) -> Method:
@@ -66,19 +67,10 @@ def build(config: MethodSettings, *, resnet: bool = False) -> Method:
 
 def a_batch() -> Batch:
     batch = fake_batch()
-    batch.extras["embedding"] = torch.randn(8, 5, generator=torch.Generator().manual_seed(9))
+    generator = torch.Generator().manual_seed(9)
+    batch.extras["embedding"] = torch.randn(8, 5, generator=generator)
+    batch.views["original"] = torch.randn(1, 8, 3, 24, 24, generator=generator)  # for DSA's released variant
     return batch
-
-
-def train_step(method: Method, batch: Batch, optimizer: torch.optim.Optimizer, step: Step) -> dict[str, float]:
-    method.start_step(step)
-    terms = method(batch)
-    sum(terms.values()).backward()
-    method.before_update(step)
-    optimizer.step()
-    optimizer.zero_grad()
-    method.after_step(step)
-    return {name: term.item() for name, term in terms.items()}
 
 
 def silent(method: nn.Module) -> list[str]:

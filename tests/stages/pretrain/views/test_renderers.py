@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -71,6 +74,29 @@ def test_past_the_edge_is_black() -> None:
         assert view[:, :15].max() == 0
         assert view[-15:].max() == 0
         assert view[1:46, 17:, 2].min() > 70
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("rect", RECTS.values(), ids=RECTS.keys())
+def test_a_draw_shows_nothing_outside_of_what_it_may(rect: tuple[float, ...], flip: bool) -> None:
+    """As if the rest of the image were not there; also decoded at a reduced size, where edges fall between pixels."""
+    within = (71, 50, 150, 131)
+    item = replace(view_of(rect, flip=flip), within=within)
+    red = np.full((200, 240, 3), (255, 0, 0), np.uint8)
+    red[within[1] : within[3], within[0] : within[2]] = (0, 90, 0)
+    centers = np.stack(np.meshgrid(np.arange(64) + 0.5, np.arange(64) + 0.5), -1).reshape(-1, 2)
+    points = apply(item.affine, centers).reshape(64, 64, 2)
+    inside = ((points > within[:2]) & (points < within[2:])).all(-1)
+    margin = 1.01 * np.abs(item.affine[[0, 1], [0, 1]])
+    deep = ((points > within[:2] + margin) & (points < within[2:] - margin)).all(-1)
+    for view in (render_cpu.cut(red, item), on_gpu(red, item)[0]):
+        assert view[..., 0].max() == 0
+        assert view[~inside & ~cv2.dilate(inside.astype(np.uint8), np.ones((3, 3))).astype(bool)].sum() == 0
+        assert (np.abs(view[deep].astype(float) - (0, 90, 0)) <= 1).all()
+    assert ((render_cpu.cut_labels(red[..., 0], item) == -1) == ~inside).all()
+    small = cv2.resize(red, (120, 100), interpolation=cv2.INTER_AREA)
+    for view in (render_cpu.cut(small, item, 2), on_gpu(small, item, reduced=2)[0]):
+        assert view[..., 0].max() == 0
 
 
 @pytest.mark.parametrize("taps", ["bilinear", "bicubic"])

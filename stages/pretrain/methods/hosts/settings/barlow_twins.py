@@ -21,3 +21,7 @@ class BarlowTwinsSettings(TwoViewSettings):
     name: str = "barlow_twins"
     off_diagonal: float = Field(0.005, ge=0, description="weight of the off-diagonal entries")
     projector: MLPSettings = MLPSettings(hidden=8192, out=8192, layers=3)
+
+    def over_one_pass(self) -> tuple[str, ...]:
+        """The whole loss."""
+        return ("the cross-correlation",)

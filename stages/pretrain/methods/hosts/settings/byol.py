@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from stages.pretrain.config.parts import TeacherSettings
+from stages.pretrain.config.parts import Export, TeacherSettings
 from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoViewSettings
 
 
@@ -23,3 +23,4 @@ class BYOLSettings(TwoViewSettings):
     projector: MLPSettings = MLPSettings(hidden=4096, out=256)
     predictor_hidden: int = Field(4096, gt=0, description="width of the predictor's hidden layer")
     teacher: TeacherSettings = TeacherSettings(momentum=0.996)
+    export: Export = Field("student", description="whose encoder is evaluated; student as in the paper")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 from pydantic import Field
 
 from pipeline.stage import Settings
-from stages.pretrain.config.method import MethodSettings
+from stages.pretrain.config.method import MethodSettings, Start
 from stages.pretrain.config.parts import Range
 
 
@@ -40,3 +41,11 @@ class MAESettings(MethodSettings):
     def as_host(self) -> MAESettings:
         """With at least two masks of each image, which are the two views that DSA compares."""
         return self.model_copy(update={"masks": max(2, self.masks)})
+
+    def misfits(self, start: Start) -> Iterator[tuple[str, str, str]]:
+        """Patches can be left out of a plain ViT only, without a filter that reads the whole map."""
+        yield from super().misfits(start)
+        if start.backbone.is_vit is False:
+            yield "name", f"mae leaves patches out, which {start.backbone.name} cannot do", "name a vit_ backbone"
+        elif start.filtered:
+            yield "name", "mae leaves patches out, and the filter of init needs them all", "name an init without one"

@@ -6,7 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from stages.pretrain.config.parts import Range, TeacherSettings
+from stages.pretrain.config.method import QueueSize
+from stages.pretrain.config.parts import Export, Range, TeacherSettings
 from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoViewSettings
 
 
@@ -30,6 +31,7 @@ class MoCoSettings(TwoViewSettings):
     )
     predictor_hidden: int = Field(4096, gt=0, description="v3")
     teacher: TeacherSettings | None = Field(None, description="default: v2 0.999, constant; v3 0.99 rising to 1")
+    export: Export = Field("student", description="whose encoder is evaluated; student as in the paper")
 
     @property
     def builds(self) -> str:  # type: ignore[override]
@@ -39,3 +41,11 @@ class MoCoSettings(TwoViewSettings):
     def least_batch(self) -> int:
         """1 for version 2, which compares with its queue; 2 for version 3, which compares the images of a batch."""
         return 1 if self.version == "v2" else 2
+
+    def over_one_pass(self) -> tuple[str, ...]:
+        """Version 3 has no queue."""
+        return () if self.version == "v2" else ("the keys of other images",)
+
+    def queues(self) -> dict[str, QueueSize]:
+        """Version 2 has one, of keys."""
+        return {"queue": QueueSize(self.queue)} if self.version == "v2" else {}

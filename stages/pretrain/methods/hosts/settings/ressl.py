@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from stages.pretrain.config.parts import Range, TeacherSettings
+from stages.pretrain.config.method import QueueSize
+from stages.pretrain.config.parts import Export, Range, TeacherSettings
 from stages.pretrain.methods.hosts.settings.two_view import MLPSettings, TwoViewSettings
 
 
@@ -26,3 +27,8 @@ class ReSSLSettings(TwoViewSettings):
     queue: int = Field(131072, ge=1, description="teacher features of earlier batches; 16384 to 131072")
     projector: MLPSettings = MLPSettings(hidden=4096, out=512)
     teacher: TeacherSettings = TeacherSettings(momentum=0.999, momentum_end=0.999)
+    export: Export = Field("student", description="whose encoder is evaluated; student as in the paper")
+
+    def queues(self) -> dict[str, QueueSize]:
+        """One, of the teacher's projections."""
+        return {"queue": QueueSize(self.queue)}

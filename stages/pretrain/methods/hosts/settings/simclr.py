@@ -21,3 +21,7 @@ class SimCLRSettings(TwoViewSettings):
     name: str = "simclr"
     temperature: float = Field(0.1, gt=0, description="0.1 on ImageNet, 0.5 on small images")
     projector: MLPSettings = MLPSettings(hidden=2048, out=128)
+
+    def over_one_pass(self) -> tuple[str, ...]:
+        """The negatives."""
+        return ("negatives",)

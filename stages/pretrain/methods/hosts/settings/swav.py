@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from stages.pretrain.config.method import MethodSettings
-from stages.pretrain.config.parts import Crops
+from stages.pretrain.config.method import MethodSettings, QueueSize
+from stages.pretrain.config.parts import Crops, check_crops
 from stages.pretrain.methods.hosts.settings.two_view import MLPSettings
 
 
@@ -38,6 +38,19 @@ class SwAVSettings(MethodSettings):
     )
     queue_from_epoch: int = Field(15, ge=0, description="it fills from here on, and is used once full")
 
+    @model_validator(mode="after")
+    def _enough_crops(self) -> SwAVSettings:
+        check_crops(self.global_crops, self.local_crops)
+        return self
+
     def least_batch(self) -> int:
         """2, because assignments are balanced over the images of a batch."""
         return 2
+
+    def over_one_pass(self) -> tuple[str, ...]:
+        """Assignments are balanced over the images of a pass and the queue."""
+        return ("Sinkhorn's assignments",)
+
+    def queues(self) -> dict[str, QueueSize]:
+        """One for each large crop, of embeddings; each rank balances its share of it."""
+        return {"queue": QueueSize(self.queue, shared=True)} if self.queue else {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from pipeline.stage import Settings
@@ -29,6 +31,8 @@ class TwoViewSettings(MethodSettings):
 
     Source: docs/methods.md#views-of-two-view-methods.
     """
+
+    projects_views: ClassVar[bool] = True
 
     size: int = Field(224, gt=0, description="side of a view in pixels; a multiple of the ViT's patch")
     scale: Range = Field((0.08, 1.0), description="area of a crop as a fraction of the image's")

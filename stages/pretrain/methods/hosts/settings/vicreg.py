@@ -23,3 +23,7 @@ class VICRegSettings(TwoViewSettings):
     variance: float = Field(25.0, ge=0, description="weight of the hinge on standard deviations")
     covariance: float = Field(1.0, ge=0, description="weight of the squared covariances")
     projector: MLPSettings = MLPSettings(hidden=8192, out=8192, layers=3)
+
+    def over_one_pass(self) -> tuple[str, ...]:
+        """Two of the three terms."""
+        return ("variances and covariances",)

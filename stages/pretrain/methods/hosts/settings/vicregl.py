@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.pretrain.config.method import MethodSettings
-from stages.pretrain.config.parts import Crops
+from stages.pretrain.config.parts import Crops, check_crops
 from stages.pretrain.methods.hosts.settings.two_view import MLPSettings
 
 
@@ -38,6 +38,15 @@ class VICRegLSettings(MethodSettings):
     projector: MLPSettings = MLPSettings(hidden=8192, out=8192, layers=3)
     local_projector: MLPSettings = MLPSettings(hidden=512, out=512, layers=3)
 
+    @model_validator(mode="after")
+    def _enough_crops(self) -> VICRegLSettings:
+        check_crops(self.global_crops, self.local_crops)
+        return self
+
     def least_batch(self) -> int:
         """2, because variances and covariances are over the images of a batch."""
         return 2
+
+    def over_one_pass(self) -> tuple[str, ...]:
+        """Two of the three terms, of views and of cells."""
+        return ("variances and covariances",)

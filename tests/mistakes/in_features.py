@@ -1,0 +1,31 @@
+"""Mistakes in the sizes at which an encoder is given images: a plan finds them."""
+
+from __future__ import annotations
+
+from tests.mistakes.base import Mistake
+
+RESNET = "{name: resnet18, img_size: 64}"
+VIT = "{name: vit_tiny_patch16_224, img_size: 64}"
+NN = "  nn: {uses: neighbors"
+
+
+def _size(row: str, uses: str, more: str, *words: str) -> Mistake:
+    """A further stage, beside those of the pipeline, that is fed by a ViT with patches of 16 pixels."""
+    stage = f"  more: {{uses: {uses}, images: photos, {more}}}\n"
+    words = ("p.yaml:14: stages.more.", *words)
+    return Mistake(row, f"{uses} at no whole patches", words, replace=[(RESNET, VIT), (NN, stage + NN)])
+
+
+IN_FEATURES = [
+    _size("16a", "embeddings", "encoder: warmup, crop: 100", "crop: 100 pixels do not split into patches of 16"),
+    _size("16b", "features", "encoder: warmup, size: 40", "size: 40 pixels", "set it to 32 or 48"),
+    _size("16c", "segment_linear", "encoder: warmup, test_size: 300", "test_size: 300 pixels", "set it to 288 or 304"),
+    _size("16d", "classify_knn", "encoder: warmup, crop: 90", "crop: 90 pixels", "set it to 80 or 96"),
+    _size(
+        "16e",
+        "features",
+        "backbone: {name: vit_tiny_patch16_224, patch_size: 8}, size: 100",
+        "size: 100 pixels do not split into patches of 8",
+        "set it to 96 or 104",
+    ),
+]
