@@ -28,5 +28,5 @@ def undivided(backbone: Backbone | None, sizes: Mapping[str, int]) -> Iterator[t
     patch = backbone.patch if backbone is not None else None
     for path, size in sizes.items():
         if backbone is not None and patch is not None and size % patch:
-            what = f"{size} pixels do not split into the patches of {backbone.name}, {patch} pixels"
+            what = f"{size} pixels do not split into patches of {patch}, those of {backbone.name}"
             yield path, what, f"set it to {near_multiples(size, patch)}"

@@ -17,6 +17,11 @@ from stages.training.checkpoint import CheckpointFolder
 from stages.training.loop import train
 
 
+def device_of(config: PretrainConfig) -> str:
+    """Where the driver's process trains: on a GPU where there is one, unless `resources.gpus` is 0."""
+    return "cuda" if config.resources.gpus != 0 and torch.cuda.is_available() else "cpu"
+
+
 def train_alone(config: PretrainConfig, context: Context, curves: CurveLog) -> Outcome:
     """Train here, from the last checkpoint where there is one, and write the artifact's files."""
     check_start(config, context, workers=1)
@@ -24,7 +29,7 @@ def train_alone(config: PretrainConfig, context: Context, curves: CurveLog) -> O
     training = assemble(
         config,
         context.inputs,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device_of(config),
         loader_workers=loader_workers(config, torch.get_num_threads()),
     )
     curves.total = training.total_steps

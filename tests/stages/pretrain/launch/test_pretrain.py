@@ -43,6 +43,23 @@ def test_the_artifact_holds_encoder_curves_and_picture(run_stage: RunStage) -> N
     assert encoder(torch.zeros(1, 3, 32, 32)).map.shape == (1, 32, 4, 4)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "there", "device"), [(None, True, "cuda"), (0, True, "cpu"), (1, True, "cuda"), (None, False, "cpu")]
+)
+def test_gpus_0_keeps_a_training_off_the_gpu(
+    gpus: float | None, there: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    settings = {
+        "images": "i",
+        "init": "e",
+        "method": {"name": "dino"},
+        "steps": 1,
+        "resources": {"workers": 0, "gpus": gpus},
+    }
+    assert alone.device_of(PretrainConfig.model_validate(settings)) == device
+
+
 def test_progress_shows_loss_learning_rate_and_speed(run_stage: RunStage) -> None:
     shown: list[str] = []
     _, artifact = run_stage("a" * 24, {"steps": 2, **ALONE}, show=shown.append)
