@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import ClusterError, StageFailed, TesseraError
+from pipeline.stage import nodes
 
 
 def count_workers(cpus: float, gpus: float, most: int | None) -> int:
@@ -21,17 +22,15 @@ def count_workers(cpus: float, gpus: float, most: int | None) -> int:
 
     Raises: ClusterError when no node can hold one.
     """
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    there = nodes()
     fitting = [
         min(int(have.get(name, 0.0) / wanted) for name, wanted in (("CPU", cpus), ("GPU", gpus)) if wanted)
-        for have in nodes
+        for have in there
     ]
     if not sum(fitting):
-        largest: dict[str, float] = max(nodes, key=lambda have: have.get("CPU", 0.0), default={})
+        largest: dict[str, float] = max(there, key=lambda have: have.get("CPU", 0.0), default={})
         raise ClusterError(
-            f"one worker asks for {cpus:g} CPUs and {gpus:g} GPUs, the largest of the cluster's {len(nodes)} nodes "
+            f"one worker asks for {cpus:g} CPUs and {gpus:g} GPUs, the largest of the cluster's {len(there)} nodes "
             f"has {largest.get('CPU', 0):g} and {largest.get('GPU', 0):g} "
             "(lower resources.cpus and resources.gpus of the stage, or join a cluster of larger nodes)"
         )

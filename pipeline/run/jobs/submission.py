@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.load import Pipeline
 from pipeline.errors import UsageError
-from pipeline.run.cluster import DRIVER_CPUS
 from pipeline.run.jobs.elsewhere import check_same, local_paths, pipeline_text
 from pipeline.run.jobs.package import Package, make_package
+from pipeline.stage import DRIVER_CPUS
 
 if TYPE_CHECKING:
     from pipeline.run.jobs.client import Job, Jobs
