@@ -8,6 +8,7 @@ because planning a pipeline imports it, also when everything is cached.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ __all__ = [
     "Stage",
     "StageConfig",
     "edges",
+    "nodes",
     "open_source",
     "sources",
     "unfingerprinted",
@@ -83,6 +85,8 @@ else:
         def __class_getitem__(cls, kinds: str | tuple[str, ...]) -> Any:
             return Annotated[str, InputKind((kinds,) if isinstance(kinds, str) else kinds)]
 
+
+DRIVER_CPUS = "TESSERA_DRIVER_CPUS"  # environment variable: the CPUs that a submitted run's own job holds
 
 Source = Annotated[str, SourceMark()]
 NoFingerprint = NoFingerprintMark()  # use: `log_every: Annotated[int, NoFingerprint] = 10`
@@ -272,6 +276,23 @@ def open_source(address: str) -> Objects:
     from pipeline.store.objects import Objects
 
     return Objects(address)
+
+
+def nodes() -> list[dict[str, float]]:
+    """What this run may use of each living node of its Ray cluster, by Ray's names: CPU, GPU, memory, ...
+
+    The driver of a submitted run holds CPUs of its own node (`DRIVER_CPUS`): those are taken off.
+    """
+    import ray
+
+    held, own = float(os.environ.get(DRIVER_CPUS, 0)), ray.get_runtime_context().get_node_id()
+    found = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            has = dict(node["Resources"])
+            has["CPU"] = has.get("CPU", 0.0) - (held if node["NodeID"] == own else 0.0)
+            found.append(has)
+    return found
 
 
 def unfingerprinted(config: BaseModel) -> list[str]:

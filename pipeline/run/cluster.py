@@ -26,6 +26,7 @@ from typing import Any
 from pipeline.errors import ClusterError
 from pipeline.run import head
 from pipeline.run.capacity import Demand, Machine, Place
+from pipeline.stage import nodes
 
 GIB = 1 << 30
 OBJECT_STORE_LIMIT = 2 * GIB  # shards travel through it a few at a time; the rest of the memory belongs to the stages
@@ -129,13 +130,8 @@ def start(address: str | None = None) -> Cluster:
     try:
         with _own_sigterm():
             context = _connect(options, attempts=LOCAL_STARTS if address == "local" else 1)
-        resources, nodes = ray.cluster_resources(), len(ray.nodes())
         session = Path(context.address_info["session_dir"]) if address == "local" else None
-        machines = tuple(
-            Machine(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
-            for node in ray.nodes()
-            if node["Alive"]
-        )
+        machines = tuple(Machine(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes())
         most = None if address == "local" else _most()
     except Exception as error:
         with contextlib.suppress(Exception):
@@ -144,8 +140,8 @@ def start(address: str | None = None) -> Cluster:
     # The run's own bars show the progress; Ray warns in every process that its bars are off.
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    return Cluster(address, cpus, gpus, nodes, session, machines, most)
+    cpus, gpus = sum(machine.cpus for machine in machines), sum(machine.gpus or 0.0 for machine in machines)
+    return Cluster(address, cpus, gpus, len(machines), session, machines, most)
 
 
 def _most() -> Machine | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.stage import Context
+from pipeline.stage import Context, nodes
 from pipeline.store.writer import ArtifactWriter
 from stages.data.tables import SCHEMAS
 from stages.ingest.layout import Item, Layout, Vocabulary
@@ -297,6 +297,6 @@ def _checker(context: Context, layout: Layout, vocabulary: Vocabulary, images: i
 
         if ray.is_initialized():
             cpus = context.resources.cpus or 1.0
-            slots = max(int(ray.cluster_resources().get("CPU", 1) / cpus), 1)
+            slots = max(int(sum(node.get("CPU", 0) for node in nodes()) / cpus), 1)
             return _RayTasks(layout, vocabulary, (context.resources.concurrency or slots) + 2, cpus)
     return _Threads(layout, vocabulary, min(os.cpu_count() or 1, 8))

@@ -8,7 +8,6 @@ the others.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline.errors import ClusterError, SourceError, StageFailed, TesseraError
+from pipeline.errors import SourceError
+from stages.map_images.execution import count_workers, results
 from stages.map_images.slices import count_cuts, cut, pack, split
 from stages.map_images.worker import (
     SLICES,
@@ -150,21 +150,7 @@ def _pool(cpus: float, gpus: float, concurrency: int | None, *, actors: bool) ->
 
     Raises: ClusterError when no node can hold one.
     """
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fitting = [
-        min(int(have.get(name, 0.0) / wanted) for name, wanted in (("CPU", cpus), ("GPU", gpus)) if wanted)
-        for have in nodes
-    ]
-    if not sum(fitting):
-        largest: dict[str, float] = max(nodes, key=lambda have: have.get("CPU", 0.0), default={})
-        raise ClusterError(
-            f"one worker asks for {cpus:g} CPUs and {gpus:g} GPUs, the largest of the cluster's {len(nodes)} nodes "
-            f"has {largest.get('CPU', 0):g} and {largest.get('GPU', 0):g} "
-            "(lower resources.cpus and resources.gpus of the stage, or join a cluster of larger nodes)"
-        )
-    return _Pool(min(sum(fitting), concurrency or sum(fitting)), cpus, gpus, actors)
+    return _Pool(count_workers(cpus, gpus, concurrency), cpus, gpus, actors)
 
 
 def _compute(job: Job, missing: dict[int, int], pool: _Pool) -> Iterator[int]:
@@ -207,51 +193,8 @@ def _compute(job: Job, missing: dict[int, int], pool: _Pool) -> Iterator[int]:
         # steps that ask for the same in one task, which would then have the whole shard to compute.
         data.context.execution_options.preserve_order = True
         data = data.map_batches(write_shard, batch_size=cuts, batch_format="pyarrow", num_cpus=0, fn_args=(job,))
-    _configure(data)
-    _only_to_its_file("ray.data")
-    try:
-        for batch in data.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield sum(one["stop"] - one["start"] for one in batch.to_pylist())
-    except TesseraError:
-        raise
-    except Exception as error:
-        raise _cause(error) from error
-
-
-def _configure(data: Any) -> None:
-    """The settings of Ray Data that this work needs, each with what it does without."""
-    # A finished slice is reported at once, not with the rest of its task: of a run of 13.2 s on two CPUs the first
-    # report comes after 1.7 s, without this after 6.0 s, at the same speed.
-    data.context.target_max_block_size = 1
-    # Ray Data stops what reports nothing for 30 minutes; OpenCV's "quality" search takes 51 minutes for a slice of
-    # 1024 photographs (3.0 s each).
-    data.context.execution_no_progress_timeout_s = -1
-    # A TesseraError of a worker arrives as itself, not as a text inside one of Ray's errors.
-    data.context.raise_original_map_exception = True
-
-
-def _only_to_its_file(logger: str) -> None:
-    """Keep Ray Data's lines in its log file: on a failure it prints 130 of them before our error, which says why."""
-    for handler in logging.getLogger(logger).handlers:
-        if "File" not in type(handler).__name__:
-            handler.setLevel(logging.CRITICAL)
-
-
-def _cause(error: BaseException) -> TesseraError:
-    """The error of ours inside what Ray wraps around it, or one that names the innermost."""
-    from ray.exceptions import RayError
-
-    seen: BaseException | None = error
-    innermost = error
-    while seen is not None:
-        if isinstance(seen, TesseraError):
-            return seen
-        if not isinstance(seen, RayError):
-            innermost = seen
-        cause = getattr(seen, "cause", None)
-        seen = cause if isinstance(cause, BaseException) else seen.__cause__
-    lines = str(innermost).strip().splitlines() or [""]
-    return StageFailed(f"a worker failed: {type(innermost).__name__}: {lines[0]} (its log is in Ray's session folder)")
+    for batch in results(data):
+        yield sum(one["stop"] - one["start"] for one in batch.to_pylist())
 
 
 # ------------------------------------------------------------------------------------------------------- at the end

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from pipeline.errors import SourceError
@@ -14,9 +13,9 @@ from pipeline.stage import Context, Feed, Input, Outcome, Stage, StageConfig
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
-    from stages.neighbors.nearest import Neighbourhood
+    from stages.neighbors.blocks import Job
+    from stages.neighbors.search import IndexSettings, Vectors
 
-_BLOCK = 4096  # queries searched at once
 _SHOWN = 2000  # images whose neighbours the preview shows, and random pairs that it compares them with
 
 
@@ -38,10 +37,12 @@ class NeighborsConfig(StageConfig):
 
 
 class Neighbors(Stage[NeighborsConfig]):
-    """embeddings -> neighbors. Runs in the driver's process, on its GPUs if FAISS sees any; all vectors in memory."""
+    """embeddings -> neighbors: blocks of queries against blocks of the database, on Ray Data for large sets.
+
+    No process holds more than a block of each, except with `hnsw`, whose graph needs all vectors in one.
+    """
 
     kind = "neighbors"
-    uses_ray = False
     Config = NeighborsConfig
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
@@ -55,97 +56,87 @@ class Neighbors(Stage[NeighborsConfig]):
             yield "k", what, f"set it to {max(1, images - 1)} or less, or add images"
 
     def run(self, context: Context) -> Outcome:
-        """Writes the neighbours of all images, and a picture of how near they are."""
+        """Writes the neighbours of all images, and a picture of how near they are.
+
+        Continues with the shards that are missing.
+        """
         try:
-            from stages.neighbors.nearest import IndexSettings, Neighbourhood, recall
+            import faiss
+
+            from stages.neighbors.blocks import Job
+            from stages.neighbors.search import IndexSettings
         except ImportError as error:
             raise SourceError(
                 f"{context.name}: FAISS is not installed ({error}): "
                 "install tessera[cpu], or tessera[gpu] for a GPU index"
             ) from error
+        from stages.neighbors.on_ray import search
 
-        config = self.config
-        shards = _read(context.inputs["embeddings"])
-        ids, vectors = (np.concatenate([shard[i] for shard in shards]) for i in (0, 1))
-        if config.k > len(ids) - 1:
+        config, embeddings = self.config, context.inputs["embeddings"]
+        count = embeddings.rows or 0
+        if config.k > count - 1:
             raise SourceError(
-                f"stages.{context.name}.k: k is {config.k}, but each of the {len(ids)} images has only "
-                f"{max(0, len(ids) - 1)} others: set it to {max(1, len(ids) - 1)} or less, or add images"
+                f"stages.{context.name}.k: k is {config.k}, but each of the {count} images has only "
+                f"{max(0, count - 1)} others: set it to {max(1, count - 1)} or less, or add images"
             )
         settings = IndexSettings(**config.model_dump(include=set(IndexSettings.__dataclass_fields__)))
-        index = Neighbourhood(vectors, ids, settings, seed=config.seed)
-        self._write(context, shards, index)
+        centres = _centres(embeddings, settings, config.seed) if config.index == "ivf" else None
+        job = Job(
+            embeddings, context.output, settings, config.k, centres, gpu=False, threads=faiss.omp_get_max_threads()
+        )
+        gpus = search(context, job)
         # Which image set the ids are of: training refuses a table of another one.
-        origin = context.inputs["embeddings"].manifest.inputs.get("images")
-        metrics, notes = {}, {"k": config.k, "images": origin, **index.facts}
+        origin = embeddings.manifest.inputs.get("images")
+        metrics, notes = {}, {"k": config.k, "images": origin, **settings.facts(count), "gpus": gpus}
         if config.index != "flat":
-            metrics["recall"] = recall(index, config.k, sample=config.recall_sample, seed=config.seed)
-            notes |= {"recall": metrics["recall"], "recall_sample": min(config.recall_sample, len(ids))}
+            metrics["recall"] = _recall(job, config.recall_sample, config.seed)
+            notes |= {"recall": metrics["recall"], "recall_sample": min(config.recall_sample, count)}
             context.say(f"{context.name}: {config.index} finds {metrics['recall']:.1%} of the true {config.k} nearest")
-        context.output.put_file("preview.png", _preview(index, config.k, config.seed))
-        return Outcome(metrics=metrics, counts={"images": len(ids)}, notes=notes, preview="preview.png")
-
-    def _write(self, context: Context, shards: list[Shard], index: Neighbourhood) -> None:
-        import pyarrow as pa
-
-        from stages.data.tables import SCHEMAS
-
-        done, total = 0, sum(len(ids) for ids, _ in shards)
-        for shard, (ids, _) in enumerate(shards):
-            first = done
-            if context.output.shard_done(shard) is None:
-                found, similarity = [], []
-                for start in range(0, len(ids), _BLOCK):
-                    rows = np.arange(first + start, first + min(start + _BLOCK, len(ids)))
-                    neighbors, similarities = index.search(rows, self.config.k)
-                    found.append(neighbors)
-                    similarity.append(similarities)
-                    context.report_progress(first + start + len(rows), total, "images")
-                columns = [pa.array(ids), _lists(found, self.config.k), _lists(similarity, self.config.k)]
-                table = pa.Table.from_arrays(columns, names=SCHEMAS["neighbors"].names).cast(SCHEMAS["neighbors"])
-                context.output.put_table(shard, table)
-            done = first + len(ids)
-            context.report_progress(done, total, "images")
+        context.output.put_file("preview.png", _preview(job, config.seed))
+        return Outcome(metrics=metrics, counts={"images": count}, notes=notes, preview="preview.png")
 
 
-Shard = tuple[NDArray[np.int64], NDArray[np.float32]]  # ids (n,), vectors (n, D)
+def _centres(embeddings: Artifact, settings: IndexSettings, seed: int) -> Vectors:
+    """IVF: the centres of the cells, from a sample of the vectors where there are many."""
+    from stages.neighbors.blocks import pick_rows
+    from stages.neighbors.search import train_cells, training_rows
+
+    count = embeddings.rows or 0
+    rows = np.sort(np.random.default_rng(seed).choice(count, training_rows(count), replace=False))
+    return train_cells(pick_rows(embeddings, rows).vectors, settings, count, seed)
 
 
-def _read(embeddings: Artifact) -> list[Shard]:
-    from stages.data.rows import read_shard
+def _recall(job: Job, sample: int, seed: int) -> float:
+    """Share of the true k nearest that an approximate index finds, over a random sample of queries, in [0, 1]."""
+    from stages.neighbors.blocks import pick_rows
+    from stages.neighbors.search import nearest
 
-    shards = []
-    for shard in embeddings.shards():
-        table = read_shard(embeddings, shard, ["image_id", "embedding"])
-        column = table["embedding"].combine_chunks()
-        ids = table["image_id"].to_numpy()
-        vectors = np.asarray(column.flatten(), np.float32)
-        shards.append((ids, vectors.reshape(len(ids), -1) if len(ids) else vectors.reshape(0, 0)))
-    width = max((vectors.shape[1] for _, vectors in shards), default=0)
-    return [(ids, vectors if len(ids) else vectors.reshape(0, width)) for ids, vectors in shards]
-
-
-def _lists(blocks: list[NDArray[Any]], k: int) -> Any:
-    import pyarrow as pa
-
-    if not blocks:
-        return pa.array([], pa.list_(pa.int64()))
-    flat = np.concatenate(blocks).reshape(-1)
-    return pa.ListArray.from_arrays(pa.array(np.arange(0, len(flat) + 1, k, dtype=np.int32)), pa.array(flat))
+    count = sum(job.rows)
+    rows = np.sort(np.random.default_rng(seed).choice(count, min(sample, count), replace=False))
+    queries = pick_rows(job.embeddings, rows)
+    found, _ = job.nearest(queries)
+    truth, _ = nearest(job.index(exact=True), queries, job.database(), job.k)
+    return float(np.mean([len(np.intersect1d(a, b)) / job.k for a, b in zip(found, truth, strict=True)]))
 
 
-def _preview(index: Neighbourhood, k: int, seed: int) -> bytes:
+def _preview(job: Job, seed: int) -> bytes:
     """How similar neighbours are, and how similar any two images: where the curves meet, neighbours mean little."""
     from stages.data.pictures import histograms
+    from stages.data.rows import sample_rows
+    from stages.neighbors.blocks import pick_rows
 
-    count = len(index.ids)
-    rows = np.unique(np.linspace(0, count - 1, min(_SHOWN, count)).astype(int))
-    _, similarities = index.search(rows, k)
+    count = sum(job.rows)
+    similarities = np.stack([row["similarities"] for row in sample_rows(job.output, _SHOWN, ["similarities"])])
     generator = np.random.default_rng(seed)
-    one = generator.integers(0, count, _SHOWN)
-    other = (one + generator.integers(1, count, _SHOWN)) % count  # never the same image
-    pairs = (index.vectors[one] * index.vectors[other]).sum(axis=1)
-    shown = {"nearest neighbour": similarities[:, 0], f"neighbour {k}": similarities[:, -1], "two random images": pairs}
+    one = np.sort(generator.choice(count, min(_SHOWN, count), replace=False))
+    vectors = pick_rows(job.embeddings, one).vectors
+    order = generator.permutation(len(one))
+    pairs = (vectors[order] * vectors[np.roll(order, 1)]).sum(axis=1)  # never the same image
+    shown = {
+        "nearest neighbour": similarities[:, 0],
+        f"neighbour {job.k}": similarities[:, -1],
+        "two random images": pairs,
+    }
     return histograms(
         shown, title=f"Similarity of {count} images to their neighbours", label="cosine of the embeddings"
     )

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from pipeline.errors import ClusterError, StageFailed
-from pipeline.stage import Context, Outcome
+from pipeline.stage import Context, Outcome, nodes
 from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.fit import check_start
 from stages.pretrain.launch.relay import CurveLog, Relay, drained
@@ -21,7 +21,7 @@ def train_on_ray(config: PretrainConfig, context: Context, curves: CurveLog) -> 
     """Fit with Ray Train; rank 0 writes the artifact's files."""
     import ray
 
-    gpus_there, cpus_there = ray.cluster_resources().get("GPU", 0), ray.cluster_resources().get("CPU", 1)
+    gpus_there, cpus_there = (sum(node.get(name, 0) for node in nodes()) for name in ("GPU", "CPU"))
     use_gpu = gpus_there > 0 if config.resources.gpus is None else config.resources.gpus > 0
     workers = config.resources.workers or (int(gpus_there) if use_gpu else 1)
     check_start(config, context, workers)

@@ -17,7 +17,9 @@ from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from stages.data.images import decode
 from stages.data.tables import SCHEMAS, Table
-from stages.neighbors.nearest import IndexSettings, Neighbourhood, recall
+from stages.neighbors import blocks, on_ray
+from stages.neighbors.blocks import group
+from stages.neighbors.search import Block, Index, IndexSettings, nearest, train_cells
 from stages.neighbors.stage import Neighbors, NeighborsConfig
 from tests.conftest import encode, smooth_pixels
 
@@ -36,48 +38,67 @@ def brute_force(vectors: NDArray[np.float32], ids: NDArray[np.int64], k: int) ->
     return np.array(rows)
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.integers(0, 2**32 - 1), st.integers(3, 60), st.integers(1, 8), st.booleans())
-def test_flat_equals_brute_force_also_where_vectors_repeat(seed: int, count: int, k: int, repeats: bool) -> None:
+def search(
+    vectors: NDArray[np.float32], ids: NDArray[np.int64], k: int, size: int, settings: IndexSettings | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The neighbours of all, from database blocks of `size` vectors."""
+    settings = settings or IndexSettings()
+    centres = train_cells(vectors, settings, len(ids), 0) if settings.index == "ivf" else None
+    database = [Block(ids[at : at + size], vectors[at : at + size]) for at in range(0, len(ids), size)]
+    return nearest(Index(settings, len(ids), centres=centres), Block(ids, vectors), database, k)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**32 - 1), st.integers(3, 60), st.integers(1, 8), st.booleans(), st.integers(1, 60))
+def test_flat_equals_brute_force_however_the_database_is_cut(
+    seed: int, count: int, k: int, repeats: bool, size: int
+) -> None:
     generator = np.random.default_rng(seed)
     vectors = unit(generator.normal(size=(count, 5)))
     if repeats:  # groups of equal vectors larger than k: the cut goes through a tie
         vectors = vectors[generator.integers(0, 3, count)]
     ids = np.sort(generator.choice(1000, count, replace=False)).astype(np.int64)
     k = min(k, count - 1)
-    found, similarities = Neighbourhood(vectors, ids, IndexSettings()).search(np.arange(count), k)
+    found, similarities = search(vectors, ids, k, size)
     np.testing.assert_array_equal(found, brute_force(vectors, ids, k))
     assert (np.diff(similarities, axis=1) <= 0).all()
 
 
-def test_a_thousand_equal_vectors_are_in_the_order_of_their_ids() -> None:
-    vectors = unit(np.ones((1500, 4)))
-    found, _ = Neighbourhood(vectors, np.arange(1500), IndexSettings()).search(np.array([0, 700]), 3)
-    assert found.tolist() == [[1, 2, 3], [0, 1, 2]]
+@pytest.mark.parametrize("size", [1500, 700])
+def test_a_thousand_equal_vectors_are_in_the_order_of_their_ids(size: int) -> None:
+    found, _ = search(unit(np.ones((1500, 4))), np.arange(1500), 3, size)
+    assert found[[0, 700]].tolist() == [[1, 2, 3], [0, 1, 2]]
 
 
-@pytest.mark.parametrize("index", ["ivf", "hnsw"])
-def test_approximate_indexes_are_repeatable_and_their_recall_is_measured(index: str) -> None:
+@pytest.mark.parametrize(("index", "size"), [("ivf", 2000), ("ivf", 300), ("hnsw", 2000)])
+def test_approximate_indexes_are_repeatable_and_miss_what_their_settings_let_them(index: str, size: int) -> None:
     generator = np.random.default_rng(0)
     centres = generator.normal(size=(20, 16)) * 2
     vectors = unit(centres[generator.integers(0, 20, 2000)] + generator.normal(size=(2000, 16)))
-    settings = IndexSettings(index, nlist=40, nprobe=2, m=8, ef_construction=20, ef_search=12)
-    first, second = (Neighbourhood(vectors, np.arange(2000), settings) for _ in range(2))
-    rows = np.arange(0, 2000, 13)
-    np.testing.assert_array_equal(first.search(rows, 10)[0], second.search(rows, 10)[0])
-    measured = recall(first, 10, sample=300)
-    assert 0.5 < measured < 1.0, "a weak index must not look exact"
-    thorough = IndexSettings(index, nlist=40, nprobe=40, m=32, ef_construction=200, ef_search=400)
-    assert recall(Neighbourhood(vectors, np.arange(2000), thorough), 10, sample=300) > max(0.98, measured)
+    ids, truth = np.arange(2000), search(vectors, np.arange(2000), 10, 2000)[0]
+
+    def recall(settings: IndexSettings) -> float:
+        found = search(vectors, ids, 10, size, settings)[0]
+        np.testing.assert_array_equal(found, search(vectors, ids, 10, size, settings)[0])
+        return float(np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(found, truth, strict=True)]))
+
+    weak = recall(IndexSettings(index, nlist=40, nprobe=2, m=8, ef_construction=20, ef_search=12))
+    assert 0.5 < weak < 1.0, "a weak index must not look exact"
+    assert recall(IndexSettings(index, nlist=40, nprobe=40, m=32, ef_construction=200, ef_search=400)) > max(0.98, weak)
 
 
-def test_a_cell_with_too_few_vectors_is_completed() -> None:
-    vectors = unit(np.random.default_rng(0).normal(size=(200, 8)))
-    index = Neighbourhood(vectors, np.arange(200), IndexSettings("ivf", nlist=5, nprobe=1))
-    found, similarities = index.search(np.arange(200), 150)
-    assert (found >= 0).all()
-    assert np.isfinite(similarities).all()
-    assert all(len(set(row)) == 150 and i not in row for i, row in enumerate(found.tolist()))
+def test_cells_are_the_same_however_the_database_is_cut() -> None:
+    vectors = unit(np.random.default_rng(0).normal(size=(500, 8)))
+    settings = IndexSettings("ivf", nlist=10, nprobe=2)
+    whole, cut = (search(vectors, np.arange(500), 5, size, settings) for size in (500, 60))
+    np.testing.assert_array_equal(whole[0], cut[0])
+
+
+def test_shards_are_grouped_up_to_a_number_of_rows() -> None:
+    rows = [4, 4, 9, 1, 0, 4]
+    assert group(range(6), rows, 8) == [[0, 1], [2], [3, 4, 5]]
+    assert group([0, 2, 3], rows, 10) == [[0], [2, 3]]
+    assert group([], rows, 10) == []
 
 
 # -- the stage ---------------------------------------------------------------------------------------------
@@ -130,6 +151,40 @@ def test_only_the_embeddings_are_read(store: ArtifactStore, embeddings: Artifact
     assert decode(made.read("preview.png")).shape[2] == 3
     assert made.rows == 12
     assert made.manifest.notes["images"] == embeddings.manifest.inputs["images"], "training checks the image set"
+
+
+@pytest.mark.parametrize("index", ["flat", "ivf"])
+def test_on_ray_the_table_is_the_same(
+    store: ArtifactStore, embeddings: Artifact, ray_local: None, monkeypatch: pytest.MonkeyPatch, index: str
+) -> None:
+    """Tasks of one shard each; the first shard is there already, from an attempt that was killed."""
+    alone = Table.open(run(store, embeddings, k=3, index=index, nlist=2, nprobe=1)[1])
+    expected = [alone.row(i)["neighbors"].tolist() for i in alone.ids]
+    store.discard("neighbors", "n1")
+    writer = store.begin("neighbors", "n1")
+    rows = [{"image_id": i, "neighbors": [7, 7, 7], "similarities": [0.5, 0.5, 0.5]} for i in range(5)]
+    writer.put_table(0, pa.Table.from_pylist(rows, schema=SCHEMAS["neighbors"]))
+    writer.close()
+    monkeypatch.setattr(on_ray, "RAY_FROM", 1)
+    outcome, made = run(store, embeddings, k=3, index=index, nlist=2, nprobe=1)
+    found = Table.open(made)
+    assert [found.row(i)["neighbors"].tolist() for i in found.ids] == [[7, 7, 7]] * 5 + expected[5:]
+    assert outcome.notes["gpus"] == 0
+
+
+def test_cells_with_too_few_vectors_are_completed(
+    store: ArtifactStore, images: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = unit(np.random.default_rng(0).normal(size=(200, 8)))
+    writer = store.begin("embeddings", "e3")
+    rows = [{"image_id": i, "embedding": vector} for i, vector in enumerate(vectors)]
+    for shard in range(4):
+        table = pa.Table.from_pylist(rows[50 * shard : 50 * shard + 50], schema=SCHEMAS["embeddings"])
+        writer.put_table(shard, table)
+    monkeypatch.setattr(blocks, "DATABASE_ROWS", 60)
+    _, made = run(store, writer.commit(), k=150, index="ivf", nlist=5, nprobe=1)
+    found = Table.open(made).column("neighbors")
+    assert all(len(set(row)) == 150 and i not in row for i, row in enumerate(found.tolist()))
 
 
 def test_two_images_are_each_others_neighbours(store: ArtifactStore, images: Callable[..., Artifact]) -> None:
