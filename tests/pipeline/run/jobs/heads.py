@@ -47,7 +47,8 @@ def started_head(cpus: int, environment: dict[str, str]) -> Iterator[Head]:
     command += [f"--num-cpus={cpus}", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     command += [f"--temp-dir={folder}", "--object-store-memory=100000000"]
     log = (folder / "head.log").open("w")
-    tokens = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    # With Ray's own niceness, jobs would wait for all other processes of a busy machine.
+    tokens = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_worker_niceness": "0"}
     process = subprocess.Popen(
         command, env={**os.environ, **tokens, **environment}, stdout=log, stderr=log, start_new_session=True
     )
