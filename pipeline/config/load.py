@@ -22,7 +22,7 @@ from pipeline.stage import Edge, Stage, edges, sources
 
 DEFAULT_STORE = ".tessera/store"
 DEFAULT_TRACKING = "sqlite:///.tessera/mlflow.db"
-TOP_LEVEL = ("name", "description", "extends", "store", "tracking", "mirrors", "stages")
+TOP_LEVEL = ("name", "description", "extends", "store", "tracking", "tracking_required", "mirrors", "stages")
 MIRRORS = ("tensorboard", "wandb")  # pipeline/run/mirrors.py
 STAGE_NAME = re.compile(r"[a-z0-9_-]+")
 
@@ -55,6 +55,7 @@ class Pipeline:
     stages: dict[str, PipelineStage]
     description: str = ""
     mirrors: Mapping[str, str] = field(default_factory=dict)  # name -> folder or project
+    tracking_required: bool = False  # do not start a run that cannot be tracked
     document: Node = field(repr=False, default=Node({}, Place("")))
 
     def plain(self) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def load_pipeline(
         if key not in TOP_LEVEL:
             complaints.add(key, f"unknown key {key!r}", nearest(key, TOP_LEVEL), node.place)
     settings = {key: _text(root, key, complaints) for key in ("name", "description", "store", "tracking")}
-    mirrors = _mirrors(root, complaints)
+    mirrors, required = _mirrors(root, complaints), _flag(root, "tracking_required", complaints)
     types = _Types(stage_types)
     root = _without_removed_stages(root)
     stages = _stages(root, types, complaints, file)
@@ -116,6 +117,7 @@ def load_pipeline(
         stages=_in_order(stages),
         description=settings["description"] or "",
         mirrors=mirrors,
+        tracking_required=required,
         document=root,
     )
 
@@ -138,6 +140,15 @@ def _text(root: Node, key: str, complaints: Complaints) -> str | None:
         complaints.add(key, f"must be a word, got {node.plain()!r}", place=node.place)
         return None
     return node.value
+
+
+def _flag(root: Node, key: str, complaints: Complaints) -> bool:
+    node = root.child(key)
+    if node is None or node.value is None:
+        return False
+    if not isinstance(node.value, bool):
+        complaints.add(key, f"must be true or false, got {node.plain()!r}", place=node.place)
+    return node.value is True
 
 
 def _mirrors(root: Node, complaints: Complaints) -> dict[str, str]:

@@ -61,6 +61,11 @@ def pipeline_schema(stage_types: Mapping[str, type[Stage[Any]]] | None = None) -
                 "default": DEFAULT_TRACKING,
                 "description": "MLflow: a sqlite:/// or http:// address; null: no tracking",
             },
+            "tracking_required": {
+                "type": "boolean",
+                "default": False,
+                "description": "true: a run does not start when MLflow is away; false: it says so and goes on",
+            },
             "mirrors": {
                 "type": ["object", "null"],
                 "description": "where curves and results go beside MLflow; each needs the extra of its name installed",

@@ -23,7 +23,7 @@ from pipeline.run.failure import RunFailed, StagesFailed, explain_in, stopped_by
 from pipeline.run.mirrors import require_installed
 from pipeline.run.provenance import git_commit, package_versions
 from pipeline.run.result import RunResult, StageResult
-from pipeline.run.tracking import FAILED, FINISHED, KILLED, StageTracker, Tracker, masked
+from pipeline.run.tracking import FAILED, FINISHED, KILLED, StageTracker, Tracker, TrackingAway, masked
 from pipeline.stage import Context, Outcome
 from pipeline.store import uses
 
@@ -127,7 +127,12 @@ class _Run:
         uses.note_use(self.store.objects, artifact, self.pipeline.name, planned.name)
 
     def check_start(self, plan: Plan) -> None:
-        """Refuse at once what would stop a stage hours later: resources that are not there, weights that do not fit."""
+        """Refuse at once what would stop a stage hours later.
+
+        Resources that are not there, weights that do not fit, tracking that is away where it is required.
+        """
+        if plan.to_run and self.pipeline.tracking_required:
+            self._require_tracking()
         stages = {planned.name: self.pipeline.stages[planned.name].stage for planned in plan.to_run}
         on_ray = [name for name, stage in stages.items() if stage.uses_ray]
         here = Place("this machine", [capacity.this_machine()])
@@ -142,6 +147,23 @@ class _Run:
             problems += capacity.lacking(self.pipeline, on_ray, self._ray().place)
         if problems:
             raise ConfigError(problems)
+
+    def _require_tracking(self) -> None:
+        if self.pipeline.tracking is None:
+            remedy = "name a server or database, or leave tracking_required out"
+            raise ConfigError([self.pipeline.problem("tracking_required", "tracking is null", remedy)])
+        try:
+            self.tracker.start(self.pipeline.name, self._tags(), required=True)
+        except TrackingAway as error:
+            remedy = "start it, or leave tracking_required out: then the run goes on untracked"
+            raise ConfigError([self.pipeline.problem("tracking", str(error), remedy)]) from error
+
+    def _tags(self) -> dict[str, str]:
+        return {
+            "tessera.pipeline": self.pipeline.name,
+            "tessera.store": self.store.address,
+            "tessera.file": str(self.pipeline.file),
+        }
 
     def _remark(self, stage: str, text: str) -> None:
         self.display.say(f"{stage}: {text}")
@@ -316,10 +338,9 @@ class _Run:
     def _track(
         self, planned: PlannedStage, settings: Mapping[str, Any], inputs: Mapping[str, Artifact]
     ) -> StageTracker:
-        common = {"tessera.pipeline": self.pipeline.name, "tessera.store": self.store.address}
-        self.tracker.start(self.pipeline.name, {**common, "tessera.file": str(self.pipeline.file)})
+        self.tracker.start(self.pipeline.name, self._tags())
         tags = {
-            **common,
+            **self._tags(),
             "tessera.stage": planned.name,
             "tessera.uses": planned.uses,
             "tessera.kind": planned.kind,

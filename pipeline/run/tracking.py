@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from pipeline.config import registry
-from pipeline.errors import StoreError, UsageError
+from pipeline.errors import StoreError, TesseraError, UsageError
 from pipeline.run.mirrors import Mirrors, StagePages
 from pipeline.store.uses import user_name
 
@@ -44,6 +44,10 @@ QUIET = {
 }
 
 
+class TrackingAway(TesseraError):
+    """MLflow cannot be reached, and the run may not start without it."""
+
+
 class Tracker:
     """The MLflow side of one pipeline run. No error of MLflow's fails the run: the first one ends the tracking.
 
@@ -62,14 +66,18 @@ class Tracker:
         self._experiment_id = ""
         self._begun = False
 
-    def start(self, name: str, tags: Mapping[str, str]) -> None:
-        """Open the parent run. Only the first call does anything: a server that was away is not asked again."""
+    def start(self, name: str, tags: Mapping[str, str], *, required: bool = False) -> None:
+        """Open the parent run. Only the first call does anything: a server that was away is not asked again.
+
+        Raises:
+            TrackingAway: with `required`, the run cannot be opened.
+        """
         if self._begun:
             return
         self._begun = True
         if self.uri is None:
             return
-        with self.guarded():
+        with self._must_answer() if required else self.guarded():
             self._client, self._experiment_id = _connect(self.uri, self.experiment)
             self.run_id = self._create_run(name, tags)
 
@@ -95,15 +103,22 @@ class Tracker:
                 client.set_terminated(self.run_id, status)
 
     @contextlib.contextmanager
+    def _must_answer(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._client = None
+            raise TrackingAway(f"{masked(self.uri or '')} is away ({_reason(error)})") from error
+
+    @contextlib.contextmanager
     def guarded(self) -> Iterator[MlflowClient]:
         """The client, for calls that may fail: the first failure is a warning, and ends the tracking of this run."""
         try:
             yield self._client
         except Exception as error:
             self._client = None
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             self._warn(
-                f"tracking at {masked(self.uri or '')} is away ({reason}); the run goes on untracked, "
+                f"tracking at {masked(self.uri or '')} is away ({_reason(error)}); the run goes on untracked, "
                 "its results are in the store"
             )
 
@@ -235,6 +250,10 @@ class StageTracker:
     @property
     def _live(self) -> bool:
         return self.run_id is not None and self._tracker.client is not None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def absolute_uri(uri: str) -> str:

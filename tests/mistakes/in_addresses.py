@@ -32,4 +32,18 @@ IN_ADDRESSES = [
         replace=[("tracking: null", "tracking: mlruns")],
         command=RUN,
     ),
+    Mistake(
+        "42b",
+        "tracking that is away where it is required",
+        ["p.yaml:2: tracking: http://127.0.0.1:9 is away", "start it, or leave tracking_required out"],
+        replace=[("tracking: null", "tracking: http://127.0.0.1:9\ntracking_required: true")],
+        command=RUN,
+    ),
+    Mistake(
+        "42c",
+        "tracking required and switched off",
+        ["p.yaml:3: tracking_required: tracking is null"],
+        replace=[("tracking: null", "tracking: null\ntracking_required: true")],
+        command=RUN,
+    ),
 ]

@@ -52,6 +52,11 @@ def pipeline_text(pipeline: Pipeline) -> str:
         "description": pipeline.description or None,
         "store": absolute(pipeline.store),
         "tracking": absolute_uri(pipeline.tracking) if pipeline.tracking else None,
+        "tracking_required": pipeline.tracking_required or None,
+        "mirrors": {
+            name: absolute(where) if name == "tensorboard" else where for name, where in pipeline.mirrors.items()
+        }
+        or None,
         "stages": stages,
     }
     return yaml.safe_dump({k: v for k, v in whole.items() if v is not None or k == "tracking"}, sort_keys=False)
