@@ -128,10 +128,11 @@ def _preview(job: Job, seed: int) -> bytes:
     count = sum(job.rows)
     similarities = np.stack([row["similarities"] for row in sample_rows(job.output, _SHOWN, ["similarities"])])
     generator = np.random.default_rng(seed)
-    one = np.sort(generator.choice(count, min(_SHOWN, count), replace=False))
-    vectors = pick_rows(job.embeddings, one).vectors
-    order = generator.permutation(len(one))
-    pairs = (vectors[order] * vectors[np.roll(order, 1)]).sum(axis=1)  # never the same image
+    some = np.sort(generator.choice(count, min(_SHOWN, count), replace=False))
+    vectors = pick_rows(job.embeddings, some).vectors
+    one = generator.integers(0, len(some), _SHOWN)
+    other = (one + generator.integers(1, len(some), _SHOWN)) % len(some)  # never the same image
+    pairs = (vectors[one] * vectors[other]).sum(axis=1)
     shown = {
         "nearest neighbour": similarities[:, 0],
         f"neighbour {job.k}": similarities[:, -1],
