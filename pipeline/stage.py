@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 from typing_extensions import TypeAliasType
 
+from pipeline.paths import local_path
 from pipeline.progress import ProgressCallback
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ __all__ = [
     "Stage",
     "StageConfig",
     "edges",
+    "local_path",
     "nodes",
     "open_source",
     "sources",

@@ -21,12 +21,12 @@ from typing import Any, Literal
 from pipeline.config.document import nearest, nearest_path
 from pipeline.config.load import Pipeline, PipelineStage
 from pipeline.errors import ArtifactDamaged, ConfigError, Problem, SourceError, StoreError, UsageError
+from pipeline.paths import local_path
 from pipeline.plan import history
 from pipeline.plan.fingerprint import Identity, fingerprint, identity
 from pipeline.plan.sources import as_json, source_digest
 from pipeline.stage import Feed
 from pipeline.store.artifact import Artifact
-from pipeline.store.objects import local_path
 from pipeline.store.store import ArtifactStore
 
 ReadingCallback = Callable[[str, float, float, str], None]  # a source's address, then as in ProgressCallback

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import StoreError
+from pipeline.paths import local_path
 from pipeline.store.credentials import s3_options
 from pipeline.store.failures import explain
 
@@ -282,11 +283,6 @@ class Objects:
 
 class _CrossDevice(Exception):
     """The file lies on another disk than the store."""
-
-
-def local_path(text: str) -> Path:
-    """A path as a user writes it, with `~` and variables of the environment (`$HOME`) replaced."""
-    return Path(os.path.expandvars(text)).expanduser()
 
 
 def _normalised(address: str) -> tuple[str, Path | None]:

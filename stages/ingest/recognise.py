@@ -7,13 +7,13 @@ endings. Planning imports this file: nothing heavy at its top.
 
 from __future__ import annotations
 
-import os
 import posixpath
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from pipeline.stage import local_path
 from stages.ingest.files import SUFFIXES, UNREAD_SUFFIXES
 from stages.ingest.settings import IngestConfig, LayoutName
 
@@ -104,7 +104,7 @@ def contradiction(config: IngestConfig, paths: Sequence[str]) -> tuple[str, str]
 
 def is_file(source: str) -> bool:
     """Whether a local source is one file."""
-    return os.path.isfile(os.path.expanduser(source))
+    return local_path(source).is_file()
 
 
 def of_file(config: IngestConfig) -> tuple[str, str]:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import SourceError
-from pipeline.stage import open_source
-from stages.models.settings import as_path
+from pipeline.stage import local_path, open_source
 
 # Keys under which training scripts keep the network, in the order of preference: papers evaluate the teacher.
 _WRAPPERS = ("teacher", "state_dict", "model", "student", "encoder")
@@ -104,7 +103,7 @@ def _read(address: str) -> bytes:
         folder, _, name = address.rpartition("/")
         data = open_source(folder).get(name)
     else:
-        path = as_path(address)
+        path = local_path(address)
         data = path.read_bytes() if path.is_file() else None
     if data is None:
         raise SourceError(f"checkpoint {address}: there is no such file; correct backbone.checkpoint")

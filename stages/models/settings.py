@@ -6,13 +6,11 @@
 from __future__ import annotations
 
 import difflib
-import os
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.stage import Settings, Source
+from pipeline.stage import Settings, Source, local_path
 from stages.models import timm_catalogue
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -109,12 +107,7 @@ class Backbone(Settings):
         """The same with an absolute checkpoint path, for workers, whose working folder is not the driver's."""
         if self.checkpoint is None or "://" in self.checkpoint:
             return self
-        return self.model_copy(update={"checkpoint": str(as_path(self.checkpoint).absolute())})
-
-
-def as_path(written: str) -> Path:
-    """A path as a user writes it, with `~` and variables of the environment replaced."""
-    return Path(os.path.expandvars(written)).expanduser()
+        return self.model_copy(update={"checkpoint": str(local_path(self.checkpoint).absolute())})
 
 
 def near_multiples(pixels: int, patch: int) -> str:

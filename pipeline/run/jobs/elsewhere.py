@@ -10,13 +10,14 @@ import yaml
 
 from pipeline.config.load import Pipeline, load_pipeline
 from pipeline.errors import ConfigError, UsageError
+from pipeline.paths import local_path
 from pipeline.run.tracking import absolute_uri, masked
 from pipeline.store.objects import mask
 
 
 def absolute(address: str) -> str:
     """A path of this machine made absolute; an address with a scheme as it is."""
-    return address if "://" in address else str(Path(address).expanduser().absolute())
+    return address if "://" in address else str(local_path(address).absolute())
 
 
 def pipeline_text(pipeline: Pipeline) -> str:

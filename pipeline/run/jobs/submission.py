@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pipeline.run.jobs.client import Job, Jobs
 
 START = "start_tessera.py"
-OLDEST_PYTHON = "python3"  # on a node where the submitter's own Python does not exist
+OTHER_PYTHON = "python3"  # on a node where the submitter's own Python does not exist
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Submission:
     @property
     def file(self) -> str:
         """The pipeline file's name in the package."""
-        return f"{re.sub(r'[^A-Za-z0-9_.-]', '-', self.pipeline.name)}.yaml"
+        return file_of(self.pipeline)
 
     @property
     def entrypoint(self) -> str:
@@ -51,7 +51,7 @@ class Submission:
             return f"exec {shlex.quote(self.python)} {arguments}"
         # The same Python where nodes have the submitter's files (one machine, a shared disk), else the node's own.
         own = shlex.quote(sys.executable)
-        return f"if [ -x {own} ]; then exec {own} {arguments}; else exec {OLDEST_PYTHON} {arguments}; fi"
+        return f"if [ -x {own} ]; then exec {own} {arguments}; else exec {OTHER_PYTHON} {arguments}; fi"
 
     def send(self, jobs: Jobs, name: str | None) -> str:
         """Send the package and start the job. Returns the job's id."""
@@ -59,6 +59,11 @@ class Submission:
         with tempfile.TemporaryDirectory(prefix="tessera-") as folder:
             self.package.write(Path(folder))
             return jobs.submit(Path(folder), self.entrypoint, job_id, self.pipeline.name, self.cpus, self.environment)
+
+
+def file_of(pipeline: Pipeline) -> str:
+    """What the one file of a pipeline is called in a package."""
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '-', pipeline.name)}.yaml"
 
 
 def make_submission(
@@ -84,22 +89,14 @@ def make_submission(
         UsageError: a variable is not set, or the package is too large.
         ConfigError: an address of the pipeline holds a secret.
     """
-    text = pipeline_text(pipeline)
-    start = Path(__file__).with_name(START).read_text(encoding="utf-8")
-    submission = Submission(
-        pipeline,
-        text,
-        Package({}),
-        options,
-        cpus,
-        {**_variables(environment), DRIVER_CPUS: f"{cpus:g}"},
-        python,
-    )
+    text, file = pipeline_text(pipeline), file_of(pipeline)
+    variables = {**_variables(environment), DRIVER_CPUS: f"{cpus:g}"}
     with tempfile.TemporaryDirectory(prefix="tessera-") as folder:
-        check_same(text, Path(folder) / submission.file, pipeline)
-    package = make_package({submission.file: text, START: start}, exclude)
+        check_same(text, Path(folder) / file, pipeline)
+    start = Path(__file__).with_name(START).read_text(encoding="utf-8")
+    package = make_package({file: text, START: start}, exclude)
     package.check_size()
-    return Submission(pipeline, text, package, options, cpus, submission.environment, python)
+    return Submission(pipeline, text, package, options, cpus, variables, python)
 
 
 def check_disks(pipeline: Pipeline, nodes: Collection[str], here: Collection[str]) -> None:

@@ -69,6 +69,15 @@ def test_a_folder_of_this_machine_needs_nodes_that_see_it(write: Write) -> None:
     check_disks(load_pipeline(write(PIPELINE, "bucket.yaml")), ["10.0.0.2"], {"10.0.0.1"})
 
 
+def test_a_path_in_the_home_is_that_of_the_submitter(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = PIPELINE.replace("s3://bucket/tessera", "~/store").replace("s3://bucket/scenes", "$HOME/scenes")
+    sent = yaml.safe_load(pipeline_text(load_pipeline(write(text, "p.yaml"))))
+    assert (sent["store"], sent["stages"]["scenes"]["source"]) == (f"{tmp_path}/store", f"{tmp_path}/scenes")
+
+
 def test_variables_are_sent_by_name_and_a_missing_one_is_refused(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = load_pipeline(write(PIPELINE, "p.yaml"))
     monkeypatch.setenv("AWS_REGION", "eu-west-1")
