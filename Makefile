@@ -10,7 +10,7 @@ FAISS ?= cpu
 # Whole pipelines, minutes each; `make test` runs all others.
 SLOW_TESTS := tests/test_killed_run.py tests/test_proof_recipes.py
 
-.PHONY: setup quickstart test test-slow check lint format types lock clean
+.PHONY: setup quickstart test test-slow test-chaos check lint format types lock clean
 
 setup: $(STAMP)
 
@@ -30,10 +30,14 @@ quickstart: setup
 
 # In two processes, one of which gets the tests on Ray (tests/conftest.py).
 test: setup
-	$(BIN)/python -m pytest -n 2 $(SLOW_TESTS:%=--ignore=%)
+	$(BIN)/python -m pytest -n 2 -m "not chaos" $(SLOW_TESTS:%=--ignore=%)
 
 test-slow: setup
 	$(BIN)/python -m pytest $(SLOW_TESTS)
+
+# One process: every test has the machine, and often a cluster, to itself.
+test-chaos: setup
+	$(BIN)/python -m pytest -m chaos
 
 lint: setup
 	$(BIN)/ruff check .
