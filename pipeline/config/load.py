@@ -17,12 +17,13 @@ from pydantic import ValidationError
 from pipeline.config import registry
 from pipeline.config.complaints import add_problems
 from pipeline.config.document import Complaints, Key, Node, Place, nearest, nearest_path, override, read
+from pipeline.config.repeat import KEY, repeated
 from pipeline.errors import ConfigError, Problem, UsageError
 from pipeline.stage import Edge, Stage, edges, sources
 
 DEFAULT_STORE = ".tessera/store"
 DEFAULT_TRACKING = "sqlite:///.tessera/mlflow.db"
-TOP_LEVEL = ("name", "description", "extends", "store", "tracking", "tracking_required", "mirrors", "stages")
+TOP_LEVEL = ("name", "description", "extends", "store", "tracking", "tracking_required", "mirrors", KEY, "stages")
 MIRRORS = ("tensorboard", "wandb")  # pipeline/run/mirrors.py
 STAGE_NAME = re.compile(r"[a-z0-9_-]+")
 
@@ -90,7 +91,13 @@ def load_pipeline(
     file = Path(path)
     complaints = Complaints()
     root = _read(file, complaints)
+    # Of repeated stages, `--set` may change the one that is written, or one of its copies.
+    copied = [text for text in overrides if _of_a_copy(root, text)]
     for text in overrides:
+        if text not in copied:
+            root = override(root, text, complaints, TOP_LEVEL)
+    root = repeated(root, complaints)
+    for text in copied:
         root = override(root, text, complaints, TOP_LEVEL)
     if root.value is None and complaints:
         raise ConfigError(complaints)
@@ -120,6 +127,12 @@ def load_pipeline(
         tracking_required=required,
         document=root,
     )
+
+
+def _of_a_copy(root: Node, text: str) -> bool:
+    path = text.partition("=")[0].strip().split(".")
+    stages = root.child("stages")
+    return root.child(KEY) is not None and path[0] == "stages" and stages is not None and not stages.child(path[1])
 
 
 def _read(file: Path, complaints: Complaints) -> Node:

@@ -14,6 +14,7 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from pipeline.config import registry
 from pipeline.config.load import DEFAULT_STORE, DEFAULT_TRACKING, STAGE_NAME
+from pipeline.config.repeat import KEY, VARIABLE
 from pipeline.stage import Settings, Stage, arms
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -81,10 +82,15 @@ def pipeline_schema(stage_types: Mapping[str, type[Stage[Any]]] | None = None) -
                 },
                 "additionalProperties": False,
             },
+            KEY: {
+                "type": "object",
+                "description": "variable -> its values: a stage with {variable} in its name is one stage for each value",
+                "additionalProperties": {"type": "array", "items": {"type": ["string", "number"]}, "minItems": 1},
+            },
             "stages": {
                 "type": "object",
                 "description": "the steps, by name",
-                "propertyNames": {"pattern": f"^{STAGE_NAME.pattern}$"},
+                "propertyNames": {"pattern": f"^(({STAGE_NAME.pattern})|({VARIABLE.pattern}))+$"},
                 "additionalProperties": {"oneOf": [stage, {"type": "null"}]},
             },
         },
