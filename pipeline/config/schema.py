@@ -84,7 +84,7 @@ def pipeline_schema(stage_types: Mapping[str, type[Stage[Any]]] | None = None) -
             },
             KEY: {
                 "type": "object",
-                "description": "variable -> its values: a stage with {variable} in its name is one stage for each value",
+                "description": "variable -> its values: a stage with {variable} in its name is one for each value",
                 "additionalProperties": {"type": "array", "items": {"type": ["string", "number"]}, "minItems": 1},
             },
             "stages": {
