@@ -24,6 +24,8 @@ from pipeline.paths import local_path
 from pipeline.progress import ProgressCallback
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from pipeline.store.artifact import Artifact
     from pipeline.store.objects import Objects
     from pipeline.store.writer import ArtifactWriter
@@ -246,6 +248,20 @@ class Stage(ABC, Generic[C]):
             UsageError: the artifact cannot be used elsewhere; nothing is exported then.
         """
         return []
+
+    @classmethod
+    def resampled(cls, artifact: Artifact, draws: int, seed: int) -> Mapping[str, NDArray[Any]]:
+        """The metrics of an artifact again, on bootstrap samples of what it was tested on: for `tessera compare`.
+
+        Args:
+            artifact: that a stage of this type made.
+            draws: how many samples.
+            seed: of the draws; artifacts with the same test units are drawn alike.
+
+        Returns:
+            Metric -> its values, (draws,); empty where the artifact does not tell.
+        """
+        return {}
 
     @abstractmethod
     def run(self, context: Context) -> Outcome:

@@ -13,7 +13,8 @@ import torch
 from pipeline.stage import Context, Outcome, Resources, Stage
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
-from stages.data.images import encode_mask
+from stages.data.images import decode, encode_mask
+from stages.data.rows import iter_rows
 from stages.data.tables import SCHEMAS
 from stages.models.encoder import Encoder
 from stages.models.settings import Backbone
@@ -36,7 +37,14 @@ def coloured(store: ArtifactStore) -> Artifact:
         pixels = (COLOURS[mask].astype(int) + noise).clip(0, 255).astype(np.uint8)
         mask[:, 35:37] = VOID
         row: dict[str, Any] = dict.fromkeys(SCHEMAS["images"].names)
-        row |= {"image_id": i, "key": f"{i:02d}.png", "image": encode(pixels, "PNG"), "mask": encode_mask(mask)}
+        row |= {
+            "image_id": i,
+            "key": f"{i:02d}.png",
+            "width": 48,
+            "height": 40,
+            "image": encode(pixels, "PNG"),
+            "mask": encode_mask(mask),
+        }
         rows.append(row | {"split": "train" if i < 20 else "val", "label": str(left), "label_id": left, "sha256": ""})
     writer = store.begin("images", "coloured")
     for part in range(2):
@@ -56,6 +64,21 @@ def encoder(store: ArtifactStore) -> Artifact:
     return writer.commit()
 
 
+@pytest.fixture
+def features(store: ArtifactStore, coloured: Artifact) -> Artifact:
+    """Of the coloured images: what a perfect encoder would give, the mean colour of each 8x8 patch."""
+    rows = []
+    for row in iter_rows(coloured, ["key", "image"]):
+        pixels = decode(row["image"]).astype(np.float32) / 255 - 0.4
+        cells = pixels.reshape(5, 8, 6, 8, 3).mean(axis=(1, 3))
+        values = {"patches": cells.ravel().astype(np.float16), "vector": cells.mean(axis=(0, 1)).astype(np.float16)}
+        rows.append({"image_id": row["image_id"], "key": row["key"], "grid_height": 5, "grid_width": 6, **values})
+    writer = store.begin("features", "colours")
+    for part in range(2):
+        writer.put_table(part, pa.Table.from_pylist(rows[part * 15 :][:15], schema=SCHEMAS["features"]))
+    return writer.commit(inputs={"images": f"images/{coloured.fingerprint}"}, notes={"width": 3, "vector_width": 3})
+
+
 RunStage = Callable[..., tuple[Outcome, Artifact]]
 
 
@@ -69,6 +92,27 @@ def run(store: ArtifactStore, coloured: Artifact, encoder: Artifact) -> RunStage
         config = stage.Config.model_validate({"images": "images", "encoder": "encoder", **settings})
         writer = store.begin("metrics", fingerprint)
         inputs = {"images": images or coloured, "encoder": encoder}
+        outcome = stage(config).run(Context("eval", fingerprint, inputs, writer, Resources()))
+        return outcome, writer.commit(metrics=outcome.metrics, preview=outcome.preview)
+
+    return go
+
+
+@pytest.fixture
+def run_frozen(store: ArtifactStore, coloured: Artifact, features: Artifact) -> RunStage:
+    """`run_frozen(StageType, key=value, ...)` on the features of the coloured images, or on those `given`."""
+
+    def go(
+        stage: type[Stage[Any]],
+        *,
+        fingerprint: str = "m1",
+        images: Artifact | None = None,
+        given: Artifact | None = None,
+        **settings: Any,
+    ) -> tuple[Outcome, Artifact]:
+        config = stage.Config.model_validate({"images": "images", "features": "features", **settings})
+        writer = store.begin("metrics", fingerprint)
+        inputs = {"images": images or coloured, "features": given or features}
         outcome = stage(config).run(Context("eval", fingerprint, inputs, writer, Resources()))
         return outcome, writer.commit(metrics=outcome.metrics, preview=outcome.preview)
 

@@ -1,0 +1,70 @@
+"""What evaluations on stored features have in common: their settings, and what a plan checks. Free of torch.
+
+One `features` artifact serves every evaluation that can use it: the encoder runs once over the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from pydantic import Field
+
+from pipeline.stage import Feed, Input, Stage, StageConfig
+from stages.evaluate.requirements import Holding, Mismatch, lacking, single_class
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from pipeline.store.artifact import Artifact
+
+
+class FrozenConfig(StageConfig):
+    """Which images, and their features."""
+
+    images: Input["images"] = Field(description="with splits, and what the evaluation needs of labels or masks")
+    features: Input["features"] = Field(description="of these images")
+    train_split: str = Field("train", description="the images that are learnt from, or compared with")
+    test_split: str = Field("val", description="the images that are scored")
+    seed: int = Field(0, ge=0, description="of everything drawn at random")
+
+
+C = TypeVar("C", bound=FrozenConfig)
+
+
+class FrozenStage(Stage[C]):
+    """An evaluation on stored features: an artifact of kind `metrics`."""
+
+    kind = "metrics"
+    uses_ray = False
+    shows_metrics = True
+    needs: ClassVar[Holding] = "masks"  # what the images of both splits must hold
+    whole_images: ClassVar[bool] = False  # it cannot use features of the central square
+
+    def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[Mismatch]:
+        """Features of other images; images without labels or masks, or with one class only; cropped features."""
+        config, images, features = self.config, feeds["images"], feeds["features"]
+        described = features.inputs.get("images")
+        if described is not None and described.fingerprint != images.fingerprint:
+            yield (
+                "features",
+                f"{features.stage} holds the features of {described.stage}, and this stage evaluates on {images.stage}",
+                f"name a features stage of {images.stage}",
+            )
+        if self.whole_images and getattr(features.config, "fit", None) == "centre":
+            yield (
+                "features",
+                f"{features.stage} has fit: centre, so that the borders of the images have no features",
+                "name features with fit: squeeze or aspect",
+            )
+        splits = {"train_split": config.train_split, "test_split": config.test_split}
+        yield from lacking(images, self.needs, splits)
+        if self.needs == "masks":
+            yield from single_class(images, splits)
+
+    @classmethod
+    def resampled(cls, artifact: Artifact, draws: int, seed: int) -> dict[str, NDArray[Any]]:
+        """The metrics again on bootstrap samples of the test's units (`units.py`)."""
+        from stages.evaluate.units import resample
+
+        return resample(artifact, draws, seed)

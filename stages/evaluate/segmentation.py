@@ -1,0 +1,115 @@
+"""The end of every evaluation that gives each pixel a class: scores, the artifact's files and its picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.errors import SourceError
+from pipeline.stage import Context, Outcome, StageConfig
+from stages.data.images import decode
+from stages.data.pictures import class_colours, colour_mask, grid
+from stages.data.rows import iter_rows
+from stages.evaluate.confusion import Matrix, confusion, scores
+from stages.evaluate.mask_classes import MaskClasses, MaskLabels
+from stages.evaluate.units import Units, write
+
+_SHOWN_IMAGES = 6
+
+
+class SegmentedTest:
+    """Collects the predictions of a test.
+
+    Args:
+        classes: of the masks.
+        image_ids: of the test images, in the order in which they come.
+    """
+
+    def __init__(self, classes: MaskClasses, image_ids: Sequence[int]) -> None:
+        self.classes = classes
+        self.units = Units()
+        self._picked = {image_ids[int(i)] for i in np.linspace(0, len(image_ids) - 1, _SHOWN_IMAGES)}
+        self._shown: dict[int, tuple[MaskLabels, NDArray[np.int64]]] = {}
+
+    def add(self, image_id: int, key: str, truth_HW: MaskLabels, prediction_HW: NDArray[np.int64]) -> None:
+        """One test image; negative truth is void."""
+        self.units.add_matrix(key, confusion(truth_HW, prediction_HW, len(self.classes.names)))
+        if image_id in self._picked:
+            self._shown[image_id] = (truth_HW, prediction_HW)
+
+    @property
+    def matrix(self) -> Matrix:
+        """Pixels of all images by true and predicted class."""
+        total: Matrix = np.sum(self.units.matrices, axis=0)
+        return total
+
+    def finish(
+        self,
+        context: Context,
+        config: StageConfig,
+        problems: list[dict[str, str]],
+        counts: dict[str, int],
+        notes: dict[str, Any] | None = None,
+    ) -> Outcome:
+        """Write metrics, units, a row a class and the picture.
+
+        Args:
+            context: of the stage; its input `images` holds the photographs.
+            config: of the stage.
+            problems: images that could not be used.
+            counts: what else the outcome counts.
+            notes: of the outcome.
+
+        Raises: SourceError where no pixel has a class, or all have the same.
+        """
+        self._require_classes(context.name, problems)
+        result = scores(self.matrix)
+        columns: dict[str, Any] = {
+            "class": self.classes.names,
+            "index": self.classes.values,
+            "pixels": self.matrix.sum(axis=1),
+            "iou": pa.array(result.iou, from_pandas=True),  # null: in neither truth nor prediction
+            "accuracy": pa.array(result.accuracy, from_pandas=True),
+        }
+        context.output.put_table(0, pa.table(columns))
+        write(context.output, config, result.metrics(), self.units)
+        context.output.put_file("preview.png", self._picture(context))
+        return Outcome(
+            metrics=result.metrics(),
+            counts={**counts, "test": len(self.units.names), "classes": len(columns["class"])}
+            | {"unusable": len(problems)},
+            problems=problems,
+            notes=notes or {},
+            preview="preview.png",
+        )
+
+    def _require_classes(self, stage: str, problems: list[dict[str, str]]) -> None:
+        present = np.flatnonzero(self.matrix.sum(axis=1)) if self.units.names else []
+        if len(present) == 0:
+            raise SourceError(
+                f"{stage}: no pixel of the test images has a class, all is void or unusable ({len(problems)} "
+                f"unusable): check ignore_index ({self.classes.ignore_index}) and the masks"
+            )
+        if len(present) == 1:
+            raise SourceError(
+                f"{stage}: every pixel of the test images that counts is of one class, "
+                f"{self.classes.names[present[0]]}: every encoder would get the same score"
+            )
+
+    def _picture(self, context: Context) -> bytes:
+        """A line for each test image: the photograph, the truth, the prediction."""
+        pictures = []
+        for row in iter_rows(context.inputs["images"], ["image"], ids=self._shown.keys()):
+            truth, prediction = self._shown[row["image_id"]]
+            masks = (colour_mask(labels, self.classes.names) for labels in (truth, prediction))
+            pictures += [decode(row["image"]), *masks]
+        return grid(
+            pictures,
+            columns=3,
+            captions=["image", "truth (black: void)", "prediction"] * len(self._shown),
+            legend=list(zip(self.classes.names, class_colours(len(self.classes.names)), strict=True)),
+        )
