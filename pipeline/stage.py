@@ -195,6 +195,7 @@ class Stage(ABC, Generic[C]):
     shows_metrics: ClassVar[bool] = False  # its metrics are results: `tessera run` lists them, the parent run logs them
     # Metric -> unit, such as "%". A metric called x_random is x of an untrained encoder: it is shown beside x.
     units: ClassVar[Mapping[str, str]] = {}
+    smaller_is_better: ClassVar[frozenset[str]] = frozenset()  # of its metrics
     tracked_as: ClassVar[Literal["dataset", "model"]] = "dataset"  # what its artifact is in MLflow's terms
     change_remarks: ClassVar[
         Mapping[str, str]

@@ -16,6 +16,7 @@ from typing import NoReturn
 import typer
 
 from pipeline.cli.artifacts import artifacts_app
+from pipeline.cli.compare import compare
 from pipeline.cli.doctor import doctor
 from pipeline.cli.export import export
 from pipeline.cli.lineage import lineage
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="From unlabelled images to a vision encoder with good dense features: a cached pipeline on Ray.",
 )
-for command in (run, plan, submit, status, logs, stop, lineage, export, schema, doctor):
+for command in (run, plan, compare, submit, status, logs, stop, lineage, export, schema, doctor):
     app.command()(command)
 app.add_typer(artifacts_app, name="artifacts")
 

@@ -42,7 +42,7 @@ def run(
     from pipeline.run.display import RunDisplay, results_only_on_stdout
     from pipeline.run.failure import RunFailed, StagesFailed
 
-    pipeline, opened, plan = _planned(config, overrides, only, from_, force, store)
+    pipeline, opened, plan = planned(config, overrides, only, from_, force, store)
     try:
         with results_only_on_stdout(), RunDisplay() as display:
             result = runner.run(pipeline, plan, opened, display, address=address, keep_going=keep_going)
@@ -72,7 +72,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say which stages are cached, which must run, and why."""
-    _, _, made = _planned(config, overrides, only, from_, force, store)
+    _, _, made = planned(config, overrides, only, from_, force, store)
     if as_json:
         print_json(made.to_json())
     else:
@@ -81,7 +81,7 @@ def plan(
         print_plan(made.to_json())
 
 
-def _planned(
+def planned(
     config: str,
     overrides: list[str] | None,
     only: list[str] | None,
@@ -89,6 +89,7 @@ def _planned(
     force: list[str] | None,
     store: str | None,
 ) -> tuple[Pipeline, ArtifactStore, Plan]:
+    """The pipeline of a command's arguments, its store, and the plan of what they select."""
     from pipeline.config.load import load_pipeline
     from pipeline.plan.plan import make_plan
     from pipeline.run.display import RunDisplay

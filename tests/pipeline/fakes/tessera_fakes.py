@@ -13,10 +13,13 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
+
+import numpy as np
 
 from pipeline.errors import SourceError
 from pipeline.stage import Context, Feed, Input, NoFingerprint, Outcome, Source, Stage, StageConfig
+from pipeline.store.artifact import Artifact
 
 PICTURE = bytes.fromhex(  # one grey pixel
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49444154789c6360000000020001"
@@ -113,6 +116,7 @@ class EncoderConfig(StageConfig):
     numbers: Input["numbers"]
     init: Input["encoder"] | None = None
     width: int = 3
+    seed: int = 0
 
 
 class FakeEncoder(Stage[EncoderConfig]):
@@ -130,12 +134,18 @@ class FakeEncoder(Stage[EncoderConfig]):
 
 class ScoreConfig(StageConfig):
     of: Input["numbers", "encoder"]
+    scale: float = 1.0
     at_least: Annotated[int, NoFingerprint] = 0  # numbers that it must be given
 
 
 class Score(Stage[ScoreConfig]):
     kind, uses_ray, Config = "metrics", False, ScoreConfig
     shows_metrics = True
+
+    @classmethod
+    def resampled(cls, artifact: Artifact, draws: int, seed: int) -> dict[str, Any]:
+        noise = np.random.default_rng(seed).normal(size=draws)
+        return {"bytes": artifact.manifest.metrics["bytes"] + noise}
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
         feed: Feed | None = feeds["of"]
@@ -149,6 +159,6 @@ class Score(Stage[ScoreConfig]):
         log(f"run {context.name}")
         artifact = context.inputs["of"]
         data = artifact.read("encoder.safetensors" if artifact.kind == "encoder" else "numbers.json")
-        metrics = {"bytes": float(len(data))}
+        metrics = {"bytes": self.config.scale * len(data)}
         context.output.put_file("metrics.json", json.dumps(metrics).encode())
         return Outcome(metrics=metrics)
