@@ -19,31 +19,36 @@ if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
 
 
-class FrozenConfig(StageConfig):
+class FeatureConfig(StageConfig):
     """Which images, and their features."""
 
-    images: Input["images"] = Field(description="with splits, and what the evaluation needs of labels or masks")
+    images: Input["images"] = Field(description="with what the evaluation needs: splits, labels, masks, boxes")
     features: Input["features"] = Field(description="of these images")
+
+
+class FrozenConfig(FeatureConfig):
+    """Images of two splits, and their features."""
+
     train_split: str = Field("train", description="the images that are learnt from, or compared with")
     test_split: str = Field("val", description="the images that are scored")
     seed: int = Field(0, ge=0, description="of everything drawn at random")
 
 
+F = TypeVar("F", bound=FeatureConfig)
 C = TypeVar("C", bound=FrozenConfig)
 
 
-class FrozenStage(Stage[C]):
+class FeatureStage(Stage[F]):
     """An evaluation on stored features: an artifact of kind `metrics`."""
 
     kind = "metrics"
     uses_ray = False
     shows_metrics = True
-    needs: ClassVar[Holding] = "masks"  # what the images of both splits must hold
     whole_images: ClassVar[bool] = False  # it cannot use features of the central square
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[Mismatch]:
-        """Features of other images; images without labels or masks, or with one class only; cropped features."""
-        config, images, features = self.config, feeds["images"], feeds["features"]
+        """Features of other images, or of the images' middle where all of them is needed."""
+        images, features = feeds["images"], feeds["features"]
         described = features.inputs.get("images")
         if described is not None and described.fingerprint != images.fingerprint:
             yield (
@@ -57,10 +62,6 @@ class FrozenStage(Stage[C]):
                 f"{features.stage} has fit: centre, so that the borders of the images have no features",
                 "name features with fit: squeeze or aspect",
             )
-        splits = {"train_split": config.train_split, "test_split": config.test_split}
-        yield from lacking(images, self.needs, splits)
-        if self.needs == "masks":
-            yield from single_class(images, splits)
 
     @classmethod
     def resampled(cls, artifact: Artifact, draws: int, seed: int) -> dict[str, NDArray[Any]]:
@@ -68,3 +69,17 @@ class FrozenStage(Stage[C]):
         from stages.evaluate.units import resample
 
         return resample(artifact, draws, seed)
+
+
+class FrozenStage(FeatureStage[C]):
+    """An evaluation that learns from one split, or compares with it, and scores another."""
+
+    needs: ClassVar[Holding] = "masks"  # what the images of both splits must hold
+
+    def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[Mismatch]:
+        """Also images without labels or masks, or with one class only."""
+        yield from super().mismatches(feeds)
+        splits = {"train_split": self.config.train_split, "test_split": self.config.test_split}
+        yield from lacking(feeds["images"], self.needs, splits)
+        if self.needs == "masks":
+            yield from single_class(feeds["images"], splits)

@@ -88,7 +88,7 @@ class SegmentedTest:
         )
 
     def _require_classes(self, stage: str, problems: list[dict[str, str]]) -> None:
-        present = np.flatnonzero(self.matrix.sum(axis=1)) if self.units.names else []
+        present = np.flatnonzero(self.matrix.sum(axis=1)).tolist() if self.units.names else []
         if len(present) == 0:
             raise SourceError(
                 f"{stage}: no pixel of the test images has a class, all is void or unusable ({len(problems)} "

@@ -108,6 +108,8 @@ def resample(artifact: Artifact, draws: int, seed: int) -> dict[str, NDArray[np.
         return {}
     table = pq.read_table(artifact.local(FILE))
     count = len(table)
+    if not count:
+        return {}
     generator = np.random.default_rng((seed, count))
     times_RN = generator.multinomial(count, np.full(count, 1 / count), size=draws)
     if "pairs" in table.column_names:

@@ -80,4 +80,4 @@ def widened(mask_HW: Mask, radius: int) -> Mask:
     reach = np.arange(-radius, radius + 1)
     disk = (reach[:, None] ** 2 + reach**2 <= radius**2).astype(np.uint8)
     border = {"borderType": cv2.BORDER_CONSTANT, "borderValue": 0}
-    return cv2.dilate(mask_HW.astype(np.uint8), disk, **border).astype(bool)  # type: ignore[call-overload,no-any-return]
+    return cv2.dilate(mask_HW.astype(np.uint8), disk, **border).astype(bool)

@@ -1,0 +1,94 @@
+"""The vectors of labelled images by split, from stored features.
+
+Shape legend: N images, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.stage import Context
+from stages.data.rows import iter_rows
+from stages.evaluate.features import split_error
+from stages.evaluate.stored_features import iter_features, require_some
+
+if TYPE_CHECKING:
+    from pipeline.store.artifact import Artifact
+
+Pooling = Literal["vector", "mean"]
+
+
+@dataclass(frozen=True)
+class LabelledVectors:
+    """The usable images of one split."""
+
+    keys: list[str]
+    vectors: Tensor  # (N, D) float32, as the encoder gave them
+    labels: Tensor  # (N,) int64
+
+
+@dataclass(frozen=True)
+class LabelledSplits:
+    """Train and test images, and what could not be used of them."""
+
+    train: LabelledVectors
+    test: LabelledVectors
+    classes: list[str]
+    problems: list[dict[str, str]]
+
+
+def read_splits(context: Context, train_split: str, test_split: str, pooling: Pooling) -> LabelledSplits:
+    """The labelled images of both splits.
+
+    Args:
+        context: of the stage; its inputs are `images` and `features`.
+        train_split: the images that are learnt from.
+        test_split: the images that are scored.
+        pooling: "vector", what the encoder gives for the image; "mean", the mean of its patches.
+
+    Raises: SourceError for a split without usable labelled images.
+    """
+    images = context.inputs["images"]
+    problems: list[dict[str, str]] = []
+    found = []
+    for option, split in (("train_split", train_split), ("test_split", test_split)):
+        labels, keys = _labels(context.name, images, option, split)
+        found.append(_vectors(context, labels, keys, pooling, problems))
+        require_some(context.name, len(found[-1].keys), f"{len(labels)} labelled images of split {split!r}", problems)
+    train, test = found
+    classes = [str(name) for name in images.manifest.notes.get("classes", ())]
+    count = 1 + max(int(split.labels.max()) for split in found)
+    classes += [str(number) for number in range(len(classes), count)]
+    return LabelledSplits(train, test, classes, problems)
+
+
+def _labels(stage: str, images: Artifact, option: str, split: str) -> tuple[dict[int, int], dict[int, str]]:
+    labels, keys = {}, {}
+    for row in iter_rows(images, ["key", "split", "label_id"]):
+        if row["split"] == split and row["label_id"] is not None:
+            labels[row["image_id"]], keys[row["image_id"]] = row["label_id"], str(row["key"])
+    if not labels:
+        remedy = (
+            f"set stages.{stage}.{option} to a split that has, ingest class folders, or ingest with label: "
+            "largest_object where there are boxes"
+        )
+        raise split_error(stage, images, split, "a label", remedy)
+    return labels, keys
+
+
+def _vectors(
+    context: Context, labels: dict[int, int], keys: dict[int, str], pooling: Pooling, problems: list[dict[str, str]]
+) -> LabelledVectors:
+    ids, vectors = [], []
+    for image in iter_features(context.inputs["features"], labels.keys(), patches=pooling == "mean"):
+        ids.append(image.image_id)
+        vectors.append(image.vector if image.map is None else image.map.mean(axis=(0, 1)))
+    reason = "it has no features (see the problems of their stage)"
+    problems += [{"key": keys[missing], "reason": reason} for missing in sorted(labels.keys() - set(ids))]
+    stacked = torch.from_numpy(np.stack(vectors)) if vectors else torch.empty(0, 0)
+    return LabelledVectors([keys[i] for i in ids], stacked, torch.tensor([labels[i] for i in ids], dtype=torch.int64))
