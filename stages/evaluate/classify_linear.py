@@ -23,13 +23,13 @@ class ClassifyLinearConfig(FrozenConfig):
     pooling: Literal["vector", "mean"] = Field("vector", description="what the encoder gives, or the mean of patches")
     standardise: bool = Field(True, description="bring each channel to mean 0 and variance 1 over the train images")
     epochs: int = Field(100, ge=1, description="passes over the train images")
-    batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(256, ge=1, description="vectors a step")
     lr: list[float] = Field(
         [1e-3, 1e-2, 1e-1],
         description="SGD's for 256 images; of several, the best on a held-out fifth of the train images",
     )
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD's")
+    weight_decay: float = Field(0.0, ge=0, description="SGD's")
 
     @field_validator("lr")
     @classmethod

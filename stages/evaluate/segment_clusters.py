@@ -26,7 +26,7 @@ class SegmentClustersConfig(FrozenConfig):
     fit_on: Literal["train", "test"] = Field("test", description="whose patches k-means sees, never their labels")
     samples: int = Field(200_000, ge=100, description="patches that k-means sees, the same number of every image")
     pca: int | None = Field(50, ge=1, description="dimensions kept after standardising; null: all")
-    iterations: int = Field(50, ge=1)
+    iterations: int = Field(50, ge=1, description="of k-means")
     restarts: int = Field(5, ge=1, description="the one of the smallest inertia counts")
 
 

@@ -31,7 +31,7 @@ class TrackObjectsConfig(FeatureConfig):
         12, ge=-1, description="in patches: how far an object may move from one frame to another; -1: any"
     )
     topk: int = Field(5, ge=1, description="patches of the context that a patch takes its label from")
-    temperature: float = Field(0.1, gt=0)
+    temperature: float = Field(0.1, gt=0, description="a patch of the context weighs exp(cosine / temperature)")
     context: int = Field(7, ge=1, description="previous frames beside the first")
 
 
