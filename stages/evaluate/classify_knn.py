@@ -7,11 +7,10 @@ Reading order: this file wires, `classify_knn_vectors.py` encodes a split, `weig
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import SourceError
 from pipeline.stage import Context, Feed, Outcome, Stage
@@ -20,6 +19,8 @@ from stages.evaluate.requirements import lacking, split_counts
 from stages.models.planned import backbone_of, undivided
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from pipeline.store.artifact import Artifact
     from stages.evaluate.classify_knn_vectors import SplitVectors, Votes
 
@@ -31,7 +32,7 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
     """images + encoder -> metrics top1, top5 in per cent (and top1_random, top5_random), one row a test image."""
 
     kind = "metrics"
-    version = 2
+    version = 3
     packages = ("timm",)
     uses_ray = False
     shows_metrics = True
@@ -111,6 +112,13 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
             preview="preview.png",
         )
 
+    @classmethod
+    def resampled(cls, artifact: Artifact, draws: int, seed: int) -> dict[str, NDArray[Any]]:
+        """The metrics again on bootstrap samples of the test images."""
+        from stages.evaluate.units import resample
+
+        return resample(artifact, draws, seed)
+
     def _labelled(self, stage: str, images: Artifact) -> tuple[dict[int, int], dict[int, int]]:
         """{image_id: label_id} of the train and of the test split. Raises SourceError for a split without labels."""
         from stages.data.rows import iter_rows
@@ -180,6 +188,8 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
     ) -> None:
         import pyarrow as pa
 
+        from stages.evaluate.units import hits, write
+
         votes = judged[""]
         table = {
             "image_id": pa.array(test.ids, pa.int64()),
@@ -190,8 +200,7 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
         if "_random" in judged:
             table["rank_random"] = pa.array(judged["_random"].ranks.tolist(), pa.int32())
         context.output.put_table(0, pa.table(table))
-        text = json.dumps({**metrics, "protocol": self.config.model_dump(mode="json", exclude={"resources"})}, indent=2)
-        context.output.put_file("metrics.json", text.encode())
+        write(context.output, self.config, metrics, hits(test.keys, votes.ranks.tolist()))
 
     def _preview(
         self, context: Context, classes: list[str], train: SplitVectors, test: SplitVectors, votes: Votes

@@ -29,6 +29,7 @@ class SplitVectors:
     """The usable images of one split."""
 
     ids: list[int]
+    keys: list[str]
     labels: Tensor  # (N,) int64
     by_encoder: dict[str, Tensor]  # the suffix of the encoder's metrics -> (N, D) float32, L2-normalised
 
@@ -68,20 +69,22 @@ def encode_split(
         report: called with the number of images encoded so far.
     """
 
-    def prepare(row: Mapping[str, Any]) -> tuple[int, RGB]:
-        return row["image_id"], centre_square(decode(row["image"]), config.resize, config.crop)
+    def prepare(row: Mapping[str, Any]) -> tuple[int, str, RGB]:
+        return row["image_id"], str(row["key"]), centre_square(decode(row["image"]), config.resize, config.crop)
 
     inferences = {name: Inference(encoder, precision=config.precision) for name, encoder in encoders.items()}
     ids: list[int] = []
+    keys: list[str] = []
     found: dict[str, list[Tensor]] = {name: [] for name in encoders}
     for batch in in_batches(prepared(images, ["key", "image"], prepare, set(labels), problems=problems), batch_size):
-        ids += [image_id for image_id, _ in batch]
+        ids += [image_id for image_id, _, _ in batch]
+        keys += [key for _, key, _ in batch]
         for name, inference in inferences.items():
-            found[name].append(inference.pooled([pixels for _, pixels in batch], config.pooling))
+            found[name].append(inference.pooled([pixels for _, _, pixels in batch], config.pooling))
         report(len(ids))
     empty = torch.empty(0, 0)
     vectors = {name: torch.cat(batches) if batches else empty for name, batches in found.items()}
-    return SplitVectors(ids, torch.tensor([labels[image_id] for image_id in ids], dtype=torch.int64), vectors)
+    return SplitVectors(ids, keys, torch.tensor([labels[image_id] for image_id in ids], dtype=torch.int64), vectors)
 
 
 def judge(train: SplitVectors, test: SplitVectors, encoder: str, classes: int, *, k: int, temperature: float) -> Votes:

@@ -14,7 +14,6 @@ from stages.evaluate.frozen import FrozenConfig, FrozenStage
 
 if TYPE_CHECKING:
     from stages.evaluate.labelled_vectors import LabelledSplits
-    from stages.evaluate.units import Units
 
 
 class ClassifyLinearConfig(FrozenConfig):
@@ -93,9 +92,9 @@ def write_ranks(
     """
     import pyarrow as pa
 
-    from stages.evaluate.units import write
+    from stages.evaluate.units import hits, write
 
-    found = units_of(splits.test.keys, ranks)
+    found = hits(splits.test.keys, ranks)
     labels = [splits.classes[label] for label in splits.test.labels.tolist()]
     table = pa.table({"key": splits.test.keys, "label": labels, "rank": pa.array(ranks, pa.int32())})
     context.output.put_table(0, table)
@@ -111,13 +110,3 @@ def write_ranks(
         problems=splits.problems,
         notes=dict(notes),
     )
-
-
-def units_of(keys: list[str], ranks: list[int]) -> Units:
-    """Hits by image, in per cent."""
-    from stages.evaluate.units import Units
-
-    found = Units()
-    for key, rank in zip(keys, ranks, strict=True):
-        found.add(key, {"top1": 100.0 * (rank < 1), "top5": 100.0 * (rank < 5)})
-    return found

@@ -8,7 +8,6 @@ Reading order: this file wires, `segment_linear_steps.py` encodes, trains and sc
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,8 @@ from stages.evaluate.segment_linear_settings import SegmentLinearConfig
 from stages.models.planned import backbone_of, undivided
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from pipeline.store.artifact import Artifact
     from stages.evaluate.confusion import Scores
     from stages.evaluate.mask_classes import MaskClasses
@@ -30,7 +31,7 @@ class SegmentLinear(Stage[SegmentLinearConfig]):
     """images + encoder -> metrics miou, pixel_accuracy, mean_accuracy in per cent (and *_random), one row a class."""
 
     kind = "metrics"
-    version = 2
+    version = 3
     packages = ("timm",)
     uses_ray = False
     shows_metrics = True
@@ -54,6 +55,7 @@ class SegmentLinear(Stage[SegmentLinearConfig]):
         from stages.evaluate.confusion import scores
         from stages.evaluate.mask_classes import MaskClasses
         from stages.evaluate.segment_linear_steps import LinearSegmentation
+        from stages.evaluate.units import Units, write
         from stages.models.encoder import Encoder
         from stages.models.inference import Inference, require_size
 
@@ -68,14 +70,16 @@ class SegmentLinear(Stage[SegmentLinearConfig]):
             inferences["_random"] = Inference(encoder.untrained_twin(config.seed), precision=config.precision)
 
         problems: list[dict[str, str]] = []
-        evaluation = LinearSegmentation(context, config, classes, inferences, problems)
+        units = Units()
+        evaluation = LinearSegmentation(context, config, classes, inferences, problems, units)
         cache = evaluation.cache_train(train_ids)
         probes = {name: evaluation.train(cache, name) for name in inferences}
         matrices, shown = evaluation.test(test_ids, probes, show=_SHOWN_IMAGES)
 
         results = {name: scores(matrix, config.absent) for name, matrix in matrices.items()}
         metrics = {key: value for name, result in results.items() for key, value in result.metrics(name).items()}
-        self._write(context, metrics, classes, results, matrices[""].sum(axis=1))
+        self._write(context, classes, results, matrices[""].sum(axis=1))
+        write(context.output, config, metrics, units)
         self._preview(context, classes, shown)
         return Outcome(
             metrics=metrics,
@@ -89,6 +93,13 @@ class SegmentLinear(Stage[SegmentLinearConfig]):
             notes={"lr" + name: trained.lr for name, trained in probes.items()},
             preview="preview.png",
         )
+
+    @classmethod
+    def resampled(cls, artifact: Artifact, draws: int, seed: int) -> dict[str, NDArray[Any]]:
+        """The metrics again on bootstrap samples of the test images."""
+        from stages.evaluate.units import resample
+
+        return resample(artifact, draws, seed)
 
     def _masked(self, stage: str, images: Artifact) -> tuple[list[int], list[int]]:
         """Ids of the train and of the test images that have a mask. Raises SourceError for a split without masks."""
@@ -109,7 +120,6 @@ class SegmentLinear(Stage[SegmentLinearConfig]):
     def _write(
         self,
         context: Context,
-        metrics: Mapping[str, float],
         classes: MaskClasses,
         results: Mapping[str, Scores],
         pixels: Any,  # of each class, in all test masks
@@ -122,8 +132,6 @@ class SegmentLinear(Stage[SegmentLinearConfig]):
             columns["iou" + name] = pa.array(result.iou, from_pandas=True)
             columns["accuracy" + name] = pa.array(result.accuracy, from_pandas=True)
         context.output.put_table(0, pa.table(columns))
-        text = json.dumps({**metrics, "protocol": self.config.model_dump(mode="json", exclude={"resources"})}, indent=2)
-        context.output.put_file("metrics.json", text.encode())
 
     def _preview(self, context: Context, classes: MaskClasses, shown: Sequence[ShownImage]) -> None:
         """A line for each test image: the photograph, the truth, the prediction."""

@@ -27,6 +27,7 @@ from stages.evaluate.features import prepared
 from stages.evaluate.linear_probe import LinearProbe, fit, held_out
 from stages.evaluate.mask_classes import MaskClasses, MaskLabels
 from stages.evaluate.segment_linear_settings import SegmentLinearConfig
+from stages.evaluate.units import Units
 from stages.models.inference import RGB, Inference, squeeze
 
 _COLUMNS = ("key", "image", "mask")
@@ -65,6 +66,7 @@ class LinearSegmentation:
     classes: MaskClasses
     inferences: Mapping[str, Inference]  # by the suffix of the encoder's metrics: "" and "_random"
     problems: list[dict[str, str]]  # images that cannot be used; every step adds its own
+    units: Units  # the test images of the encoder that is evaluated; the test adds them
 
     def cache_train(self, image_ids: Sequence[int]) -> TrainCache:
         """The features of the train images' crops. Raises SourceError without a usable image or a second class."""
@@ -166,9 +168,12 @@ class LinearSegmentation:
                 maps_BDhw = inference([image.resized for image in batch]).map
                 for image, map_Dhw in zip(batch, maps_BDhw, strict=True):
                     prediction = probes[name].probe.predict(map_Dhw, *image.truth.shape)
-                    matrices[name] += confusion(image.truth, prediction, classes)
-                    if name == "" and image.image_id in picked:
-                        shown.append(ShownImage(image.pixels, image.truth, prediction))
+                    matrix = confusion(image.truth, prediction, classes)
+                    matrices[name] += matrix
+                    if name == "":
+                        self.units.add_matrix(image.key, matrix)
+                        if image.image_id in picked:
+                            shown.append(ShownImage(image.pixels, image.truth, prediction))
             done += len(batch)
             context.report_progress(done, len(image_ids), "test images")
         if not any(matrix.sum() for matrix in matrices.values()):
@@ -202,6 +207,7 @@ def _score_cached(probe: LinearProbe, cache: TrainCache, name: str, rows: NDArra
 # ---------------------------------------------------------------------------------------- per image, in the threads
 class _TestImage(NamedTuple):
     image_id: int
+    key: str
     resized: RGB  # (test_size, test_size, 3)
     pixels: RGB  # (H, W, 3)
     truth: MaskLabels  # (H, W)
@@ -244,4 +250,6 @@ def _draw_crop(
 def _test_image(row: Mapping[str, Any], *, classes: MaskClasses, config: SegmentLinearConfig) -> _TestImage:
     pixels = decode(row["image"])
     truth = classes.labels(row["mask"], pixels.shape[:2])
-    return _TestImage(row["image_id"], squeeze(pixels, config.test_size, config.test_size), pixels, truth)
+    return _TestImage(
+        row["image_id"], str(row["key"]), squeeze(pixels, config.test_size, config.test_size), pixels, truth
+    )

@@ -84,6 +84,19 @@ class Units:
         return pa.table(columns | self.values)
 
 
+def hits(names: Sequence[str], ranks: Sequence[int]) -> Units:
+    """The units of a classification: `top1` and `top5` of every image, in per cent.
+
+    Args:
+        names: of the images.
+        ranks: the place of the true class among the predictions; 0 is a hit.
+    """
+    found = Units()
+    for name, rank in zip(names, ranks, strict=True):
+        found.add(name, {"top1": 100.0 * (rank < 1), "top5": 100.0 * (rank < 5)})
+    return found
+
+
 def write(output: ArtifactWriter, config: StageConfig, metrics: Mapping[str, float], units: Units) -> None:
     """Put metrics.json, with the protocol that gave them, and the units into an artifact."""
     text = json.dumps({**metrics, "protocol": config.model_dump(mode="json", exclude={"resources"})}, indent=2)
