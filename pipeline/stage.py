@@ -8,7 +8,6 @@ because planning a pipeline imports it, also when everything is cached.
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +21,8 @@ from typing_extensions import TypeAliasType
 
 from pipeline.paths import local_path
 from pipeline.progress import ProgressCallback
+from pipeline.share import DRIVER_CPUS, nodes
+from pipeline.threads import interruptible
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from pipeline.store.writer import ArtifactWriter
 
 __all__ = [
+    "DRIVER_CPUS",
     "Context",
     "Edge",
     "Feed",
@@ -43,6 +45,7 @@ __all__ = [
     "StageConfig",
     "StopPoint",
     "edges",
+    "interruptible",
     "local_path",
     "nodes",
     "open_source",
@@ -98,8 +101,6 @@ else:
         def __class_getitem__(cls, kinds: str | tuple[str, ...]) -> Any:
             return Annotated[str, InputKind((kinds,) if isinstance(kinds, str) else kinds)]
 
-
-DRIVER_CPUS = "TESSERA_DRIVER_CPUS"  # environment variable: the CPUs that a submitted run's own job holds
 
 Source = Annotated[str, SourceMark()]
 NoFingerprint = NoFingerprintMark()  # use: `log_every: Annotated[int, NoFingerprint] = 10`
@@ -190,6 +191,9 @@ class Stage(ABC, Generic[C]):
     version: ClassVar[int] = 1  # raise it when the same config and inputs give a different artifact
     packages: ClassVar[tuple[str, ...]] = ()  # distributions whose version belongs to the fingerprint
     uses_ray: ClassVar[bool] = True  # the runner starts or joins Ray before `run`
+    # How large a share of the cluster it gets where `resources:` do not say (`pipeline.stage.nodes` answers with it).
+    whole_cluster: ClassVar[bool] = False  # all of it, however long that must be waited for; else what is free
+    worker_gpus: ClassVar[float] = 0.0  # GPUs that each of its workers takes where the cluster has any
     shows_metrics: ClassVar[bool] = False  # its metrics are results: `tessera run` lists them, the parent run logs them
     # Metric -> unit, such as "%". A metric called x_random is x of an untrained encoder: it is shown beside x.
     units: ClassVar[Mapping[str, str]] = {}
@@ -290,23 +294,6 @@ def open_source(address: str) -> Objects:
     from pipeline.store.objects import Objects
 
     return Objects(address)
-
-
-def nodes() -> list[dict[str, float]]:
-    """What this run may use of each living node of its Ray cluster, by Ray's names: CPU, GPU, memory, ...
-
-    The driver of a submitted run holds CPUs of its own node (`DRIVER_CPUS`): those are taken off.
-    """
-    import ray
-
-    held, own = float(os.environ.get(DRIVER_CPUS, 0)), ray.get_runtime_context().get_node_id()
-    found = []
-    for node in ray.nodes():
-        if node["Alive"]:
-            has = dict(node["Resources"])
-            has["CPU"] = has.get("CPU", 0.0) - (held if node["NodeID"] == own else 0.0)
-            found.append(has)
-    return found
 
 
 def unfingerprinted(config: BaseModel) -> list[str]:

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import typer
 
+from pipeline import threads
 from pipeline.cli.artifacts import artifacts_app
 from pipeline.cli.doctor import doctor
 from pipeline.cli.export import export
@@ -61,7 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stop, SystemExit) and not terminated:
             raise
         print("stopped; what was finished is kept, the same command continues", file=sys.stderr)
-        return TERMINATED if terminated else INTERRUPTED  # Ray turns a SystemExit of ours into one of its own
+        code = TERMINATED if terminated else INTERRUPTED  # Ray turns a SystemExit of ours into one of its own
+        if threads.any_left():
+            # They wait inside a library. Python and Ray would be taken down under them, and might crash or wait too.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code
     except BrokenPipeError:  # `tessera plan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -49,6 +49,10 @@ Address = Annotated[
 KeepGoing = Annotated[
     bool, typer.Option("--keep-going", help="When a stage fails, run those that do not need it; exit code 1.")
 ]
+Parallel = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--parallel", metavar="N", min=1, help="At most N stages at once; default: as many as have room."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for programs.")]
 
 

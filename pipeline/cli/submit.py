@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from pipeline.cli.options import Config, Force, From, Json, Only, Overrides, Store, print_json
+from pipeline.cli.options import Config, Force, From, Json, Only, Overrides, Parallel, Store, print_json
 from pipeline.errors import StageFailed
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def submit(
     force: Force = None,
     store: Store = None,
     address: Head = None,
+    parallel: Parallel = None,
     follow: Follow = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the end, and exit as the run does.")] = False,
     retries: Annotated[
@@ -70,6 +71,8 @@ def submit(
         for option, names in (("--only", only), ("--from", from_), ("--force", force))
         for name in names or ()
     ]
+    if parallel is not None:
+        options.append(f"--parallel={parallel}")
     made = make_submission(
         pipeline, options, cpus=driver_cpus, environment=env or (), exclude=exclude or (), python=python
     )

@@ -26,6 +26,8 @@ class Pretrain(Stage[PretrainConfig]):
 
     kind = "encoder"
     version = 1
+    whole_cluster = True
+    worker_gpus = 1.0
     tracked_as = "model"
     exports = ("encoder.safetensors", "encoder.json", "*.safetensors")
     Config = PretrainConfig

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from pipeline.errors import ClusterError, StageFailed
-from pipeline.stage import Context, Outcome, nodes
+from pipeline.stage import Context, Outcome, interruptible, nodes
 from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.fit import check_start
 from stages.pretrain.launch.relay import CurveLog, Relay, drained
@@ -62,7 +62,8 @@ def train_on_ray(config: PretrainConfig, context: Context, curves: CurveLog) -> 
         ),
     )
     with drained(relay, curves) as fatal:
-        result = trainer.fit()
+        # Beside that, in another thread Ray Train leaves Ctrl-C to the run.
+        result = interruptible(trainer.fit)
     if fatal:
         raise StageFailed(fatal[0])
     if result.return_value is None:

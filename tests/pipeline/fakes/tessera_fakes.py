@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Annotated
 
 from pipeline.errors import SourceError
+from pipeline.run import cluster
+from pipeline.share import _SHARE, Share
 from pipeline.stage import Context, Feed, Input, NoFingerprint, Outcome, Source, Stage, StageConfig
 
 PICTURE = bytes.fromhex(  # one grey pixel
@@ -107,6 +109,83 @@ class OnRay(Stage[ScaledConfig]):
             time.sleep(0.02)
         context.output.put_file("numbers.json", json.dumps([value for value, _ in done]).encode())
         return Outcome(notes={"cwd": done[0][1]})
+
+
+class MeetingConfig(StageConfig):
+    numbers: Input["numbers"]
+    tag: str = ""  # makes it another stage than one with the same input
+    meets: Annotated[list[str], NoFingerprint] = []  # stages that must have begun, or it waits
+    after: Annotated[list[str], NoFingerprint] = []  # stages that must have ended
+    fail: Annotated[str, NoFingerprint] = ""
+    stuck: Annotated[float, NoFingerprint] = 0.0  # seconds that it waits where no interrupt reaches it
+
+
+class Meeting(Stage[MeetingConfig]):
+    """A stage on Ray as the runner sees it, which needs none: it waits for others, and notes its share."""
+
+    kind, Config = "numbers", MeetingConfig
+
+    def run(self, context: Context) -> Outcome:
+        share = _SHARE.get()
+        cpus = "all" if share is None else f"{sum(node['CPU'] for node in share.values()):g}"
+        log(f"run {context.name}")
+        log(f"share {context.name} {cpus}")
+        hold = os.environ.get("TESSERA_FAKES_HOLD")
+        lines = {f"run {name}" for name in self.config.meets} | {f"end {name}" for name in self.config.after}
+        deadline = time.monotonic() + 30
+        try:
+            time.sleep(self.config.stuck)
+            while (hold and Path(hold).exists()) or lines - set(
+                Path(os.environ["TESSERA_FAKES_LOG"]).read_text().split("\n")
+            ):
+                if time.monotonic() > deadline:
+                    raise SourceError(f"nobody came: {sorted(lines)} (start them too)")
+                time.sleep(0.02)
+        except KeyboardInterrupt:
+            log(f"interrupted {context.name}")
+            raise
+        for step in range(3):
+            context.log_metrics({"loss": float(step)}, step)
+            context.report_progress(step + 1, 3, "numbers")
+        log(f"end {context.name}")
+        if self.config.fail:
+            raise SourceError(f"{context.name} is too odd (take even ones)")
+        context.output.put_file("numbers.json", json.dumps(numbers(context)).encode())
+        return Outcome(counts={"numbers": 3})
+
+
+class Greedy(Meeting):
+    """The same as a training, which takes the whole cluster."""
+
+    whole_cluster = True
+
+
+class InDriver(Meeting):
+    """The same in the driver's process."""
+
+    uses_ray = False
+
+
+class FakeCluster(cluster.Cluster):
+    """Nodes with so many CPUs each, and no Ray."""
+
+    def there(self) -> Share:
+        return {f"node {i}": {"CPU": machine.cpus} for i, machine in enumerate(self.machines)}
+
+    def own_node(self) -> str:
+        return "node 0"
+
+
+def fake_cluster(cpus: str) -> None:
+    """In place of a local Ray: "2,1" is a node of two CPUs and one of one."""
+    machines = tuple(cluster.Machine(float(count), 0.0) for count in cpus.split(","))
+    made = FakeCluster("fake", sum(m.cpus for m in machines), 0.0, len(machines), None, machines)
+    cluster.start = lambda address=None: made  # type: ignore[assignment]
+    cluster.stop = lambda joined, keep_logs=False: None  # type: ignore[assignment]
+
+
+if cpus := os.environ.get("TESSERA_FAKES_CPUS"):
+    fake_cluster(cpus)
 
 
 class EncoderConfig(StageConfig):
