@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pipeline import threads
-from pipeline.errors import ConfigError, StoreError
+from pipeline.errors import ConfigError, StageFailed, StoreError
 from pipeline.run.failure import RunFailed, StagesFailed, explain_in, stopped_by
 from pipeline.run.room import Need, Room, need_of
 from pipeline.share import DRIVER_CPUS, Share, within
@@ -55,6 +55,12 @@ class _Work:
     def release(self) -> None:
         while self.leases:
             self.leases.pop().release()
+
+    def drop(self) -> None:
+        """Do without it."""
+        self.release()
+        if self.shown is not None:
+            self.shown.close()
 
 
 class Schedule:
@@ -108,13 +114,11 @@ class Schedule:
         try:
             while self._find_ready() or self._running or self._asking:
                 starting = self._admit()
-                if len(starting) == 1 and not self._running and not self._asking:
-                    self._running = starting
+                if len(starting) == len(self._running) == 1 and not self._asking:
                     self._execute(starting[0])
                     self._ended(starting[0])
                     continue
                 for work in starting:
-                    self._running.append(work)
                     work.thread = StageThread(work.name, partial(self._in_thread, work))
                     work.thread.start()
                 if self._running or self._asking:
@@ -134,6 +138,7 @@ class Schedule:
     def _find_ready(self) -> bool:
         """Queue the stages whose inputs are there now, and skip those whose inputs will never be."""
         states = {stage.planned.name: stage for stage in self._result.stages}
+        at_work = {work.name for work in self._running}  # one may have its artifact, and not be reported yet
         for result in self._result.stages:
             if result.state != "run" or result.planned.name in self._begun:
                 continue
@@ -141,12 +146,12 @@ class Schedule:
             lost = [stage.planned.name for stage in above if stage.state in ("failed", "skipped")]
             if lost and self._keep_going:
                 result.state, result.error = "skipped", f"it needs {', '.join(map(repr, dict.fromkeys(lost)))}"
-            elif not any(stage.artifact is None for stage in above):
+            elif not any(stage.artifact is None or stage.planned.name in at_work for stage in above):
                 self._begun.add(result.planned.name)
                 self._ready.append(_Work(result))
-        if self._failures and not self._keep_going:
+        if self._is_closing:
             for work in self._ready:
-                work.release()
+                work.drop()
             self._ready = []
         return bool(self._ready)
 
@@ -157,15 +162,17 @@ class Schedule:
         there = self._cluster.there() if self._cluster is not None else {}
         own = self._cluster.own_node() if self._cluster is not None else None
         held = float(os.environ.get(DRIVER_CPUS, 0))
-        offer, starting = self._room.offer(there), []
+        offer, starting, blocked = self._room.offer(there), [], False
         for work in list(self._ready):
             need: Need = need_of(self._pipeline.stages[work.name].stage, there, own, held)
-            if offer.lane_is_busy(need):
+            takes_nothing = need.takes == "asked" and not need.workers  # it may pass one that waits for room
+            if offer.lane_is_busy(need) or (blocked and not takes_nothing):
                 continue
             if not offer.fits(need):
-                break
-            if self._hold(work):
+                blocked = True
+            elif self._hold(work):
                 self._ready.remove(work)
+                self._running.append(work)
                 offer.add(work.name, need)
                 starting.append(work)
         shares = offer.deal()
@@ -174,17 +181,17 @@ class Schedule:
         return starting
 
     def _join(self) -> bool:
-        """Start or join Ray for the first stage that needs it; False when there is nothing left to start after that."""
-        if self._cluster is None:
-            for work in [work for work in self._ready if self._pipeline.stages[work.name].stage.uses_ray]:
-                if self._hold(work):
-                    try:
-                        self._cluster = self._start_cluster()
-                    except Exception as error:
-                        self._ready.remove(work)
-                        self._finish_later(work, error)
-                        continue
+        """Start or join Ray for the first stage that needs it. False when nothing can be started now."""
+        on_ray = [work for work in self._ready if self._pipeline.stages[work.name].stage.uses_ray]
+        for work in on_ray if self._cluster is None else ():
+            if self._hold(work):
+                try:
+                    self._cluster = self._start_cluster()
                     break
+                except Exception as error:
+                    self._ready.remove(work)
+                    self._finish_later(work, error)
+                    return False
         return bool(self._ready)
 
     def _hold(self, work: _Work) -> bool:
@@ -271,6 +278,8 @@ class Schedule:
     def _in_thread(self, work: _Work) -> None:
         try:
             self._execute(work)
+        except SystemExit as error:  # what Ray makes of a cluster that is gone
+            work.error = StageFailed(f"a library ended it: SystemExit({error}) (look into Ray's logs)")
         except BaseException as error:
             work.error = error
         self._events.put(work)
@@ -279,6 +288,9 @@ class Schedule:
         """A stage has ended, or the process that computed it has."""
         if work in self._asking:
             self._asking.remove(work)
+            if self._is_closing:
+                work.drop()
+                return
             if work.error is None:
                 if (artifact := self._adopted(work)) is not None:
                     work.result.artifact, work.result.state = artifact, "cached"
@@ -331,9 +343,18 @@ class Schedule:
         self._failures.append(failure)
         if self._keep_going:
             self._display.warn(f"{failure}")
-        elif self._running:
+            return
+        for work in self._asking:
+            if work.thread is not None:
+                work.thread.interrupt()
+        if self._running:
             beside = ", ".join(work.name for work in self._running)
             self._display.warn(f"{failure}; the run ends when what runs beside it is done: {beside}")
+
+    @property
+    def _is_closing(self) -> bool:
+        """Whether nothing new starts, since a stage has failed."""
+        return bool(self._failures) and not self._keep_going
 
     def _show_end(self, work: _Work) -> None:
         assert work.shown is not None
