@@ -162,7 +162,8 @@ class Schedule:
         there = self._cluster.there() if self._cluster is not None else {}
         own = self._cluster.own_node() if self._cluster is not None else None
         held = float(os.environ.get(DRIVER_CPUS, 0))
-        offer, starting, blocked = self._room.offer(there), [], False
+        offer, blocked = self._room.offer(there), False
+        starting: list[_Work] = []
         for work in list(self._ready):
             need: Need = need_of(self._pipeline.stages[work.name].stage, there, own, held)
             takes_nothing = need.takes == "asked" and not need.workers  # it may pass one that waits for room
