@@ -1,4 +1,4 @@
-"""What the tests of faults share: a cluster of two nodes, a pipeline, and the store of a run that nothing happened to."""
+"""What the tests of faults share: a cluster of two nodes, and the store of a run that nothing happened to."""
 
 from __future__ import annotations
 

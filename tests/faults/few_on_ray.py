@@ -3,13 +3,14 @@
 Both take another path for small sets. Here their limits are 1, so that workers can be killed with little to compute.
 """
 
-from stages.ingest import stage, write
-from stages.neighbors import on_ray
+import sys
 
 from pipeline.cli.main import main
+from stages.ingest import stage, write
+from stages.neighbors import on_ray
 
 for module in (stage, write, on_ray):
     module.RAY_FROM = 1
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
