@@ -66,7 +66,8 @@ class _Chaos:
         number = 0
         while self.deck:
             number += 1
-            audit = Audit(f"run-{number}")
+            name = f"run-{number}"
+            audit = Audit(name, self.world.address(name))
             if not self._disturbed(audit):
                 if len(self.report.stopped) == STOPS:
                     return
@@ -85,7 +86,7 @@ class _Chaos:
         finally:
             run.kill()
         self.report.reference_seconds = time.monotonic() - began
-        expected = read_store(Audit("undisturbed").address)
+        expected = read_store(self.world.address("undisturbed"))
         self.report.event(
             f"an undisturbed run: {len(expected.files)} artifacts", seconds_of_it=self.report.reference_seconds
         )

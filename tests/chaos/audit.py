@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pipeline.store.store import ArtifactStore
-from tests.chaos.world import BUCKET
 from tests.faults.runs import Contents, Differences, read_store
 
 
@@ -13,16 +12,12 @@ from tests.faults.runs import Contents, Differences, read_store
 class Audit:
     """One store's history, looked at after every kill and at the end of its run."""
 
-    store: str
+    store: str  # what to call it
+    address: str
     committed: dict[str, str] = field(default_factory=dict)  # artifact -> checksum of its manifest, as first seen
     lost: list[str] = field(default_factory=list)
     doubled: list[str] = field(default_factory=list)
     half_visible: list[str] = field(default_factory=list)
-
-    @property
-    def address(self) -> str:
-        """Of the store."""
-        return f"s3://{BUCKET}/{self.store}"
 
     def look(self) -> None:
         """Note what is new, read it whole, and check that nothing seen before has gone or was replaced."""

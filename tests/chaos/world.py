@@ -28,7 +28,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS
 RECIPE = """
 extends: {quickstart}
 name: chaos
-store: s3://{bucket}/{store}
+store: {store}
 tracking: {tracking}
 stages:
   images: {{source: s3://{bucket}/source}}
@@ -114,7 +114,9 @@ class World:
         self.gateway = Service("gateway", command, gateway, folder, here)
         command = [python, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(tracking), "--workers", "1"]
         command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--artifacts-destination", "mlflow"]
-        self.tracking = Service("mlflow", command, tracking, folder, {"MLFLOW_DISABLE_TELEMETRY": "true"})
+        # Without its job runner, which is eight processes more.
+        quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        self.tracking = Service("mlflow", command, tracking, folder, quiet)
         self.direct = self._s3(server)
         self.environment = {
             **self._s3(gateway),
@@ -146,6 +148,10 @@ class World:
         for file in sorted(path for path in source.rglob("*") if path.is_file()):
             client.upload_file(str(file), BUCKET, f"source/{file.relative_to(source)}")
 
+    def address(self, store: str) -> str:
+        """Of a store in the bucket."""
+        return f"s3://{BUCKET}/{store}"
+
     def drive(self, store: str) -> Run:
         """Start the recipe, or continue it: `tessera run` on the cluster, with this folder of the bucket as store."""
         config = self.folder / f"{store}.yaml"
@@ -153,7 +159,7 @@ class World:
             RECIPE.format(
                 quickstart=ROOT / "configs" / "quickstart.yaml",
                 bucket=BUCKET,
-                store=store,
+                store=self.address(store),
                 tracking=f"http://127.0.0.1:{self.tracking.port}",
             )
         )
