@@ -33,7 +33,7 @@ class Audit:
             self.half_visible += [f"{self.store}: {damage}" for damage in store.verify(there[name])]
         self.committed = {name: artifact.manifest.checksum for name, artifact in there.items()}
 
-    def progress(self) -> int:
+    def written(self) -> int:
         """A number that changes whenever the run has written something that it would continue from."""
         objects = ArtifactStore(self.address).objects
         return hash(tuple((one.path, one.size) for one in objects.walk("") if not one.path.startswith(".tessera/")))

@@ -14,7 +14,8 @@ from tests.chaos.world import World
 from tests.faults.runs import Run
 
 KINDS = ("driver", "data worker", "training worker", "raylet", "head", "store", "tracking")
-CHEAP = ("data worker", "store")  # what little is lost by; kills beyond the same number of each kind are of these
+MORE = ("data worker", "store")  # kills beyond a tenth of each kind are of these
+QUICK = (*MORE, "tracking")  # little is computed again after one of these
 DATA_WORKERS = ("MapBatches", "MapWorker", "_check_remote", "put_numbered")
 TRAINING_WORKER = "TrainWorker"
 
@@ -23,7 +24,7 @@ def make_deck(kills: int, chance: random.Random) -> list[str]:
     """The kinds of all kills in random order: of each at least a tenth."""
     least = max(1, -(-kills // 10))
     deck = [kind for kind in KINDS for _ in range(least)]
-    deck += [CHEAP[number % len(CHEAP)] for number in range(kills - len(deck))]
+    deck += [MORE[number % len(MORE)] for number in range(kills - len(deck))]
     chance.shuffle(deck)
     return deck[:kills]
 
