@@ -10,7 +10,7 @@ from stages.ingest import stage, write
 from stages.neighbors import on_ray
 
 for module in (stage, write, on_ray):
-    module.RAY_FROM = 1
+    vars(module)["RAY_FROM"] = 1
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,7 +111,7 @@ def check_disks(pipeline: Pipeline, nodes: Collection[str], here: Collection[str
     Raises:
         UsageError: a node is another machine.
     """
-    elsewhere = sorted(set(nodes) - set(here))
+    elsewhere = sorted(node for node in set(nodes) - set(here) if not ip_address(node).is_loopback)
     if elsewhere and (paths := local_paths(pipeline)):
         named = ", ".join(f"{where} ({path})" for where, path in list(paths.items())[:3])
         raise UsageError(

@@ -63,7 +63,7 @@ def test_a_secret_in_an_address_is_refused_and_not_shown(write: Write, old: str,
 
 def test_a_folder_of_this_machine_needs_nodes_that_see_it(write: Write) -> None:
     local = load_pipeline(write(PIPELINE.replace("s3://bucket/scenes", "photos"), "local.yaml"))
-    check_disks(local, ["10.0.0.1"], {"127.0.0.1", "10.0.0.1"})
+    check_disks(local, ["10.0.0.1", "127.0.0.2"], {"127.0.0.1", "10.0.0.1"})
     with pytest.raises(UsageError, match=r"stages\.scenes\.source .*photos.*10\.0\.0\.2.*--shared-disk"):
         check_disks(local, ["10.0.0.1", "10.0.0.2"], {"127.0.0.1", "10.0.0.1"})
     check_disks(load_pipeline(write(PIPELINE, "bucket.yaml")), ["10.0.0.2"], {"10.0.0.1"})
