@@ -64,11 +64,11 @@ class Node:
 
     def raylet(self) -> psutil.Process | None:
         """The process that starts the workers of the node."""
-        return next((process for process in self.processes() if _title(process).endswith("/raylet")), None)
+        return next((process for process in self.processes() if title_of(process).endswith("/raylet")), None)
 
     def workers(self, name: str = "") -> list[psutil.Process]:
         """Ray workers whose title has `name`: of a task its function, of an actor its class; "" gives all."""
-        titles = {process: _title(process) for process in self.processes()}
+        titles = {process: title_of(process) for process in self.processes()}
         return [
             process
             for process, title in titles.items()
@@ -267,7 +267,7 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(probe.getsockname()[1])
 
 
-def _title(process: psutil.Process) -> str:
+def title_of(process: psutil.Process) -> str:
     """What a process calls itself; Ray's workers say what they run."""
     try:
         command = process.cmdline()

@@ -56,7 +56,7 @@ class Disturbed:
                 self._watch()
                 if self.deck and time.monotonic() > self.next_kill:
                     self._kill()
-                time.sleep(0.1)
+                time.sleep(0.3)
         finally:
             self.driver.kill()
 
@@ -75,9 +75,9 @@ class Disturbed:
         return False
 
     def _watch(self) -> None:
-        """Once a second, look whether the run goes on."""
+        """Now and then, look whether the run goes on."""
         now = time.monotonic()
-        if now - self.looked < 1:
+        if now - self.looked < 2:
             return
         self.looked = now
         if (written := self.audit.written()) != self.written:
@@ -89,6 +89,7 @@ class Disturbed:
 
     def _kill(self) -> None:
         """Kill the first of the deck that is there to be killed."""
+        self.killer.look()
         settled = self.has_written or time.monotonic() > self.next_kill + PATIENCE
         ready = (kind for kind in self.deck if settled or kind in QUICK)
         kind = next((kind for kind in ready if self.killer.possible(kind, self.driver)), None)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import psutil
 
 from tests.chaos.world import World
+from tests.cluster import title_of
 from tests.faults.runs import Run
 
 KINDS = ("driver", "data worker", "training worker", "raylet", "head", "store", "tracking")
@@ -37,15 +38,20 @@ class Killer:
     chance: random.Random
     healing: dict[str, threading.Thread] = field(default_factory=dict)
     errors: list[BaseException] = field(default_factory=list)
+    workers: list[psutil.Process] = field(default_factory=list)
 
     def heals(self, *parts: str) -> bool:
         """Whether one of these parts is still being started again."""
         return any(part in self.healing and self.healing[part].is_alive() for part in parts)
 
+    def look(self) -> None:
+        """Note which workers there are; `possible` and `kill` choose among them."""
+        self.workers = self.world.cluster.workers() if not self.heals("head") else []
+
     def targets(self, kind: str) -> list[psutil.Process]:
-        """What of this kind could be killed now; only for workers."""
+        """The workers of this kind, as of the last look."""
         names: Sequence[str] = DATA_WORKERS if kind == "data worker" else (TRAINING_WORKER,)
-        return [process for name in names for process in self.world.cluster.workers(name)]
+        return [process for process in self.workers if any(name in title_of(process) for name in names)]
 
     def possible(self, kind: str, run: Run) -> bool:
         """Whether there is something of this kind that runs."""
@@ -88,10 +94,10 @@ class Killer:
         if not (targets := self.targets(kind)):
             return None
         victim = self.chance.choice(targets)
+        title = title_of(victim)
         try:
-            title = victim.cmdline()[0]
             victim.kill()
-        except (psutil.Error, IndexError):
+        except psutil.NoSuchProcess:
             return None
         return title
 
