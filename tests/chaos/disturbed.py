@@ -70,7 +70,7 @@ class Disturbed:
             raise Stopped(f"ended {self.ends} times with an error, with no kill between: {self.driver.text[-600:]}")
         self.report.repeated[self.last] += 1
         self.report.event(f"the run ended ({code}), last kill: {self.last}; the command is repeated")
-        self.killer.wait()
+        self.killer.wait("head")  # a cluster to join; the store and the server may still be away
         self.driver, self.headless, self.heard = self.world.drive(self.audit.store), None, time.monotonic()
         return False
 

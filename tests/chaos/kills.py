@@ -75,14 +75,15 @@ class Killer:
             "tracking": self._tracking,
         }[kind](kind, run)
 
-    def wait(self) -> None:
-        """Wait until all is there again.
+    def wait(self, *parts: str) -> None:
+        """Wait until these parts, or all, are there again.
 
         Raises:
             RuntimeError: a part did not start.
         """
-        for thread in self.healing.values():
-            thread.join()
+        for part in parts or KINDS:
+            if part in self.healing:
+                self.healing[part].join()
         if self.errors:
             raise RuntimeError(f"a part of the test's own world did not start: {self.errors[0]}") from self.errors[0]
 
