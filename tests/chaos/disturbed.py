@@ -13,7 +13,7 @@ from tests.faults.runs import Run
 # Seconds from one kill to the next. After a kill that costs much, the next of these waits until the run has written
 # something, but no longer than PATIENCE.
 PAUSE = (1.0, 6.0)
-PATIENCE = 60.0
+PATIENCE = 120.0
 SILENCE = 600.0  # seconds without a kill in which a run must write something
 NO_HEAD = 180.0  # seconds in which a driver must end whose head has gone
 ENDS = 5  # with an error, one after the other without a kill between: the run will not complete
