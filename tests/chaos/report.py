@@ -13,6 +13,8 @@ from typing import Any
 from tests.chaos.kills import KINDS
 from tests.faults.runs import Differences
 
+NAMES = {"store": "store (the gateway to it, with the requests under way)"}
+
 
 @dataclass
 class Report:
@@ -52,7 +54,7 @@ class Report:
         """The table's."""
         wrong = {name.replace("_", "-"): len(found) for name, found in asdict(self.wrong).items()}
         return [
-            *((f"kills: {kind}", str(self.killed[kind])) for kind in KINDS),
+            *((f"kills: {NAMES.get(kind, kind)}", str(self.killed[kind])) for kind in KINDS),
             ("kills", f"{self.killed.total()} of {self.kills}, seed {self.seed}"),
             ("runs completed", str(self.completed)),
             ("commands repeated", ", ".join(f"{n} after {kind}" for kind, n in self.repeated.most_common()) or "0"),
