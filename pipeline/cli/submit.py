@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
@@ -89,10 +90,9 @@ def submit(
     print(job_id)
     where = f"--address {jobs.address}"
     _say(f"submitted. `tessera logs {job_id} --follow {where}` shows it, `tessera stop {job_id} {where}` stops it")
-    if follow:
-        jobs.follow(job_id, _write)
     if follow or wait or retries:
-        job = run_until_over(made, jobs, name, retries, _say, job_id)
+        show = partial(jobs.follow, write=_write) if follow else None
+        job = run_until_over(made, jobs, name, retries, _say, job_id, show)
         _end(job)
 
 

@@ -9,12 +9,14 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.load import Pipeline
-from pipeline.errors import UsageError
+from pipeline.errors import ClusterError, UsageError
 from pipeline.run.jobs.elsewhere import check_same, local_paths, pipeline_text
 from pipeline.run.jobs.package import Package, make_package
 from pipeline.stage import DRIVER_CPUS
@@ -110,7 +112,7 @@ def check_disks(pipeline: Pipeline, nodes: Collection[str], here: Collection[str
     Raises:
         UsageError: a node is another machine.
     """
-    elsewhere = sorted(set(nodes) - set(here))
+    elsewhere = sorted(node for node in set(nodes) - set(here) if not ip_address(node).is_loopback)
     if elsewhere and (paths := local_paths(pipeline)):
         named = ", ".join(f"{where} ({path})" for where, path in list(paths.items())[:3])
         raise UsageError(
@@ -121,7 +123,13 @@ def check_disks(pipeline: Pipeline, nodes: Collection[str], here: Collection[str
 
 
 def run_until_over(
-    submission: Submission, jobs: Jobs, name: str | None, retries: int, say: Callable[[str], object], job_id: str
+    submission: Submission,
+    jobs: Jobs,
+    name: str | None,
+    retries: int,
+    say: Callable[[str], object],
+    job_id: str,
+    follow: Callable[[str], object] | None = None,
 ) -> Job:
     """Wait for a job, and submit it again when its driver or head was lost. What was finished is cached by then.
 
@@ -132,8 +140,12 @@ def run_until_over(
         retries: how often it is submitted again at most.
         say: told about every new submission.
         job_id: the first job.
+        follow: called for every job, to show what it prints until it ends; default: nothing is shown.
     """
     while True:
+        if follow is not None:
+            with suppress(ClusterError, UsageError):  # the head went away; whether the job did, the next line asks
+                follow(job_id)
         job = jobs.wait(job_id)
         if not job.lost or retries == 0:
             return job
