@@ -155,7 +155,7 @@ class _Run:
         try:
             self.tracker.start(self.pipeline.name, self._tags(), required=True)
         except TrackingAway as error:
-            remedy = "start it, or leave tracking_required out: then the run goes on untracked"
+            remedy = "start it, or leave tracking_required out: then the run keeps its records and sends them later"
             raise ConfigError([self.pipeline.problem("tracking", str(error), remedy)]) from error
 
     def _tags(self) -> dict[str, str]:
@@ -234,7 +234,7 @@ class _Run:
             for key, value in (stage.results or {}).items()
         }
         self.tracker.finish(status, metrics)
-        if self.tracker.run_id is not None:
+        if self.tracker.record_id is not None:
             self.result.tracking = masked(self.tracker.uri or "")
         if self.cluster is not None:
             from pipeline.run import cluster
@@ -321,7 +321,7 @@ class _Run:
                 "made_by": uses.maker(self.pipeline.name),
                 "created": _now(),
                 "seconds": time.monotonic() - started,
-                "tracking": {"uri": masked(self.tracker.uri or ""), "run": tracked.run_id} if tracked.run_id else {},
+                "tracking": tracked.reference,
             }
         )
 
