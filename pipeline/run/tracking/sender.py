@@ -24,6 +24,7 @@ FLUSH_SECONDS = 2.0  # metrics are sent in batches: a call to a remote server ta
 RETRY_SECONDS = (1.0, 5.0, 15.0, 30.0, 60.0)  # after the first, second, ... failure in a row
 REFUSED_SECONDS = 300.0  # a password does not become right by asking often
 END_SECONDS = 20.0  # without any record arriving, at the end of a run
+LEFTOVER_SECONDS = 60.0  # for records of earlier runs, at the end of a run
 TOLD_SECONDS = 60.0  # a warning at the end repeats what was said so recently only when it was longer ago
 
 
@@ -85,6 +86,7 @@ class Sender(threading.Thread):
             self._is_drained = closing
             try:
                 if next(leftovers_sent, False):
+                    self._arrived += 1
                     continue
             except Exception as error:  # they stay where they are, for the next run
                 logger.debug("old records were not sent: %s", self._server.reason(error))
@@ -112,10 +114,13 @@ class Sender(threading.Thread):
         """End the thread: all has arrived, or nothing more does."""
         self._is_closing = True
         self._wake.set()
-        arrived, since = -1, time.monotonic()
-        while self.is_alive() and time.monotonic() - since < END_SECONDS:
+        arrived, since, drained = -1, time.monotonic(), 0.0
+        while self.is_alive() and (now := time.monotonic()) - since < END_SECONDS:
             if self._arrived != arrived:
-                arrived, since = self._arrived, time.monotonic()
+                arrived, since = self._arrived, now
+            drained = drained or (now if self._is_drained else 0.0)
+            if drained and now - drained > LEFTOVER_SECONDS:
+                break
             self.join(0.1)
         if self.is_alive() and not self._is_drained:
             self._say_away(TimeoutError(f"no answer within {END_SECONDS:g} s"), True)

@@ -149,11 +149,11 @@ class Tracker:
         """MLflow's id of the parent run; None as long as the server has not given one."""
         return self.mlflow_id(self.record_id, 0.0)
 
-    def mlflow_id(self, run: str | None, seconds: float = ID_SECONDS) -> str | None:
+    def mlflow_id(self, run: str | None, seconds: float | None = None) -> str | None:
         """MLflow's id of one of this run's runs; waits some seconds while the server does not fail."""
         if self._sender is None or run is None:
             return None
-        return self._sender.wait_for_run(run, seconds)
+        return self._sender.wait_for_run(run, ID_SECONDS if seconds is None else seconds)
 
     def _open_now(self, sender: Sender, server: Server) -> None:
         try:

@@ -9,6 +9,7 @@ import socket
 import socketserver
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -110,7 +111,7 @@ def mlflow_server(folder: Path, backend: str | None = None) -> Iterator[MlflowSe
 
 
 @contextlib.contextmanager
-def postgres(folder: Path) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """A PostgreSQL on a loopback port, as a user that is not root, and its address for SQLAlchemy."""
     found = shutil.which("initdb") or next(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), None)
     if found is None:
@@ -120,13 +121,9 @@ def postgres(folder: Path) -> Iterator[str]:
         if shutil.which("setpriv") is None:
             pytest.skip("PostgreSQL refuses root, and setpriv is not installed")
         as_user = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
-    data, port = folder / "postgres", free_port()
-    data.mkdir()
+    data, port = Path(tempfile.mkdtemp(prefix="tessera-postgres-")), free_port()  # pytest's folders are root's only
     if as_user:
         shutil.chown(data, "nobody", "nogroup")
-        for parent in data.parents:  # pytest's folders are its user's only
-            if parent.stat().st_uid == 0 and parent != parent.parent and not parent.stat().st_mode & 0o001:
-                parent.chmod(parent.stat().st_mode | 0o011)
     initdb = [*as_user, found, "-D", str(data), "-U", "tessera", "--auth=trust", "--no-sync", "-E", "UTF8"]
     subprocess.run(initdb, check=True, capture_output=True, cwd="/")
     command = [*as_user, str(Path(found).with_name("postgres")), "-D", str(data), "-p", str(port)]
@@ -148,6 +145,7 @@ def postgres(folder: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
+        shutil.rmtree(data, ignore_errors=True)
 
 
 class Proxy(socketserver.ThreadingTCPServer):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UsageError
+from pipeline.run.tracking import tracker
 from pipeline.run.tracking.address import absolute_uri, anonymous, how_to_open, masked
 from pipeline.run.tracking.records import flatten
 from pipeline.run.tracking.server import QUIET
@@ -26,6 +27,7 @@ DATABASE = "sqlite:///mlflow.db"
 def mlflow_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in QUIET.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tracker, "ID_SECONDS", 120.0)
 
 
 @pytest.mark.usefixtures("mlflow_quiet")
