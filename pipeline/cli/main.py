@@ -23,6 +23,7 @@ from pipeline.cli.lineage import lineage
 from pipeline.cli.run import plan, run
 from pipeline.cli.schema import schema
 from pipeline.cli.submit import logs, status, stop, submit
+from pipeline.cli.tracking import tracking_app
 from pipeline.errors import TesseraError
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -37,6 +38,7 @@ app = typer.Typer(
 for command in (run, plan, submit, status, logs, stop, lineage, export, schema, doctor):
     app.command()(command)
 app.add_typer(artifacts_app, name="artifacts")
+app.add_typer(tracking_app, name="tracking")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

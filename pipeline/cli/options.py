@@ -18,6 +18,10 @@ MaybeConfig = Annotated[
     Optional[str],  # noqa: UP045  # typer reads the annotation at run time
     typer.Argument(metavar="[CONFIG]", help="A pipeline file; leave it out with --store for the whole store."),
 ]
+MaybePipeline = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Argument(metavar="[CONFIG]", help="A pipeline file.", show_default=False),
+]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option("--set", metavar="PATH=VALUE", help="Override one value, e.g. stages.superpixels.region_size=16."),

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from threading import RLock
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ArtifactDamaged, ArtifactMissing
@@ -14,7 +12,7 @@ from pipeline.plan import fingerprint
 from pipeline.run import capacity
 from pipeline.run.failure import stopped_by
 from pipeline.run.provenance import git_commit, package_versions
-from pipeline.run.tracking import FAILED, FINISHED, KILLED, StageTracker, Tracker, masked
+from pipeline.run.tracking import FAILED, FINISHED, KILLED, StageTracker, Tracker
 from pipeline.stage import Context, Outcome
 from pipeline.store import uses
 
@@ -35,7 +33,7 @@ class Executor:
         pipeline: as loaded.
         store: where its artifacts are.
         result: of the run, with the artifacts so far.
-        tracker: of the run; used by one thread at a time.
+        tracker: of the run.
         tags: of the run's pages in MLflow.
     """
 
@@ -45,7 +43,6 @@ class Executor:
         self.pipeline, self.store, self.result = pipeline, store, result
         self.tracker, self.tags = tracker, tags
         self.began = now()
-        self._tracking = RLock()
 
     def adopt(self, planned: PlannedStage) -> Artifact | None:
         """The artifact, if another run has made it since the plan. A damaged one, and one to replace, is deleted."""
@@ -79,23 +76,15 @@ class Executor:
         status = FAILED
         try:
             artifact = self._write(planned, entry, inputs, settings, tracked, shown)
-            with self._tracking:
-                tracked.log_output(planned.name, artifact, entry.stage.tracked_as)
+            tracked.log_output(planned.name, artifact, entry.stage.tracked_as)
             status = FINISHED
         except BaseException as error:
             if not isinstance(error, Exception) or stopped_by(error) is not None:
                 status = KILLED
             raise
         finally:
-            with self._tracking:
-                tracked.finish(status)
+            tracked.finish(status)
         return artifact
-
-    @contextmanager
-    def tracking(self) -> Iterator[Tracker]:
-        """The tracker, for this thread alone."""
-        with self._tracking:
-            yield self.tracker
 
     def _write(
         self,
@@ -107,11 +96,6 @@ class Executor:
         shown: StageDisplay,
     ) -> Artifact:
         started, output = time.monotonic(), self.store.begin(planned.kind, planned.fingerprint, planned.whole)
-
-        def log_metrics(metrics: Mapping[str, float], step: int) -> None:
-            with self._tracking:
-                tracked.log_metrics(metrics, step)
-
         outcome: Outcome = entry.stage.run(
             Context(
                 name=planned.name,
@@ -119,7 +103,7 @@ class Executor:
                 inputs=inputs,
                 output=output,
                 resources=entry.stage.config.resources,
-                log_metrics=log_metrics,
+                log_metrics=tracked.log_metrics,
                 report_progress=shown.progress,
                 show_figures=shown.figures,
                 say=shown.say,
@@ -143,7 +127,7 @@ class Executor:
                 "made_by": uses.maker(self.pipeline.name),
                 "created": now(),
                 "seconds": time.monotonic() - started,
-                "tracking": {"uri": masked(self.tracker.uri or ""), "run": tracked.run_id} if tracked.run_id else {},
+                "tracking": tracked.reference,
             }
         )
 
@@ -168,10 +152,9 @@ class Executor:
             "tessera.fingerprint": planned.fingerprint,
             "tessera.reasons": ", ".join(planned.reasons),
         }
-        with self._tracking:
-            self.tracker.start(self.pipeline.name, self.tags)
-            tracked = self.tracker.stage(planned.name, tags, settings)
-            tracked.log_inputs(inputs, {path: (s["address"], s["digest"]) for path, s in planned.sources.items()})
+        self.tracker.start(self.pipeline.name, self.tags)
+        tracked = self.tracker.stage(planned.name, tags, settings)
+        tracked.log_inputs(inputs, {path: (s["address"], s["digest"]) for path, s in planned.sources.items()})
         return tracked
 
 

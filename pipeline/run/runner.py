@@ -144,7 +144,7 @@ class _Run:
         try:
             self.tracker.start(self.pipeline.name, self._tags(), required=True)
         except TrackingAway as error:
-            remedy = "start it, or leave tracking_required out: then the run goes on untracked"
+            remedy = "start it, or leave tracking_required out: then the run keeps its records and sends them later"
             raise ConfigError([self.pipeline.problem("tracking", str(error), remedy)]) from error
 
     def _tags(self) -> dict[str, str]:
@@ -198,9 +198,8 @@ class _Run:
             for stage in self.result.stages
             for key, value in (stage.results or {}).items()
         }
-        with self.executor.tracking() as tracker:
-            tracker.finish(status, metrics)
-        if self.tracker.run_id is not None:
+        self.tracker.finish(status, metrics)
+        if self.tracker.record_id is not None:
             self.result.tracking = masked(self.tracker.uri or "")
         if self.cluster is not None and not self.left_threads:  # they use Ray: it ends with this process
             from pipeline.run import cluster

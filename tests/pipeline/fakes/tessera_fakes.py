@@ -209,6 +209,7 @@ class FakeEncoder(Stage[EncoderConfig]):
 
 class ScoreConfig(StageConfig):
     of: Input["numbers", "encoder"]
+    on: Input["numbers"] | None = None
     at_least: Annotated[int, NoFingerprint] = 0  # numbers that it must be given
 
 
