@@ -50,7 +50,12 @@ _REMOTE = (
         "set {environment}",
     ),
     Meaning(
-        r"InvalidAccessKeyId|SignatureDoesNotMatch|\b40[13]\b|AccessDenied|Forbidden|Unauthorized",
+        r"RequestTimeTooSkewed",
+        "this machine's clock differs from the server's by too much",
+        "set the clock, for instance with an NTP service",
+    ),
+    Meaning(
+        r"InvalidAccessKeyId|SignatureDoesNotMatch|status code: 40[13]\b|AccessDenied|Forbidden|Unauthorized",
         "access is denied",
         "check {environment}, and that they may {doing} there",
     ),
@@ -60,9 +65,24 @@ _REMOTE = (
         "set AWS_ALLOW_HTTP=true, or use an https:// endpoint",
     ),
     Meaning(
-        r"NotImplemented|\b501\b",
+        r"NotImplemented|status code: 501\b",
         "the server does not know conditional writes, which commit an artifact",
         "use a server that supports If-None-Match and If-Match",
+    ),
+    Meaning(
+        r"SlowDown|ServerBusy|status code: (429|503)\b",
+        "it asks for fewer requests, or is overloaded (status 503)",
+        "run the same command again later, with fewer workers: what is finished is kept",
+    ),
+    Meaning(
+        r"status code: 5\d\d\b",
+        "the server fails (status 5xx)",
+        "ask who runs it, then run the same command again: what is finished is kept",
+    ),
+    Meaning(
+        r"(?i:request or response body|decoding response body|connection (closed|reset))",
+        "the connection breaks",
+        "check the network, then run the same command again: what is finished is kept",
     ),
     Meaning(
         r"(?i:error sending request|connect|dns|timed out|timeout)",
@@ -77,7 +97,7 @@ _ENVIRONMENT = {
 }
 
 
-def explain(error: Exception, address: str, doing: str, path: str) -> StoreError:
+def explain(error: Exception, address: str, doing: str, path: str, tried: str = "") -> StoreError:
     """The StoreError for a failed access to a store.
 
     Args:
@@ -85,12 +105,13 @@ def explain(error: Exception, address: str, doing: str, path: str) -> StoreError
         address: of the store.
         doing: what was tried, as a verb: "read", "write", "list", ...
         path: of the object within the store; "" for the store itself.
+        tried: how often and for how long, where it was tried more than once.
     """
     cause = str(error)
     words = {"doing": doing, "environment": _ENVIRONMENT.get(address.split("://", 1)[0], "")}
-    place = f"store {address}: cannot {doing} {path or 'it'}"
+    place, often = f"store {address}: cannot {doing} {path or 'it'}", f", {tried}" if tried else ""
     for meaning in _REMOTE if "://" in address else _LOCAL:
         if re.search(meaning.pattern, cause):
-            return StoreError(f"{place}: {meaning.rule.format(**words)} ({meaning.remedy.format(**words)})")
+            return StoreError(f"{place}: {meaning.rule.format(**words)}{often} ({meaning.remedy.format(**words)})")
     first = cause.strip().splitlines()[0][:300] if cause.strip() else type(error).__name__
-    return StoreError(f"{place}: {first} (`tessera doctor` checks the store)")
+    return StoreError(f"{place}: {first}{often} (`tessera doctor` checks the store)")

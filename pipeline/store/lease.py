@@ -142,12 +142,7 @@ class Lease:
             try:
                 self._objects.put(self._path, mine.to_bytes(), create=True, durable=False)
             except Conflict:
-                holder = self.holder()
-                if holder is None:  # it was given back meanwhile, or its file cannot be read
-                    self._objects.delete([self._path])
-                # obstore repeats a request whose answer was lost, and then finds the lease that it made itself.
-                if holder is None or holder.token != mine.token:
-                    return False
+                return self._take_unreadable(mine)
         self._started(mine)
         return True
 
@@ -164,6 +159,18 @@ class Lease:
                 if holder is not None and holder.token == self._token:
                     self._objects.delete([self._path])
             self._token = ""
+
+    def _take_unreadable(self, mine: Holder) -> bool:
+        """Take a lease whose file nobody can read, within the guard; False when it is somebody's, or gone again."""
+        found = self._objects.get_tagged(self._path)
+        if found is None or Holder.from_bytes(found[0]) is not None:
+            return False
+        try:
+            self._overwrite(mine, found[1])
+        except Conflict:
+            return False
+        self._started(mine)
+        return True
 
     def _mine(self) -> Holder:
         self._since = time.time()
@@ -197,13 +204,17 @@ class Lease:
             if found is None or holder is None or holder.token != token or (beat is not None and holder.beat != beat):
                 return False
             try:
-                if self._objects.folder is not None:  # a disk has no conditional put; the guard excludes others
-                    self._objects.put(self._path, new.to_bytes(), durable=False)
-                else:
-                    self._objects.put_if(self._path, new.to_bytes(), found[1])
+                self._overwrite(new, found[1])
             except Conflict:
-                return self.holder() == new  # true when the first answer was lost and the put was repeated
+                return False
             return True
+
+    def _overwrite(self, new: Holder, tag: str) -> None:
+        """Replace the lease file if its tag is still `tag`, within the guard."""
+        if self._objects.folder is not None:  # a disk has no conditional put; the guard excludes others
+            self._objects.put(self._path, new.to_bytes(), durable=False)
+        else:
+            self._objects.put_if(self._path, new.to_bytes(), tag)
 
     def _beat(self, stop: threading.Event) -> None:
         mine = Holder(self._token, this_process(), 0.0, self._since)

@@ -155,16 +155,3 @@ def test_an_unreadable_lease_is_nobodys(store: ArtifactStore) -> None:
     lease.acquire(timeout=5)
     assert lease.held
     lease.release()
-
-
-def test_a_request_that_is_repeated_finds_its_own_lease(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    put = store.objects.put
-
-    def twice(path: str, data: bytes, *, create: bool = False, durable: bool = True) -> str:
-        put(path, data, create=create, durable=durable)  # the answer to this one is lost
-        return put(path, data, create=create, durable=durable)
-
-    lease = store.lease("encoder", "abc")
-    monkeypatch.setattr(lease._objects, "put", twice)
-    assert lease.try_acquire()
-    lease.release()

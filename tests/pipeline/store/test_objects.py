@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StoreError
+from pipeline.store.address import mask
 from pipeline.store.failures import explain
-from pipeline.store.objects import Conflict, Objects, mask
+from pipeline.store.objects import Conflict, Objects
 from pipeline.store.store import ArtifactStore
 
 AWS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SKIP_SIGNATURE", "AWS_ENDPOINT_URL", "AWS_PROFILE")
