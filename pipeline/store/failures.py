@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.errors import StoreError
 
@@ -27,8 +30,8 @@ _LOCAL = (
         "change its owner or its mode, or name another store",
     ),
     Meaning(r"\b(os error|Errno) 30\b", "its file system is read-only", "name a store on a disk that can be written"),
-    Meaning(r"\b(os error|Errno) 28\b", "its disk is full", _ROOM),
-    Meaning(r"\b(os error|Errno) 122\b", "the disk quota is used up", _ROOM),
+    Meaning(r"\b(os error|Errno) 28\b", "its disk is full{room}", _ROOM),
+    Meaning(r"\b(os error|Errno) 122\b", "the disk quota is used up{room}", _ROOM),
     Meaning(
         r"\b(os error|Errno) 27\b",
         "a file would be larger than is allowed there",
@@ -97,7 +100,9 @@ _ENVIRONMENT = {
 }
 
 
-def explain(error: Exception, address: str, doing: str, path: str, tried: str = "") -> StoreError:
+def explain(
+    error: Exception, address: str, doing: str, path: str, tried: str = "", needed: int | None = None
+) -> StoreError:
     """The StoreError for a failed access to a store.
 
     Args:
@@ -106,12 +111,25 @@ def explain(error: Exception, address: str, doing: str, path: str, tried: str = 
         doing: what was tried, as a verb: "read", "write", "list", ...
         path: of the object within the store; "" for the store itself.
         tried: how often and for how long, where it was tried more than once.
+        needed: bytes that were to be written, where that is known.
     """
     cause = str(error)
-    words = {"doing": doing, "environment": _ENVIRONMENT.get(address.split("://", 1)[0], "")}
+    room = "" if "://" in address else room_at(Path(address), needed)
+    words = {"doing": doing, "environment": _ENVIRONMENT.get(address.split("://", 1)[0], ""), "room": room}
     place, often = f"store {address}: cannot {doing} {path or 'it'}", f", {tried}" if tried else ""
     for meaning in _REMOTE if "://" in address else _LOCAL:
         if re.search(meaning.pattern, cause):
             return StoreError(f"{place}: {meaning.rule.format(**words)}{often} ({meaning.remedy.format(**words)})")
     first = cause.strip().splitlines()[0][:300] if cause.strip() else type(error).__name__
     return StoreError(f"{place}: {first}{often} (`tessera doctor` checks the store)")
+
+
+def room_at(folder: Path, needed: int | None) -> str:
+    """The end of a message about a full disk, ", 3.0 MiB needed, 0.2 MiB free"; "" where nothing is known."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    with contextlib.suppress(OSError):
+        disk = os.statvfs(folder)
+        free = f", {disk.f_bavail * disk.f_frsize / 2**20:.1f} MiB free"
+        return (f", {needed / 2**20:.1f} MiB needed" if needed is not None else "") + free
+    return ""

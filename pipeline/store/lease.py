@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -26,9 +26,11 @@ from pipeline.store.owner import Owner, this_process
 BEAT = 10.0  # seconds between heartbeats
 STALE = 60.0  # seconds without a heartbeat after which a process on another machine counts as dead
 GUARD_POLL = 0.005  # a guard is held for the time of two small file operations
-# Seconds since the last heartbeat, by comparing two machines' clocks: more than such clocks should ever differ.
-LONG_DEAD = 900.0
+# Seconds since the last heartbeat, by comparing two machines' clocks: more than such clocks differ, even where one of
+# them is set to a neighbouring time zone. A lease that is younger is watched for `STALE` seconds on one clock instead.
+LONG_DEAD = 2 * 3600.0
 
+_OURS: set[str] = set()  # tokens of the leases that this process holds or is taking
 _HELD: dict[tuple[str, str], str] = {}  # (store address, artifact) -> token of the lease this process holds
 
 
@@ -60,6 +62,8 @@ class Holder:
 
     def long_gone(self) -> bool:
         """Whether the holder is certainly dead, as far as one look at the lease can tell."""
+        if self.owner == this_process():  # one that could not be given back because the store was away is nobody's
+            return self.token not in _OURS
         alive = self.owner.alive()
         return not alive if alive is not None else time.time() - self.beat > LONG_DEAD
 
@@ -137,24 +141,24 @@ class Lease:
         holder = self.holder()
         if holder is not None:
             return holder.long_gone() and self._take(holder)
-        with self._guard():
-            mine = self._mine()
+        with self._guard(), self._taking() as mine:
             try:
                 self._objects.put(self._path, mine.to_bytes(), create=True, durable=False)
             except Conflict:
                 return self._take_unreadable(mine)
-        self._started(mine)
+            self._started(mine)
         return True
 
     def release(self) -> None:
-        """Give it back; harmless when it is not held."""
+        """Give it back; harmless when it is not held. Where the store is away, it ends with this process."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         if self._token:
             _HELD.pop((self._objects.address, self.artifact), None)
-            with self._guard():
+            _OURS.discard(self._token)
+            with suppress(StoreError), self._guard():
                 holder = self.holder()
                 if holder is not None and holder.token == self._token:
                     self._objects.delete([self._path])
@@ -172,9 +176,17 @@ class Lease:
         self._started(mine)
         return True
 
-    def _mine(self) -> Holder:
+    @contextmanager
+    def _taking(self) -> Iterator[Holder]:
+        """What this process writes into the lease file, known to its other threads as that of a living holder."""
         self._since = time.time()
-        return Holder(uuid.uuid4().hex, this_process(), self._since, self._since)
+        mine = Holder(uuid.uuid4().hex, this_process(), self._since, self._since)
+        _OURS.add(mine.token)
+        try:
+            yield mine
+        finally:
+            if self._token != mine.token:
+                _OURS.discard(mine.token)
 
     def _started(self, mine: Holder) -> None:
         self._token, self.lost = mine.token, False
@@ -187,10 +199,10 @@ class Lease:
 
     def _take(self, dead: Holder) -> bool:
         """Take the lease of a dead holder; False when another process was faster."""
-        mine = self._mine()
-        if not self._replace(dead.token, dead.beat, mine):
-            return False
-        self._started(mine)
+        with self._taking() as mine:
+            if not self._replace(dead.token, dead.beat, mine):
+                return False
+            self._started(mine)
         return True
 
     def _replace(self, token: str, beat: float | None, new: Holder) -> bool:

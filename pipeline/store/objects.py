@@ -91,7 +91,7 @@ class Objects:
         mode: Any = "create" if create else "overwrite"
         if self.folder is None:
             return self._put_object(path, data, mode)
-        with self._explained("write", path):
+        with self._explained("write", path, _size(data)):
             try:
                 obstore.put(self._client(write=True), path, data, mode=mode)
             except obstore.exceptions.AlreadyExistsError:
@@ -109,7 +109,7 @@ class Objects:
     def put_moved(self, path: str, file: Path) -> str:
         """Like `put` of a local file that is not needed afterwards: it is moved where possible, else copied."""
         if self.folder is not None:
-            with self._explained("write", path), suppress(_CrossDevice):
+            with self._explained("write", path, _size(file)), suppress(_CrossDevice):
                 target = self.folder / path
                 _sync(file)
                 _move(file, target)
@@ -168,7 +168,7 @@ class Objects:
         return self._ask("read", path, lambda: bytes(obstore.get_range(self._client(), path, start=start, end=end)))
 
     def stream(self, path: str) -> Iterator[bytes]:
-        """The content in blocks of a few MiB.
+        """The content in blocks of about a MiB or more.
 
         Raises:
             FileNotFoundError: there is no such object.
@@ -184,10 +184,10 @@ class Objects:
         with self._explained("read", path) as patience:
             while True:
                 try:
-                    rest: Any = {"range": {"offset": at}, "if_match": tag} if at else None
+                    rest: Any = {"range": {"offset": at}, "if_match": tag or None} if at else None
                     answer = obstore.get(self._client(), path, options=rest)
                     tag = answer.meta["e_tag"] or ""
-                    for block in answer.stream(4 << 20):
+                    for block in answer.stream(1 << 20):
                         at += len(block)
                         patience.answered()
                         yield bytes(block)
@@ -218,9 +218,11 @@ class Objects:
                     for block in obstore.list(self._client(), prefix or None, offset=after, chunk_size=1000):
                         found += map(_found, block)
                         patience.answered()
-                    return sorted(found, key=lambda one: one.path)
+                    break
                 except Exception as error:
                     patience.wait_after(error)
+        # A console's "folder" is an empty object whose name ends with a slash; obstore lists it without the slash.
+        return sorted((one for one in found if one.size or self.head(one.path)), key=lambda one: one.path)
 
     def folders(self, prefix: str = "") -> list[str]:
         """Names of the folders directly under `prefix`, sorted."""
@@ -275,8 +277,7 @@ class Objects:
         """
         import obstore
 
-        size = len(data) if isinstance(data, bytes) else data.stat().st_size
-        in_pieces = mode == "overwrite" and size > PIECE
+        in_pieces = mode == "overwrite" and _size(data) > PIECE
         with self._explained("write", path) as patience:
             while True:
                 try:
@@ -317,7 +318,7 @@ class Objects:
         return client_of(self.address, os.getpid(), False)
 
     @contextmanager
-    def _explained(self, doing: str, path: str) -> Iterator[Patience]:
+    def _explained(self, doing: str, path: str, needed: int | None = None) -> Iterator[Patience]:
         """Turn what obstore or the system raises into a StoreError that names the address and the remedy."""
         patience = Patience(self.address)
         try:
@@ -328,11 +329,15 @@ class Objects:
             # Servers answer 404 for a missing bucket as for a missing object.
             if isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error):
                 raise
-            raise explain(error, self.address, doing, path, patience.tried()) from error
+            raise explain(error, self.address, doing, path, patience.tried(), needed) from error
 
 
 class _CrossDevice(Exception):
     """The file lies on another disk than the store."""
+
+
+def _size(data: bytes | Path) -> int:
+    return len(data) if isinstance(data, bytes) else data.stat().st_size
 
 
 def _found(meta: Any) -> StoredObject:

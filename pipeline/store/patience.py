@@ -21,7 +21,7 @@ _LEAST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0  # seconds between two tries
 
 _PASSES = re.compile(
     r"status code: (408|429|500|502|503|504)\b"
-    r"|SlowDown|ServerBusy|RequestTimeout\b|ConditionalRequestConflict|OperationAborted"
+    r"|SlowDown|ServerBusy|RequestTimeout\b|ConditionalRequestConflict|OperationAborted|NoSuchUpload"
     r"|error sending request|request or response body error|error decoding response body"
     r"|(?i:connection (reset|closed|refused)|timed out|(?<!retry_)timeout|broken pipe|incomplete message)"
 )

@@ -123,7 +123,7 @@ def test_a_silent_process_elsewhere_is_given_up_after_a_while_and_a_beating_one_
 
 
 def test_a_lease_from_long_ago_is_taken_at_once(store: ArtifactStore) -> None:
-    plant(store, ELSEWHERE, time.time() - 3600)
+    plant(store, ELSEWHERE, time.time() - 3 * 3600)
     assert store.lease("encoder", "abc").try_acquire()
 
 
