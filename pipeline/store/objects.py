@@ -120,12 +120,12 @@ class Objects:
         return tag
 
     def put_if(self, path: str, data: bytes, tag: str) -> None:
-        """Overwrite an object if its tag is still `tag`. For buckets only.
+        """Overwrite an object if `get_tagged` would still give this tag. For buckets only.
 
         Raises:
             Conflict: the object was changed or deleted.
         """
-        self._put_object(path, data, {"e_tag": tag})
+        self._put_object(path, data, {"version": tag} if self._google else {"e_tag": tag})
 
     def head(self, path: str) -> StoredObject | None:
         """One object as `walk` would list it; None when there is no such object."""
@@ -152,7 +152,8 @@ class Objects:
 
         def content() -> tuple[bytes, str]:
             answer = obstore.get(self._client(), path)
-            return bytes(answer.bytes()), answer.meta["e_tag"] or ""
+            # Google's conditions are on the generation of an object, all others' on its etag.
+            return bytes(answer.bytes()), answer.meta["version" if self._google else "e_tag"] or ""
 
         if not self._exists():
             return None
@@ -265,6 +266,10 @@ class Objects:
                 if not (self.folder / prefix).exists():
                     return
             shutil.rmtree(self.folder / prefix)  # raises the reason
+
+    @property
+    def _google(self) -> bool:
+        return self.address.startswith("gs://")
 
     def _exists(self) -> bool:
         return self.folder is None or self.folder.is_dir()

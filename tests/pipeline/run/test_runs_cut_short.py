@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import resource
@@ -115,3 +116,31 @@ def test_inputs_that_are_deleted_in_the_middle_stop_the_stage_that_reads(worksho
     assert "it is missing" in errors
     assert "Traceback" not in errors
     assert set(workshop.states("run", "p.yaml").values()) == {"done"}
+
+
+@pytest.mark.chaos
+@pytest.mark.ray
+def test_a_full_disk_under_rays_own_folder_is_named_and_the_next_run_completes(workshop: Workshop) -> None:
+    workshop.write(workshop.folder.joinpath("p.yaml").read_text().replace("fake_scaled", "fake_on_ray"))
+    disk = workshop.folder / "ray"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no disk can be mounted here: {mounted.stderr.decode()}")
+    try:
+        with (disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"x" * KIB)
+        workshop.extra["RAY_TMPDIR"] = str(disk)
+        shown = workshop.outside("run", "p.yaml", code=1)
+        assert f"{disk}/tessera-" in shown.stderr
+        assert "No space left on device" in shown.stderr
+        assert "set RAY_TMPDIR to" in shown.stderr
+        assert "Traceback" not in shown.stderr
+        expect_one_whole_artifact(workshop)
+        (disk / "filler").unlink()
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        workshop.outside("run", "p.yaml")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+    assert workshop.ran.count("numbers") == 1

@@ -75,13 +75,15 @@ def test_every_operation_gives_what_it_gives_without_a_fault(
     big = os.urandom(12_000_000)
     (tmp_path / "big").write_bytes(big)
     proxy.plan = each(fault)
-    tag = objects.put("a/one", b"one")
+    objects.put("a/one", b"one")
+    tagged = objects.get_tagged("a/one")
+    assert tagged is not None
     objects.put("a/created", b"first", create=True)
     with pytest.raises(Conflict):
         objects.put("a/created", b"second", create=True)
-    objects.put_if("a/one", b"changed", tag)
+    objects.put_if("a/one", b"changed", tagged[1])
     with pytest.raises(Conflict):
-        objects.put_if("a/one", b"too late", tag)
+        objects.put_if("a/one", b"too late", tagged[1])
     objects.put("a/in pieces", tmp_path / "big")
     assert objects.put_moved("b/moved", tmp_path / "big")
     assert objects.get("a/one") == b"changed"
