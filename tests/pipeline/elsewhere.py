@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+SKEWED = Path(__file__).with_name("skewed")  # what Python needs to bear libfaketime
 NAME = "elsewhere"  # of the other machine
 
 
@@ -30,7 +31,8 @@ def start(command: list[str], skew: str, folder: Path, environment: dict[str, st
         folder: to run it in.
         environment: beside this process's.
     """
-    clock = {"LD_PRELOAD": str(FAKETIME), "FAKETIME": skew, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    path = os.pathsep.join(filter(None, [str(SKEWED), environment.get("PYTHONPATH")]))
+    clock = {"LD_PRELOAD": str(FAKETIME), "FAKETIME": skew, "FAKETIME_DONT_FAKE_MONOTONIC": "1", "PYTHONPATH": path}
     return subprocess.Popen(
         ["unshare", "--uts", "sh", "-c", f'hostname {NAME} && exec "$@"', "sh", *command],
         cwd=folder,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.workshop import Workshop
+from tests.pipeline.workshop import PIPELINE, Workshop
 
 KIB = 1024
 ROOM = 200 * KIB  # enough for the 100 KiB of the first stage, not for the 280 KiB of the second
@@ -121,7 +121,7 @@ def test_inputs_that_are_deleted_in_the_middle_stop_the_stage_that_reads(worksho
 @pytest.mark.chaos
 @pytest.mark.ray
 def test_a_full_disk_under_rays_own_folder_is_named_and_the_next_run_completes(workshop: Workshop) -> None:
-    workshop.write(workshop.folder.joinpath("p.yaml").read_text().replace("fake_scaled", "fake_on_ray"))
+    workshop.write(PIPELINE.replace("fake_scaled", "fake_on_ray"))
     disk = workshop.folder / "ray"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True)

@@ -214,6 +214,7 @@ def test_a_reader_never_mixes_two_contents(objects: Objects, proxy: FaultyProxy,
         b"".join(objects.stream("big"))
 
 
+@pytest.mark.chaos
 def test_a_listing_of_many_pages_goes_on_where_it_broke(objects: Objects, proxy: FaultyProxy, direct: Any) -> None:
     for number in range(1100):
         direct.put_object(**key(objects, f"many/{number:04d}"), Body=b"x")
@@ -276,7 +277,7 @@ def contents(workshop: Workshop, store: str) -> dict[str, list[str]]:
     return {artifact.name: [entry.sha256 for entry in artifact.manifest.files] for artifact in artifacts}
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.chaos)])
 def test_a_pipeline_gives_the_same_artifacts_through_faults(
     workshop: Workshop, proxy: FaultyProxy, s3_address: str, seed: int
 ) -> None:
@@ -292,7 +293,7 @@ def test_a_pipeline_gives_the_same_artifacts_through_faults(
     assert set(workshop.states("run", "p.yaml", "--store", s3_address).values()) == {"cached"}
 
 
-@pytest.mark.parametrize("after", [25, 60, 90])
+@pytest.mark.parametrize("after", [60, *(pytest.param(n, marks=pytest.mark.chaos) for n in (25, 90))])
 def test_a_run_whose_store_goes_away_ends_with_one_line_and_the_next_one_continues(
     workshop: Workshop, proxy: FaultyProxy, s3_address: str, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
