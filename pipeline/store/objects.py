@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,7 +224,10 @@ class Objects:
                 except Exception as error:
                     patience.wait_after(error)
         # A console's "folder" is an empty object whose name ends with a slash; obstore lists it without the slash.
-        return sorted((one for one in found if one.size or self.head(one.path)), key=lambda one: one.path)
+        empty = [one.path for one in found if not one.size]
+        with ThreadPoolExecutor(16) as pool:
+            folders = {path for path, there in zip(empty, pool.map(self.head, empty), strict=True) if there is None}
+        return sorted((one for one in found if one.path not in folders), key=lambda one: one.path)
 
     def folders(self, prefix: str = "") -> list[str]:
         """Names of the folders directly under `prefix`, sorted."""

@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,8 +123,7 @@ def test_inputs_that_are_deleted_in_the_middle_stop_the_stage_that_reads(worksho
 @pytest.mark.ray
 def test_a_full_disk_under_rays_own_folder_is_named_and_the_next_run_completes(workshop: Workshop) -> None:
     workshop.write(PIPELINE.replace("fake_scaled", "fake_on_ray"))
-    disk = workshop.folder / "ray"
-    disk.mkdir()
+    disk = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: Ray puts sockets into it
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"no disk can be mounted here: {mounted.stderr.decode()}")
@@ -143,4 +143,5 @@ def test_a_full_disk_under_rays_own_folder_is_named_and_the_next_run_completes(w
         workshop.outside("run", "p.yaml")
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+        disk.rmdir()
     assert workshop.ran.count("numbers") == 1
