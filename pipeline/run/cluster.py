@@ -36,6 +36,7 @@ GROWTH_SECONDS = 900.0  # how long a stage waits for an autoscaling cluster
 # Ray gives up when one of its agents needs more than 15 s to start, which cannot be configured. A busy machine may need
 # that long the first time, when the agents' code has to be read from disk.
 LOCAL_STARTS = 3
+LEAST_DISK = 16 << 20  # bytes for Ray's own files; logs and spilled objects take more
 KEEP_LOGS_SECONDS = 24 * 3600.0
 
 # Set unless the user has set them: Ray reads them when it is imported, and its workers inherit them.
@@ -288,6 +289,11 @@ def _local_options() -> dict[str, object]:
             f"Ray's temporary folder {folder} cannot be made: {error} (set RAY_TMPDIR to a writable place)"
         ) from error
     _remove_remains(folder)
+    if (free := shutil.disk_usage(folder).free) < LEAST_DISK:  # Ray would try for half a minute, and name a file
+        raise ClusterError(
+            f"Ray's temporary folder {folder} is on a full disk: {free >> 20} MiB free, at least {LEAST_DISK >> 20} "
+            "MiB needed (free space there, or set RAY_TMPDIR to a disk with room)"
+        )
     # Without this Ray would leave a token in the user's home, and fail where the home is read-only.
     if "RAY_AUTH_MODE" not in os.environ and not (Path.home() / ".ray" / "auth_token").exists():
         os.environ["RAY_AUTH_MODE"] = "token"
