@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,12 @@ class TrainingState:
     curves: list[dict[str, float]] = field(default_factory=list)  # one row a logged step, "step" among its keys
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> images replaced so far
     problems: dict[str, str] = field(default_factory=dict)  # key -> reason, of the first images that were replaced
+    unlogged: dict[str, Any] = field(default_factory=dict)  # what the next row will hold of the steps already done
+    low: dict[str, int] = field(default_factory=dict)  # what the watch counts: rows in which a number was too low
+    worlds: dict[int, int] = field(default_factory=dict)  # step -> how many ranks trained from there on
+    saves: int = 0  # checkpoints made before this one, in all processes
+    saving_seconds: float = 0.0  # what those took on rank 0
+    seconds: float = 0.0  # what all of training took, saving included
 
 
 def write_checkpoint(
@@ -68,13 +74,7 @@ def write_state(
     """
     tensors, progress = (folder / name for name in STATE_FILES)
     torch.save({"method": method.state_dict(), "optimizer": optimizer.state_dict()}, tensors)
-    text = {
-        "run": fingerprint,
-        "step": state.step,
-        "curves": state.curves,
-        "skipped": state.skipped,
-        "problems": state.problems,
-    }
+    text = {"run": fingerprint, **vars(state)}
     progress.write_text(json.dumps(text))
     return [tensors, progress]
 
@@ -88,7 +88,9 @@ def read_state(
     method.load_state_dict(tensors["method"])
     if optimizer is not None:
         optimizer.load_state_dict(tensors["optimizer"])
-    return TrainingState(text["step"], text["curves"], text["skipped"], text.get("problems", {}))
+    state = TrainingState(**{f.name: text[f.name] for f in fields(TrainingState) if f.name in text})
+    state.worlds = {int(step): ranks for step, ranks in state.worlds.items()}  # JSON's keys are strings
+    return state
 
 
 def is_complete(folder: Path) -> bool:

@@ -11,18 +11,20 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from enum import IntEnum
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import StageFailed
 from stages.training.checkpoint import TrainingState
-from stages.training.collectives import all_reduce_mean, gather_objects, world_size
+from stages.training.collectives import all_reduce_mean, gather_objects, highest, rank, world_size
 from stages.training.contract import Step, Trainable, TrainingBatch
 from stages.training.optim import build_optimizer, clip_gradients, set_schedule
+from stages.training.pace import Pace, guess_seconds
 from stages.training.settings import LoopSettings, weight_of
-from stages.training.watch import Watch
+from stages.training.watch import Watch, not_finite
 
 MAX_PROBLEMS = 100  # skipped images that are listed by name; all of them are counted
 
@@ -42,6 +44,22 @@ class Checkpoints(Protocol):
 
     def restore(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
         """Load the newest whole checkpoint into both; a fresh `TrainingState` where there is none."""
+
+
+class Notice(IntEnum):
+    """What this process was told about its own end. The highest notice of any rank counts for all."""
+
+    NONE = 0
+    SAVE = 1  # a machine will be taken away: save now, then go on as long as it is there
+    LEAVE = 2  # save now, and stop
+
+
+class TrainingInterrupted(Exception):
+    """A rank was told to leave; the training is saved as it stands after `step` steps."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"training was told to stop; step {step} is saved")
+        self.step = step
 
 
 @dataclass(frozen=True)
@@ -69,6 +87,7 @@ class BadStep:
 
 RowCallback = Callable[[dict[str, float]], None]
 LeaveReplay = Callable[[BadStep], str]
+Notices = Callable[[], Notice]
 
 
 def train(
@@ -76,6 +95,7 @@ def train(
     checkpoints: Checkpoints,
     report_row: RowCallback = lambda row: None,
     leave_replay: LeaveReplay = lambda bad: "",
+    notices: Notices = lambda: Notice.NONE,
 ) -> TrainingState:
     """Train to the end, from the last checkpoint where there is one.
 
@@ -85,12 +105,15 @@ def train(
         report_row: called on every rank with each row of the curves as it is made (means over ranks and steps).
         leave_replay: called on every rank when a step has gone wrong; keeps what is needed to repeat the step alone
             and returns a sentence that tells the user how.
+        notices: asked on every rank in every step; its answer may come late, and is acted on after the step. Each
+            warning gives one checkpoint, so it answers SAVE until it is asked again, not for ever.
 
     Returns:
         The final state; its `curves` hold every row, those before a resume included.
 
     Raises:
         StageFailed: when a term or its gradient is not finite, or the features have collapsed (watch.py).
+        TrainingInterrupted: when a rank was told to leave.
     """
     settings, device = training.settings, training.device
     # Convolutions are faster with channels last (ResNet-18 on a CPU by a fifth); other layers do not care.
@@ -101,8 +124,13 @@ def train(
     if world_size() > 1:
         # A step may use only some of the parameters (a term that has nothing to say about this batch).
         model = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False, find_unused_parameters=True)
-    checkpoint_every = settings.checkpoint_every or max(1, training.total_steps // 20)
+    if [*state.worlds.values()][-1:] != [world_size()]:
+        state.worlds[state.step] = world_size()
     window, watch = Window(training), Watch(settings.watch, training.weights)
+    window.take_up(state.unlogged)
+    watch.low = dict(state.low)
+    pace = Pace(settings, guess_seconds(method, optimizer))
+    begun = time.monotonic() - state.seconds
 
     passes = training.data.batches(state.step * settings.accumulate, training.total_steps * settings.accumulate)
     for index in range(state.step, training.total_steps):
@@ -119,11 +147,15 @@ def train(
         method.before_update(step)
         norm = clip_gradients(method.parameters(), settings.optimizer)
         done = index + 1
-        must_save = done % checkpoint_every == 0 or done == training.total_steps
-        logged = done % settings.log_every == 0 or must_save
+        last = done == training.total_steps
+        logged = done % settings.log_every == 0 or last
         seen = watch.look(method, batch, precision=settings.precision) if logged else {}
+        # One exchange between the ranks a step: is a number not finite, does rank 0 want a checkpoint, must one leave?
+        values = torch.stack(window.pending)
+        mine = torch.tensor([float(rank() == 0 and pace.due(done)), float(notices())], device=device)
+        bad, due, notice = highest(torch.cat([not_finite(values, norm)[None], mine]))
         # Before the optimiser changes anything: a replay needs the parameters that this step had.
-        if wrong := watch.wrong(index, window.names, torch.stack(window.pending), norm, seen):
+        if wrong := watch.wrong(index, window.names, values, norm, seen, finite=not bad):
             how = leave_replay(BadStep(index, wrong, window.image_ids, optimizer))
             raise StageFailed(f"{wrong}: training stopped. {how}".rstrip())
         update(method, optimizer, step)
@@ -135,9 +167,41 @@ def train(
             state.curves.append(row)
             window.hand_over_skipped(state)
             report_row(row)
-        if must_save:
-            checkpoints.save(method, optimizer, state)
+        if due or notice or last:
+            save(checkpoints, method, optimizer, state, window, watch, pace)
+            state.seconds = time.monotonic() - begun
+        if notice == Notice.LEAVE and not last:
+            raise TrainingInterrupted(done)
     return state
+
+
+def save(
+    checkpoints: Checkpoints,
+    method: Trainable,
+    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
+    window: Window,
+    watch: Watch,
+    pace: Pace,
+) -> None:
+    """Make a checkpoint of where training stands, and tell the pace what it took; every rank calls it.
+
+    Args:
+        checkpoints: take it.
+        method: what is trained.
+        optimizer: of it.
+        state: brought up to date here.
+        window: the steps since the last row: they are kept too, so that a resumed training logs the same rows.
+        watch: likewise its counts.
+        pace: decides when the next one is due.
+    """
+    started = time.monotonic()
+    window.hand_over_skipped(state)
+    state.unlogged, state.low = window.unlogged(), dict(watch.low)
+    checkpoints.save(method, optimizer, state)
+    seconds = time.monotonic() - started
+    state.saves, state.saving_seconds = state.saves + 1, state.saving_seconds + seconds
+    pace.saved(seconds)
 
 
 def compute_gradients(
@@ -256,6 +320,29 @@ class Window:
         self.rows, self.norms, self.of_terms, self.images = [], [], {}, 0
         self.started = time.perf_counter()
         return row
+
+    def unlogged(self) -> dict[str, Any]:
+        """The steps since the last row, as means over the ranks in JSON's types; every rank calls it."""
+        if not self.rows:
+            return {}
+        return {
+            "names": self.names,
+            "rows": all_reduce_mean(torch.stack(self.rows)).tolist(),
+            "norms": torch.stack(self.norms).tolist(),
+            "of_terms": self.of_terms,
+            "images": self.images,
+            "seconds": time.perf_counter() - self.started,
+        }
+
+    def take_up(self, kept: Mapping[str, Any]) -> None:
+        """Go on from what `unlogged` gave in an earlier process, so that the next row is the same as without a stop."""
+        if not kept:
+            return
+        device = self.training.device
+        self.names, self.of_terms, self.images = kept["names"], dict(kept["of_terms"]), kept["images"]
+        self.rows = [*torch.tensor(kept["rows"], device=device)]
+        self.norms = [*torch.tensor(kept["norms"], device=device)]
+        self.started -= kept["seconds"]
 
     def hand_over_skipped(self, state: TrainingState) -> None:
         """Move what all ranks have skipped since the last call into `state`, the same on every rank."""

@@ -96,7 +96,13 @@ class LoopSettings(Settings):
     log_every: Annotated[int, NoFingerprint] = Field(10, ge=1, description="steps between points of a curve")
     watch: Annotated[WatchSettings, NoFingerprint] = WatchSettings()
     checkpoint_every: Annotated[int | None, NoFingerprint] = Field(
-        None, ge=1, description="steps between checkpoints; default: a twentieth of the training"
+        None, ge=1, description="steps between checkpoints; default: by time, as checkpoint_minutes says"
+    )
+    checkpoint_minutes: Annotated[float, NoFingerprint] = Field(
+        10,
+        gt=0,
+        description="most minutes between checkpoints. They are made sooner, down to every 2 seconds, as long as they "
+        "take no more than 2.5 % of the training's time",
     )
 
     @model_validator(mode="after")
