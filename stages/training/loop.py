@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any, Literal, Protocol
 
 import torch
@@ -21,6 +20,7 @@ from pipeline.errors import StageFailed
 from stages.training.checkpoint import TrainingState
 from stages.training.collectives import all_reduce_mean, gather_objects, highest, rank, world_size
 from stages.training.contract import Step, Trainable, TrainingBatch
+from stages.training.notice import Notice
 from stages.training.optim import build_optimizer, clip_gradients, set_schedule
 from stages.training.pace import Pace, guess_seconds
 from stages.training.settings import LoopSettings, weight_of
@@ -44,14 +44,6 @@ class Checkpoints(Protocol):
 
     def restore(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
         """Load the newest whole checkpoint into both; a fresh `TrainingState` where there is none."""
-
-
-class Notice(IntEnum):
-    """What this process was told about its own end. The highest notice of any rank counts for all."""
-
-    NONE = 0
-    SAVE = 1  # a machine will be taken away: save now, then go on as long as it is there
-    LEAVE = 2  # save now, and stop
 
 
 class TrainingInterrupted(Exception):

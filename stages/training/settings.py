@@ -105,6 +105,19 @@ class LoopSettings(Settings):
         "take no more than 2.5 % of the training's time",
     )
 
+    max_failures: Annotated[int, NoFingerprint] = Field(
+        3,
+        ge=-1,
+        description="how often a training on Ray Train starts again from its last checkpoint after a rank failed or "
+        "was lost; -1: always. Nodes that are taken away with a warning do not count",
+    )
+    lost_rank_minutes: Annotated[float, NoFingerprint] = Field(
+        10,
+        gt=0,
+        description="how long a rank waits for the others in an exchange before they are taken for lost; the time to "
+        "write a checkpoint to the store must fit",
+    )
+
     @model_validator(mode="after")
     def _one_length(self) -> LoopSettings:
         if (self.epochs is None) == (self.steps is None):

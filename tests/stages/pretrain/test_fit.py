@@ -137,12 +137,12 @@ def test_the_start_of_a_training_states_it() -> None:
     said: list[str] = []
     images = SimpleNamespace(manifest=SimpleNamespace(notes={"splits": {"train": 50}}))
     context: Any = SimpleNamespace(inputs={"images": images}, say=said.append)
-    check_start(config, context, workers=2)
+    check_start(config, context, (2, 2))
     assert [line.split(",")[0] for line in said] == [
         "method.queue: 51 entries are more than one pass over the 50 images gives (50)"
     ]
     with pytest.raises(UsageError, match="3 workers cannot share equally"):
-        check_start(config, context, workers=3)
+        check_start(config, context, (3, 3))
 
 
 def test_nothing_is_stated_about_what_is_usual() -> None:

@@ -15,7 +15,8 @@ from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.views.plan import ViewPlan, ViewSpec
 from stages.training.checkpoint import CheckpointFolder, TrainingState
-from stages.training.loop import Notice, Training, TrainingInterrupted, train, weighted_sum
+from stages.training.loop import Training, TrainingInterrupted, train, weighted_sum
+from stages.training.notice import Notice
 from stages.training.settings import LoopSettings
 
 IMAGES = torch.randn(64, 1, 3, 8, 8, generator=torch.Generator().manual_seed(5))

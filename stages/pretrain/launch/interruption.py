@@ -1,0 +1,65 @@
+"""The driver's wait for a training on Ray Train: when the run is interrupted, it asks for a checkpoint first.
+
+Knows nothing of pre-training, and imports no torch.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+LAST_SAVE_S = 20.0  # an interrupted run waits so long for the checkpoint that it asks for
+
+
+def fit(trainer: Any, relay: Any, interrupted: Callable[[], bool]) -> Any:
+    """What `trainer.fit` returns.
+
+    It runs in a thread of its own: in the main thread Ray Train would take SIGINT for itself, and end the workers
+    before they have saved.
+
+    Args:
+        trainer: of Ray Train.
+        relay: actor handle: passes the wish for a checkpoint on to rank 0.
+        interrupted: whether the run is told to end, for a stage that does not run in the main thread.
+
+    Raises:
+        KeyboardInterrupt, SystemExit: the run was interrupted; a checkpoint was made, if that took no longer than
+            `LAST_SAVE_S`.
+    """
+    ended: list[Any] = []
+
+    def run() -> None:
+        try:
+            ended.append(trainer.fit())
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=run, name="ray-train-fit", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+            if interrupted():
+                raise KeyboardInterrupt
+    except (KeyboardInterrupt, SystemExit):
+        _save(relay, thread)
+        raise
+    if isinstance(ended[0], BaseException):
+        raise ended[0]
+    return ended[0]
+
+
+def _save(relay: Any, training: threading.Thread) -> None:
+    import ray
+
+    try:
+        if not ray.get(relay.is_training.remote(), timeout=5):
+            return
+        ray.get(relay.wish.remote(), timeout=5)
+        end = time.monotonic() + LAST_SAVE_S
+        while training.is_alive() and time.monotonic() < end and not ray.get(relay.is_granted.remote(), timeout=5):
+            time.sleep(0.1)
+    except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+        pass  # the cluster is gone: the last checkpoint is what there is
