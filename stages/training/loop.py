@@ -66,6 +66,11 @@ class Training:
     steps_per_epoch: int
     device: torch.device
 
+    @property
+    def last_step(self) -> int:
+        """The number of steps after which it stops: all, or `stop_at`."""
+        return min(self.total_steps, self.settings.stop_at or self.total_steps)
+
 
 @dataclass(frozen=True)
 class BadStep:
@@ -89,7 +94,7 @@ def train(
     leave_replay: LeaveReplay = lambda bad: "",
     notices: Notices = lambda: Notice.NONE,
 ) -> TrainingState:
-    """Train to the end, from the last checkpoint where there is one.
+    """Train to the end or to `stop_at`, from the last checkpoint where there is one.
 
     Args:
         training: what to train, on which data, how; its method is moved to the device and changed in place.
@@ -104,7 +109,8 @@ def train(
         The final state; its `curves` hold every row, those before a resume included.
 
     Raises:
-        StageFailed: when a term or its gradient is not finite, or the features have collapsed (watch.py).
+        StageFailed: when a term or its gradient is not finite, or the features have collapsed (watch.py); when the
+            last checkpoint is beyond the step at which this training should stop.
         TrainingInterrupted: when a rank was told to leave.
     """
     settings, device = training.settings, training.device
@@ -112,6 +118,11 @@ def train(
     method = training.method.to(device).to(memory_format=torch.channels_last).train()
     optimizer = build_optimizer(method, settings.optimizer)
     state = checkpoints.restore(method, optimizer)
+    if state.step > training.last_step:
+        raise StageFailed(
+            f"stop_at: this training has gone on to step {state.step} already, beyond {training.last_step} "
+            "(give a greater stop_at, or leave it out)"
+        )
     model: nn.Module = method
     if world_size() > 1:
         # A step may use only some of the parameters (a term that has nothing to say about this batch).
@@ -119,13 +130,15 @@ def train(
     if [*state.worlds.values()][-1:] != [world_size()]:
         state.worlds[state.step] = world_size()
     window, watch = Window(training), Watch(settings.watch, training.weights)
+    if state.unlogged and state.curves and state.curves[-1]["step"] == state.step < training.last_step:
+        state.curves.pop()  # made only because training stopped there; its steps belong to the next regular row
     window.take_up(state.unlogged)
     watch.low = dict(state.low)
     pace = Pace(settings, guess_seconds(method, optimizer))
     begun = time.monotonic() - state.seconds
 
-    passes = training.data.batches(state.step * settings.accumulate, training.total_steps * settings.accumulate)
-    for index in range(state.step, training.total_steps):
+    passes = training.data.batches(state.step * settings.accumulate, training.last_step * settings.accumulate)
+    for index in range(state.step, training.last_step):
         step = Step(index, training.total_steps, training.steps_per_epoch)
         lr, decay = set_schedule(
             optimizer,
@@ -139,8 +152,9 @@ def train(
         method.before_update(step)
         norm = clip_gradients(method.parameters(), settings.optimizer)
         done = index + 1
-        last = done == training.total_steps
-        logged = done % settings.log_every == 0 or last
+        last = done == training.last_step
+        regular = done % settings.log_every == 0
+        logged = regular or last
         seen = watch.look(method, batch, precision=settings.precision) if logged else {}
         # One exchange between the ranks a step: is a number not finite, does rank 0 want a checkpoint, must one leave?
         values = torch.stack(window.pending)
@@ -154,6 +168,7 @@ def train(
         window.end_step(norm)
 
         state.step = done
+        state.unlogged = window.unlogged() if last and not regular else {}
         if logged:
             row = window.flush(done, {"lr": lr, "weight_decay": decay, **seen})
             state.curves.append(row)
@@ -189,7 +204,7 @@ def save(
     """
     started = time.monotonic()
     window.hand_over_skipped(state)
-    state.unlogged, state.low = window.unlogged(), dict(watch.low)
+    state.unlogged, state.low = state.unlogged or window.unlogged(), dict(watch.low)
     checkpoints.save(method, optimizer, state)
     seconds = time.monotonic() - started
     state.saves, state.saving_seconds = state.saves + 1, state.saving_seconds + seconds

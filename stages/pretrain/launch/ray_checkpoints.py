@@ -20,16 +20,16 @@ class RayCheckpoints:
     """Checkpoints of one rank.
 
     Args:
-        fingerprint: of the artifact that the training makes.
+        fingerprint: what its checkpoints name.
         rank: of this process.
         ranks: how many there are.
         relay: actor handle: hears where training begins, and of every checkpoint (relay.py).
-        total_steps: of the training.
+        last_step: after which it stops.
     """
 
-    def __init__(self, fingerprint: str, rank: int, ranks: int, relay: Any, total_steps: int) -> None:
+    def __init__(self, fingerprint: str, rank: int, ranks: int, relay: Any, last_step: int) -> None:
         self.fingerprint, self.rank, self.ranks, self.relay = fingerprint, rank, ranks, relay
-        self.total_steps = total_steps
+        self.last_step = last_step
 
     def save(self, method: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
         """Write and report a checkpoint; every rank calls it at the same steps."""
@@ -47,7 +47,7 @@ class RayCheckpoints:
         """The newest whole checkpoint, loaded; a fresh `TrainingState` where there is none."""
         state = self._newest(method, optimizer)
         if self.rank == 0:
-            self.relay.start.remote(self.total_steps, state.step, self.ranks)
+            self.relay.start.remote(self.last_step, state.step, self.ranks)
         return state
 
     def _newest(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:

@@ -31,7 +31,7 @@ def work(job: dict[str, Any]) -> tuple[Outcome, list[dict[str, float]]] | None:
     """Train as the rank that this process is.
 
     Args:
-        job: what ray_train.py sends: "config" (JSON-able), "inputs", "output", "run" (the fingerprint),
+        job: what ray_train.py sends: "config" (JSON-able), "inputs", "output", "run" (what its checkpoints name),
             "relay", "cpus" and "threads".
 
     Returns:
@@ -56,8 +56,8 @@ def work(job: dict[str, Any]) -> tuple[Outcome, list[dict[str, float]]] | None:
         )
         report: Callable[[dict[str, float]], None] = relay.push.remote if rank == 0 else lambda row: None
         leave_replay = leaver(config, job["inputs"], training, job["output"])
-        checkpoints = RayCheckpoints(job["run"], rank, world_size, relay, training.total_steps)
-        started = FromKeptState(checkpoints, job["inputs"], training.total_steps)
+        checkpoints = RayCheckpoints(job["run"], rank, world_size, relay, training.last_step)
+        started = FromKeptState(checkpoints, job["inputs"], training.last_step)
         # Some ranks may still copy images to their node: for that there is no limit, as there is for exchanges later.
         ray.train.collective.barrier()
         state = train(training, started, report, leave_replay, RankNotices(rank, relay))

@@ -140,6 +140,14 @@ def test_a_stop_between_two_rows_leaves_no_trace_in_the_curves(tmp_path: Path) -
     assert (resumed.skipped, resumed.problems) == (whole.skipped, whole.problems)
 
 
+def test_the_row_of_an_early_stop_leaves_no_trace_in_what_goes_on(tmp_path: Path) -> None:
+    whole = train(make_training(log_every=4), CheckpointFolder(tmp_path / "whole", "f"))
+    stopped = train(make_training(log_every=4, stop_at=6), CheckpointFolder(tmp_path / "cut", "f"))
+    again = train(make_training(log_every=4, stop_at=6), CheckpointFolder(tmp_path / "cut", "f"))
+    assert [row["step"] for row in stopped.curves] == [row["step"] for row in again.curves] == [4, 6]
+    assert curve(train(make_training(log_every=4), CheckpointFolder(tmp_path / "cut", "f"))) == curve(whole)
+
+
 def test_a_notice_saves_at_once_and_a_last_one_stops(tmp_path: Path) -> None:
     whole = train(make_training(), CheckpointFolder(tmp_path / "whole", "f"))
     told = iter([Notice.NONE, Notice.SAVE, Notice.NONE, Notice.LEAVE])
