@@ -31,6 +31,7 @@ def conflicts(config: PretrainConfig, *, workers: int | None, notes: Notes) -> I
     yield from _batch(config, workers or 1)
     yield from _queues(config, workers or 1)
     yield from _images(config, notes)
+    yield from _strategy(config)
 
 
 def remarks(config: PretrainConfig, notes: Notes) -> Iterator[str]:
@@ -137,6 +138,18 @@ def _batch(config: PretrainConfig, workers: int) -> Iterator[tuple[str, str, str
                 f"{what}, and a weight of {source.weight:g} leaves none of them to {source.from_}",
                 "raise its weight, or batch_size",
             )
+
+
+def _strategy(config: PretrainConfig) -> Iterator[tuple[str, str, str]]:
+    """FSDP2 is for methods and optimisers that were tried with it; others would stop half-way, or wait for ever."""
+    if config.strategy != "fsdp2":
+        return
+    if not config.method.shards:
+        what = f"{config.method.name} does not call the same modules on all ranks in every step, or was not tried so"
+        yield "strategy", f"fsdp2: {what}", "set strategy: ddp"
+    if config.optimizer.name == "lars":
+        what = "lars adapts its rate to the norm of a whole tensor, and each rank holds a part of it"
+        yield "strategy", f"fsdp2: {what}", "set strategy: ddp, or optimizer.name to adamw or sgd"
 
 
 def _queues(config: PretrainConfig, workers: int) -> Iterator[tuple[str, str, str]]:

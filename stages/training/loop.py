@@ -24,6 +24,7 @@ from stages.training.notice import Notice
 from stages.training.optim import build_optimizer, clip_gradients, set_schedule
 from stages.training.pace import Pace, guess_seconds
 from stages.training.settings import LoopSettings, weight_of
+from stages.training.sharding import Sharded, shard
 from stages.training.watch import Watch, not_finite
 
 MAX_PROBLEMS = 100  # skipped images that are listed by name; all of them are counted
@@ -114,8 +115,11 @@ def train(
         TrainingInterrupted: when a rank was told to leave.
     """
     settings, device = training.settings, training.device
-    # Convolutions are faster with channels last (ResNet-18 on a CPU by a fifth); other layers do not care.
-    method = training.method.to(device).to(memory_format=torch.channels_last).train()
+    sharded = settings.strategy == "fsdp2" and world_size() > 1
+    # FSDP2 takes the parameters from the CPU to the device share by share, and in the usual memory layout.
+    method = training.method.to("cpu" if sharded else device).train()
+    if not sharded:  # convolutions are faster (ResNet-18 on a CPU by a fifth), other layers do not care
+        method.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(method, settings.optimizer)
     state = checkpoints.restore(method, optimizer)
     if state.step > training.last_step:
@@ -124,7 +128,9 @@ def train(
             "(give a greater stop_at, or leave it out)"
         )
     model: nn.Module = method
-    if world_size() > 1:
+    if sharded:
+        model, optimizer = shard(method, optimizer, settings.optimizer, device)
+    elif world_size() > 1:
         # A step may use only some of the parameters (a term that has nothing to say about this batch).
         model = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False, find_unused_parameters=True)
     if [*state.worlds.values()][-1:] != [world_size()]:
@@ -234,7 +240,9 @@ def compute_gradients(
     for nth in range(settings.accumulate):
         batch = next(passes).to(training.device)
         terms, total = compute_total(model, batch, training.weights, precision=settings.precision)
-        if nth == settings.accumulate - 1 and watch.gradients_due(step.index):
+        # With FSDP2 the gradients of single terms cannot be had: autograd knows the gathered parameters only.
+        last = nth == settings.accumulate - 1
+        if last and watch.gradients_due(step.index) and not isinstance(model, Sharded):
             window.of_terms |= watch.gradient_norms(terms, method.trained_parameters())
         torch.autograd.backward(total / settings.accumulate)
         window.add(batch, terms, total)

@@ -14,7 +14,7 @@ from torch import nn
 
 from stages.training.settings import LoopSettings
 
-SHARE = 0.025  # of the training's time that checkpoints take, as long as the longest interval allows
+SHARE = 0.02  # of the training's time that checkpoints take, as long as the longest interval allows
 LEAST_SECONDS = 2.0  # between two checkpoints: less would only wear the disk
 GUESSED_RATE = 200e6  # bytes a second: what the first checkpoint is expected to be written with
 

@@ -108,9 +108,14 @@ class LoopSettings(Settings):
         10,
         gt=0,
         description="most minutes between checkpoints. They are made sooner, down to every 2 seconds, as long as they "
-        "take no more than 2.5 % of the training's time",
+        "take no more than 2 % of the training's time",
     )
 
+    strategy: Annotated[Literal["ddp", "fsdp2"], NoFingerprint] = Field(
+        "ddp",
+        description="what each rank holds: a whole copy of the networks, or a share of them and of the optimiser's "
+        "state (backbones that are too large for one GPU)",
+    )
     max_failures: Annotated[int, NoFingerprint] = Field(
         3,
         ge=-1,

@@ -16,6 +16,7 @@ from stages.models.encoder import Encoder
 from stages.training.collectives import all_reduce_mean, gather_objects, world_size
 from stages.training.contract import Trainable, TrainingBatch
 from stages.training.settings import WatchSettings, weight_of
+from stages.training.sharding import gathered
 
 IMAGES = 64  # images of a rank's batch whose features are looked at
 PATCHES = 512  # patches of those images, evenly spaced, that are looked at
@@ -50,7 +51,8 @@ class Watch:
 
     def look(self, method: Trainable, batch: TrainingBatch, *, precision: str) -> dict[str, float]:
         """Numbers of a logged step beside its terms: the method's own diagnostics and `feature_spread`."""
-        return method.diagnostics() | feature_spread(method.encoder(), batch, precision=precision)
+        with gathered(method):
+            return method.diagnostics() | feature_spread(method.encoder(), batch, precision=precision)
 
     def wrong(
         self,

@@ -13,7 +13,7 @@ import ray.train
 import torch
 from torch import nn
 
-from stages.training.checkpoint import TrainingState, is_complete, read_checkpoint, write_checkpoint
+from stages.training.checkpoint import TrainingState, is_complete, read_checkpoint, tensors_of, write_checkpoint
 
 
 class RayCheckpoints:
@@ -33,24 +33,25 @@ class RayCheckpoints:
 
     def save(self, method: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
         """Write and report a checkpoint; every rank calls it at the same steps."""
-        metrics = {"step": state.step}
+        metrics, tensors = {"step": state.step}, tensors_of(method, optimizer)
         if self.rank != 0:
             ray.train.report(metrics)
             return
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "checkpoint"
-            write_checkpoint(folder, method, optimizer, state, self.fingerprint)
+            write_checkpoint(folder, tensors, state, self.fingerprint)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
         self.relay.saved.remote()
 
     def restore(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
         """The newest whole checkpoint, loaded; a fresh `TrainingState` where there is none."""
-        state = self._newest(method, optimizer)
+        state = self.newest(method, optimizer)
         if self.rank == 0:
             self.relay.start.remote(self.last_step, state.step, self.ranks)
         return state
 
-    def _newest(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
+    def newest(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
+        """The same as `restore`, on one rank alone."""
         newest = ray.train.get_checkpoint()
         if newest is None:
             return TrainingState()

@@ -18,13 +18,14 @@ from pipeline.errors import TesseraError
 from pipeline.stage import Outcome
 from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.launch.artifact import write_artifact
-from stages.pretrain.launch.assemble import assemble
+from stages.pretrain.launch.assemble import Pretraining, assemble
 from stages.pretrain.launch.continuing import FromKeptState
 from stages.pretrain.launch.loading import loader_workers
 from stages.pretrain.launch.notices import RankNotices
 from stages.pretrain.launch.ray_checkpoints import RayCheckpoints
 from stages.pretrain.launch.replay import leaver
 from stages.training.loop import train
+from stages.training.optim import build_optimizer
 
 
 def work(job: dict[str, Any]) -> tuple[Outcome, list[dict[str, float]]] | None:
@@ -63,9 +64,28 @@ def work(job: dict[str, Any]) -> tuple[Outcome, list[dict[str, float]]] | None:
         state = train(training, started, report, leave_replay, RankNotices(rank, relay))
         if rank != 0:
             return None
+        if config.strategy == "fsdp2" and world_size > 1:
+            training = reassembled(config, job, checkpoints, started)
         return write_artifact(config, job["inputs"], job["output"], training, state, started), state.curves
     except TesseraError as error:
         # Raised, so that Ray Train ends the other ranks, which may wait for this one in a collective; noted first,
         # so that the workers it then starts again return at once, and the driver says why.
         ray.get(relay.stop.remote(str(error)))
         raise
+
+
+def reassembled(
+    config: PretrainConfig, job: dict[str, Any], checkpoints: RayCheckpoints, started: FromKeptState
+) -> Pretraining:
+    """On one rank the whole of a training whose ranks held a share each, from its last checkpoint.
+
+    Args:
+        config: of the stage.
+        job: see `work`.
+        checkpoints: of the training that has ended.
+        started: gets the whole optimiser, whose state may be kept.
+    """
+    training = assemble(config, job["inputs"])
+    started.optimizer = build_optimizer(training.method, config.optimizer)
+    checkpoints.newest(training.method, started.optimizer)
+    return training

@@ -47,6 +47,11 @@ def stated(splits: dict[str, int], **settings: Any) -> list[str]:
             "batch_size: a forward pass has 1 images (batch_size / accumulate), and simclr compares different images "
             "of a pass (set batch_size to 32 or more)",
         ),
+        ({"strategy": "fsdp2", "method": COTAP}, "strategy: fsdp2: cotap does not call the same modules on all ranks"),
+        (
+            {"strategy": "fsdp2", "method": {"name": "dino"}, "optimizer": {"name": "lars"}},
+            "each rank holds a part of it (set strategy: ddp, or optimizer.name to adamw or sgd)",
+        ),
         ({"batch_size": 1, "method": COTAP}, "cotap compares different images"),
         ({"batch_size": 1, "method": D3SSL}, "d3ssl compares different images"),
         (
