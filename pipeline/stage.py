@@ -177,7 +177,6 @@ class Context:
     report_progress: ProgressCallback = lambda done, total, unit: None  # drives the progress bar
     show_figures: Callable[[str], None] = lambda text: None  # a few words beside the bar: "loss 2.31, lr 1e-3"
     say: Callable[[str], None] = print  # one line for the user
-    interrupted: Callable[[], bool] = lambda: False  # the run is told to end: save what there is, and stop
 
 
 @dataclass(frozen=True)

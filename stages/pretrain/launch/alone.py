@@ -38,7 +38,7 @@ def train_alone(config: PretrainConfig, context: Context, curves: CurveLog) -> O
     curves.total = training.last_step
     leave_replay = leaver(config, context.inputs, training, context.output)
     started = FromKeptState(checkpoints, context.inputs, training.last_step)
-    with noticing_signals(context.interrupted) as notices:
+    with noticing_signals() as notices:
         try:
             state = train(training, started, curves.add, leave_replay, notices)
         except TrainingInterrupted as error:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
-LAST_SAVE_S = 20.0  # an interrupted run waits so long for the checkpoint that it asks for
+LAST_SAVE_S = 10.0  # an interrupted run waits so long for the checkpoint that it asks for
 
 
-def fit(trainer: Any, relay: Any, interrupted: Callable[[], bool]) -> Any:
+def fit(trainer: Any, relay: Any) -> Any:
     """What `trainer.fit` returns.
 
     It runs in a thread of its own: in the main thread Ray Train would take SIGINT for itself, and end the workers
@@ -22,7 +21,6 @@ def fit(trainer: Any, relay: Any, interrupted: Callable[[], bool]) -> Any:
     Args:
         trainer: of Ray Train.
         relay: actor handle: passes the wish for a checkpoint on to rank 0.
-        interrupted: whether the run is told to end, for a stage that does not run in the main thread.
 
     Raises:
         KeyboardInterrupt, SystemExit: the run was interrupted; a checkpoint was made, if that took no longer than
@@ -41,8 +39,6 @@ def fit(trainer: Any, relay: Any, interrupted: Callable[[], bool]) -> Any:
     try:
         while thread.is_alive():
             thread.join(0.2)
-            if interrupted():
-                raise KeyboardInterrupt
     except (KeyboardInterrupt, SystemExit):
         _save(relay, thread)
         raise

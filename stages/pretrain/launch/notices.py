@@ -91,14 +91,14 @@ def preemption() -> Any:
 
 
 @contextmanager
-def noticing_signals(interrupted: Callable[[], bool]) -> Iterator[Callable[[], Notice]]:
+def noticing_signals() -> Iterator[Callable[[], Notice]]:
     """Yields the notices of a training in this process: the first SIGINT or SIGTERM lets it save and stop.
 
     A second one acts as it did before, and so does the first once the body has ended. Signals reach the main thread
-    only: a training in another one hears of its end from `interrupted`.
+    only: a training in another one gets none, and is stopped without a last checkpoint.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: Notice.LEAVE if interrupted() else Notice.NONE
+        yield lambda: Notice.NONE
         return
     got: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -114,7 +114,7 @@ def noticing_signals(interrupted: Callable[[], bool]) -> Iterator[Callable[[], N
     for number in before:
         signal.signal(number, take)
     try:
-        yield lambda: Notice.LEAVE if got or interrupted() else Notice.NONE
+        yield lambda: Notice.LEAVE if got else Notice.NONE
     finally:
         restore()
         if got:

@@ -65,7 +65,7 @@ def train_on_ray(config: PretrainConfig, context: Context, curves: CurveLog) -> 
         ),
     )
     with drained(relay, curves, lambda line: context.say(f"{context.name}: {line}")) as fatal:
-        result = fit(trainer, relay, context.interrupted)
+        result = fit(trainer, relay)
     if fatal:
         raise StageFailed(fatal[0])
     if result.return_value is None:
