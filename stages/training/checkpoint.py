@@ -49,7 +49,7 @@ Tensors = dict[str, Any]
 
 
 def tensors_of(method: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
-    """What a checkpoint keeps of both, as whole tensors also where the ranks share them; every rank calls it."""
+    """What a checkpoint keeps of both, as whole tensors also where the ranks share them. Every rank calls it."""
     tensors = {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
     return whole(tensors) if isinstance(method, FSDPModule) else tensors
 

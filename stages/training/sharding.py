@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from stages.training.collectives import world_size
+from stages.training.collectives import rank, world_size
 from stages.training.optim import build_optimizer
 from stages.training.settings import OptimizerSettings
 
@@ -92,9 +92,14 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 
 def whole(values: Any) -> Any:
-    """The same nested dicts and lists with whole tensors on the CPU in place of shards; every rank calls it."""
+    """The same nested dicts and lists with whole tensors on the CPU in place of shards.
+
+    Every rank calls it. Only rank 0 keeps the tensors: the others get None for each, so that a node's memory need not
+    hold the whole once for every rank.
+    """
     if isinstance(values, DTensor):
-        return values.full_tensor().cpu()
+        tensor = values.full_tensor()
+        return tensor.cpu() if rank() == 0 else None
     if isinstance(values, dict):
         return {key: whole(value) for key, value in values.items()}
     if isinstance(values, list):

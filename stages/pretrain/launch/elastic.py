@@ -7,13 +7,16 @@ policy: requirements.lock holds the version that this was written against.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
 from ray.train import ScalingConfig
+from ray.train.v2._internal.constants import WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import (
@@ -125,19 +128,35 @@ def _reason(error: Exception) -> str:
 
 
 class Trainer(DataParallelTrainer):
-    """`DataParallelTrainer` whose elastic trainings take `UsableCounts`.
+    """`DataParallelTrainer` whose elastic trainings take `UsableCounts`, and which gives up ranks that do not answer.
 
     Args:
         counts: the numbers of workers that training may have.
         relay: actor handle.
+        lost_rank_minutes: after which a rank that does not answer Ray Train is taken for lost.
         given: what DataParallelTrainer takes.
     """
 
-    def __init__(self, *args: Any, counts: Sequence[int], relay: Any, **given: Any) -> None:
+    def __init__(self, *args: Any, counts: Sequence[int], relay: Any, lost_rank_minutes: float, **given: Any) -> None:
         super().__init__(*args, **given)
-        self.counts, self.relay = counts, relay
+        self.counts, self.relay, self.lost_rank_minutes = counts, relay, lost_rank_minutes
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
         if self.scaling_config.elasticity_enabled:
             given["scaling_policy"] = UsableCounts(self.scaling_config, self.counts, self.relay)
-        return super()._initialize_and_run_controller(**given)
+        # Where ranks meet at a checkpoint, Ray Train itself waits for them, and has no other place for a limit.
+        with _set(WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR, f"{60 * self.lost_rank_minutes:g}"):
+            return super()._initialize_and_run_controller(**given)
+
+
+@contextmanager
+def _set(name: str, value: str) -> Iterator[None]:
+    """An environment variable of this process while the body runs; a user's own stays."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)

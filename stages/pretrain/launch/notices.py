@@ -71,13 +71,13 @@ class RankNotices:
     def _ask(self, relay: Any) -> None:
         import ray
 
-        self.acted_on = self.wishes = ray.get(relay.wished.remote())
-        while True:
-            time.sleep(0.5)
-            try:
+        try:
+            self.acted_on = self.wishes = ray.get(relay.wished.remote())
+            while True:
+                time.sleep(0.5)
                 self.wishes = ray.get(relay.wished.remote())
-            except ray.exceptions.RayError:
-                return  # the driver is gone, and this process will be soon
+        except ray.exceptions.RayError:
+            return  # the driver is gone, and this process will be soon
 
 
 def preemption() -> Any:

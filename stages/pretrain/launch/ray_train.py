@@ -50,6 +50,7 @@ def train_on_ray(config: PretrainConfig, context: Context, curves: CurveLog) -> 
         partial(_worker, job),
         counts=usable_counts(config, fewest, most),
         relay=relay,
+        lost_rank_minutes=config.lost_rank_minutes,
         backend_config=ProcessGroup("nccl" if use_gpu else "gloo", config.lost_rank_minutes),
         scaling_config=ScalingConfig(
             num_workers=most if fewest == most else (fewest, most),

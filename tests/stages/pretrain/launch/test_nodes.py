@@ -177,7 +177,7 @@ def test_a_rank_killed_on_another_node_changes_nothing(
 
 
 def test_a_rank_that_answers_no_more_is_given_up(start: Callable[..., Run], nodes: Cluster, expected: Artifact) -> None:
-    run = start(more="    lost_rank_minutes: 0.15")
+    run = start(more="    lost_rank_minutes: 0.5")
     run.wait_for_checkpoint()
     rank_on(nodes, 1).send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
@@ -225,6 +225,15 @@ def test_a_drained_node_is_left_with_a_checkpoint(start: Callable[..., Run], nod
     (_, two), (later, one) = ranks(found).items()
     assert (two, one) == (2, 1)
     assert later % 1000, "it went on from the checkpoint of the warning, not from a regular one"
+
+
+def test_an_interrupted_run_saves_first(start: Callable[..., Run]) -> None:
+    run = start(steps=5000, every=1000)
+    run.wait_for_checkpoint(1000)
+    run.process.send_signal(signal.SIGINT)
+    run.process.communicate(timeout=60)
+    assert run.process.returncode == 130
+    assert run.saved() % 1000, "the newest checkpoint is that of the interrupt"
 
 
 def drain(nodes: Cluster, number: int, seconds: int) -> None:
