@@ -103,8 +103,7 @@ def train(
         report_row: called on every rank with each row of the curves as it is made (means over ranks and steps).
         leave_replay: called on every rank when a step has gone wrong; keeps what is needed to repeat the step alone
             and returns a sentence that tells the user how.
-        notices: asked on every rank in every step; its answer may come late, and is acted on after the step. Each
-            warning gives one checkpoint, so it answers SAVE until it is asked again, not for ever.
+        notices: asked on every rank in every step, and acted on at the step's end; it answers SAVE once for a warning.
 
     Returns:
         The final state; its `curves` hold every row, those before a resume included.
@@ -181,6 +180,7 @@ def train(
             window.hand_over_skipped(state)
             report_row(row)
         if due or notice or last:
+            state.seconds = time.monotonic() - begun
             save(checkpoints, method, optimizer, state, window, watch, pace)
             state.seconds = time.monotonic() - begun
         if notice == Notice.LEAVE and not last:
