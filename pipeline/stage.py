@@ -16,7 +16,7 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 from pydantic.fields import FieldInfo
 from typing_extensions import TypeAliasType
 
@@ -139,9 +139,8 @@ class Resources(Settings):
 
     cpus: float | None = Field(None, gt=0, description="CPUs for one worker or task; default: the stage's own choice")
     gpus: float | None = Field(None, ge=0, description="GPUs for one worker or task; default: 1 where there is one")
-    workers: Annotated[int, Field(ge=0)] | WorkerRange | None = Field(
-        None,
-        description="Ray Train workers; 0 trains in the driver's process; {min: 1, max: 4}: what the cluster has",
+    workers: NonNegativeInt | WorkerRange | None = Field(
+        None, description="of Ray Train, or min and max; 0: the driver"
     )
     concurrency: int | None = Field(None, ge=1, description="tasks or actors at once; default: what the cluster has")
     batch_size: int | None = Field(None, ge=1, description="images a forward pass, where it does not change results")
@@ -149,9 +148,8 @@ class Resources(Settings):
     @property
     def worker_counts(self) -> tuple[int, int] | None:
         """The fewest and the most workers asked for; None where the stage decides."""
-        if isinstance(self.workers, WorkerRange):
-            return self.workers.min, self.workers.max
-        return None if self.workers is None else (self.workers, self.workers)
+        asked = self.workers
+        return (asked.min, asked.max) if isinstance(asked, WorkerRange) else None if asked is None else (asked, asked)
 
 
 class StageConfig(Settings):

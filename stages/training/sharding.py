@@ -56,7 +56,7 @@ def shard(
         What the loop calls, and an optimiser of the shards with the state of the other.
     """
     mesh = init_device_mesh(device.type, (world_size(),))
-    names = {parameter: name for name, parameter in method.named_parameters()}
+    names: dict[Any, str] = {parameter: name for name, parameter in method.named_parameters()}
     for name, module in method.named_modules():
         if name.rpartition(".")[2] == "blocks":
             for block in module.children():
