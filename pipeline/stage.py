@@ -139,9 +139,7 @@ class Resources(Settings):
 
     cpus: float | None = Field(None, gt=0, description="CPUs for one worker or task; default: the stage's own choice")
     gpus: float | None = Field(None, ge=0, description="GPUs for one worker or task; default: 1 where there is one")
-    workers: NonNegativeInt | WorkerRange | None = Field(
-        None, description="of Ray Train, or min and max; 0: the driver"
-    )
+    workers: NonNegativeInt | WorkerRange | None = Field(None, description="Ray Train workers; 0: the driver trains")
     concurrency: int | None = Field(None, ge=1, description="tasks or actors at once; default: what the cluster has")
     batch_size: int | None = Field(None, ge=1, description="images a forward pass, where it does not change results")
 
