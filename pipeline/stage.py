@@ -15,7 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 from pydantic.fields import FieldInfo
 from typing_extensions import TypeAliasType
 
@@ -44,6 +44,7 @@ __all__ = [
     "Stage",
     "StageConfig",
     "StopPoint",
+    "WorkerRange",
     "edges",
     "interruptible",
     "local_path",
@@ -121,14 +122,33 @@ class Settings(BaseModel):
     variant_group: ClassVar[str | None] = None
 
 
+class WorkerRange(Settings):
+    """Between how many Ray Train workers a training may have; it grows and shrinks with the cluster."""
+
+    min: int = Field(ge=1, description="it waits until so many fit")
+    max: int = Field(ge=1, description="it takes no more")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> WorkerRange:
+        if self.min > self.max:
+            raise ValueError(f"min: {self.min} is more than max: {self.max}")
+        return self
+
+
 class Resources(Settings):
     """What a stage may use. Never part of the fingerprint: it changes how long a stage takes, not what it writes."""
 
     cpus: float | None = Field(None, gt=0, description="CPUs for one worker or task; default: the stage's own choice")
     gpus: float | None = Field(None, ge=0, description="GPUs for one worker or task; default: 1 where there is one")
-    workers: int | None = Field(None, ge=0, description="Ray Train workers; 0 trains in the driver's process")
+    workers: NonNegativeInt | WorkerRange | None = Field(None, description="Ray Train workers; 0: the driver trains")
     concurrency: int | None = Field(None, ge=1, description="tasks or actors at once; default: what the cluster has")
     batch_size: int | None = Field(None, ge=1, description="images a forward pass, where it does not change results")
+
+    @property
+    def worker_counts(self) -> tuple[int, int] | None:
+        """The fewest and the most workers asked for; None where the stage decides."""
+        asked = self.workers
+        return (asked.min, asked.max) if isinstance(asked, WorkerRange) else None if asked is None else (asked, asked)
 
 
 class StageConfig(Settings):

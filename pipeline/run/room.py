@@ -57,10 +57,13 @@ def need_of(stage: Stage[Any], there: Share, own: str | None, driver_cpus: float
         return Need("free", 1, asked.cpus or 1.0, gpus, asked.concurrency)
     # A training's share must not depend on what else runs: on a CPU its results depend on the number of threads.
     gpus = asked.gpus if asked.gpus is not None else float(gpus_there > 0)
-    if gpus and asked.workers:
-        return Need("asked", asked.workers, asked.cpus or _cpus_beside(gpus, there), gpus)
+    fewest, most = asked.worker_counts or (0, 0)
+    if fewest != most:
+        return Need("all")  # it grows with the cluster
+    if gpus and most:
+        return Need("asked", most, asked.cpus or _cpus_beside(gpus, there), gpus)
     if not gpus and asked.cpus:
-        return Need("asked", asked.workers or 1, asked.cpus)
+        return Need("asked", most or 1, asked.cpus)
     return Need("all")
 
 
