@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from pipeline.errors import TesseraError
-from pipeline.run.tracking.address import anonymous
+from pipeline.run.tracking.address import anonymous, is_server
 from pipeline.run.tracking.delivery import Delivery
 from pipeline.run.tracking.journal import READ_BYTES, Journal, leftovers
 from pipeline.run.tracking.server import Server
@@ -24,6 +24,7 @@ FLUSH_SECONDS = 2.0  # metrics are sent in batches: a call to a remote server ta
 RETRY_SECONDS = (1.0, 5.0, 15.0, 30.0, 60.0)  # after the first, second, ... failure in a row
 REFUSED_SECONDS = 300.0  # a password does not become right by asking often
 END_SECONDS = 20.0  # without any record arriving, at the end of a run
+DATABASE_SECONDS = 180.0  # the same for a database file: nobody is away, and a busy machine makes its tables slowly
 LEFTOVER_SECONDS = 60.0  # for records of earlier runs, at the end of a run
 TOLD_SECONDS = 60.0  # a warning at the end repeats what was said so recently only when it was longer ago
 
@@ -115,7 +116,8 @@ class Sender(threading.Thread):
         self._is_closing = True
         self._wake.set()
         arrived, since, drained = -1, time.monotonic(), 0.0
-        while self.is_alive() and (now := time.monotonic()) - since < END_SECONDS:
+        patience = END_SECONDS if is_server(self._server.uri) else DATABASE_SECONDS
+        while self.is_alive() and (now := time.monotonic()) - since < patience:
             if self._arrived != arrived:
                 arrived, since = self._arrived, now
             drained = drained or (now if self._is_drained else 0.0)
@@ -123,7 +125,7 @@ class Sender(threading.Thread):
                 break
             self.join(0.1)
         if self.is_alive() and not self._is_drained:
-            self._say_away(TimeoutError(f"no answer within {END_SECONDS:g} s"), True)
+            self._say_away(TimeoutError(f"no answer within {patience:g} s"), True)
         self._warn = _nothing
 
     def _note_progress(self) -> None:

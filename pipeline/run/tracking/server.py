@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -32,6 +33,10 @@ Failure = Literal[
 
 class TrackingAway(TesseraError):
     """MLflow cannot be reached, or does not let us in, and the run may not start without it."""
+
+
+# How SQLAlchemy begins an error of the database itself. MLflow passes it on as if the request had been wrong.
+DATABASE_FAILED = re.compile(r"\((?:\w+\.)*(?:OperationalError|DatabaseError|InterfaceError)\)")
 
 
 class Server:
@@ -95,6 +100,8 @@ class Server:
             return "away"
         if error.error_code in ("UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED"):
             return "refused"
+        if DATABASE_FAILED.search(str(error)):
+            return "away"
         # Only MLflow itself answers with JSON: a proxy whose server is restarting may also say 404.
         its_own = isinstance(error, RestException) or not is_server(self.uri)
         return "rejected" if its_own and error.get_http_status_code() in (400, 404, 409) else "away"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 import pytest
 
 from pipeline.errors import UsageError
@@ -170,22 +171,23 @@ def test_without_a_tracking_address_nothing_is_imported() -> None:
 
 
 def test_processes_started_together_make_one_database_and_one_experiment(tmp_path: Path) -> None:
+    address = f"sqlite:///{tmp_path}/new/mlflow.db"
     code = (
         "from pipeline.run.tracking.tracker import Tracker; import sys\n"
-        f"t = Tracker('sqlite:///{tmp_path}/new/mlflow.db', 'p', sys.exit); t.start('p', {{}})\n"
-        "t.finish('FINISHED', {}); print(t.experiment_id, t.run_id)"
+        f"t = Tracker('{address}', 'p', sys.exit); t.start('p', {{}})\n"
+        "t.finish('FINISHED', {}); print(t.run_id)"
     )
     started = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
-    printed = []
-    for process in started:
-        output, errors = process.communicate(timeout=180)
-        assert process.returncode == 0, errors
-        printed.append(output.split())
-    assert len({experiment for experiment, _ in printed}) == 1
-    assert len({run for _, run in printed}) == 3
+    ended = [(*process.communicate(timeout=300), process.returncode) for process in started]
+    assert [returned for *_, returned in ended] == [0, 0, 0], ended
+    client = mlflow.MlflowClient(address)
+    [experiment] = [found for found in client.search_experiments() if found.name == "p"]
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.run_id for run in runs} == {output.strip() for output, *_ in ended}
+    assert len(runs) == 3
 
 
 def test_addresses() -> None:
