@@ -74,6 +74,7 @@ class Cluster:
     session: Path | None = None
     machines: tuple[Machine, ...] = ()
     most: Machine | None = None  # what an autoscaling cluster can grow to; None for one that does not grow
+    borrowed: bool = False  # this process was connected before: it stays so
 
     def __str__(self) -> str:
         return f"{self.where} with {self.cpus:g} CPUs and {self.gpus:g} GPUs"
@@ -116,9 +117,13 @@ class Cluster:
 def start(address: str | None = None) -> Cluster:
     """Join the cluster at `address` (or `RAY_ADDRESS`), or start a local Ray that ends with this process.
 
+    A process that is connected to Ray already (a sweep, one of its trials) goes on with that one.
+
     Raises:
         ClusterError: the address does not answer, or Ray does not start.
     """
+    if (connected := _connected()) is not None:
+        return connected
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     prepare_environment()
     if address == "local":
@@ -131,7 +136,7 @@ def start(address: str | None = None) -> Cluster:
         with _own_sigterm():
             context = _connect(options, attempts=LOCAL_STARTS if address == "local" else 1)
         session = Path(context.address_info["session_dir"]) if address == "local" else None
-        machines = tuple(Machine(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes())
+        machines = _machines()
         most = None if address == "local" else _most()
     except Exception as error:
         with contextlib.suppress(Exception):
@@ -142,6 +147,24 @@ def start(address: str | None = None) -> Cluster:
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     cpus, gpus = sum(machine.cpus for machine in machines), sum(machine.gpus or 0.0 for machine in machines)
     return Cluster(address, cpus, gpus, len(machines), session, machines, most)
+
+
+def _connected() -> Cluster | None:
+    """The Ray that this process is connected to; asks without importing Ray."""
+    if "ray" not in sys.modules:
+        return None
+    import ray
+
+    if not ray.is_initialized():
+        return None
+    machines = _machines()
+    cpus, gpus = sum(machine.cpus for machine in machines), sum(machine.gpus or 0.0 for machine in machines)
+    address = ray.get_runtime_context().gcs_address
+    return Cluster(address, cpus, gpus, len(machines), None, machines, _most(), borrowed=True)
+
+
+def _machines() -> tuple[Machine, ...]:
+    return tuple(Machine(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes())
 
 
 def _most() -> Machine | None:
@@ -173,6 +196,8 @@ def _connect(options: dict[str, object], *, attempts: int) -> Any:
 
 def stop(cluster: Cluster, *, keep_logs: bool = False) -> None:
     """Leave the cluster. A local Ray ends, and its session folder is deleted unless its logs may explain a failure."""
+    if cluster.borrowed:
+        return
     import ray
 
     ray.shutdown()

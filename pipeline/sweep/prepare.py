@@ -1,0 +1,161 @@
+"""What a sweep computes, found before it begins: stages that all trials share, what is cached, and about how long."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pipeline.config.load import Pipeline
+from pipeline.errors import ConfigError, StoreError
+from pipeline.plan import history
+from pipeline.plan.plan import Plan, check_inputs, make_plan
+from pipeline.sweep.design import Design, Setting, examples
+from pipeline.sweep.draw import draw
+
+if TYPE_CHECKING:
+    from pipeline.sweep.record import Trial
+    from pipeline.sweep.space import SpaceFile
+    from pipeline.store.store import ArtifactStore
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A design beside a store."""
+
+    design: Design
+    sweep: str  # the id
+    base: Pipeline  # a variant; its shared stages are those of all trials
+    shared: list[str]  # stages that no trial changes, in order
+    own: list[str]  # stages that trials change
+
+    @property
+    def name(self) -> str:
+        """Under which the trials' artifacts are used, and the best trial's pipeline is written."""
+        return f"{self.design.pipeline.name}-sweep-{self.sweep[:8]}"
+
+    def shared_plan(self, store: ArtifactStore) -> Plan | None:
+        """What of the shared stages has to run first; None where nothing does."""
+        if not self.shared:
+            return None
+        plan = make_plan(self.base, store, only=self.shared)
+        return plan if plan.to_run else None
+
+
+def prepare(design: Design, file: SpaceFile, store: ArtifactStore) -> Prepared:
+    """Plan trials that differ in one value each.
+
+    Raises:
+        ConfigError: a source is missing, or values do not fit the inputs.
+    """
+    fingerprints: dict[str, set[str]] = {}
+    base: tuple[Pipeline, Plan] | None = None
+    for setting in examples(design):
+        try:
+            pipeline, plan = design.plan(setting, store)
+        except ConfigError as error:
+            if base is None:  # the pipeline's own
+                raise
+            path, where = _place(design, setting, error)
+            raise ConfigError([file.problem(path, *where)]) from error
+        base = base or (pipeline, plan)
+        for name, planned in plan.needed.items():
+            fingerprints.setdefault(name, set()).add(planned.fingerprint)
+    assert base is not None
+    shared = [name for name in base[1].needed if len(fingerprints[name]) == 1]
+    own = [name for name in base[1].needed if name not in shared]
+    for path in design.space.space if not own else ():
+        raise ConfigError([file.problem(("space", path), "its values give the same artifacts", "leave it out")])
+    return Prepared(design, design.sweep(base[1].needed[design.stage].fingerprint), base[0], shared, own)
+
+
+def check_values(prepared: Prepared, file: SpaceFile, store: ArtifactStore) -> None:
+    """Ask the stages about all example values again, once the shared artifacts are there.
+
+    Raises:
+        ConfigError: what these artifacts hold does not suit a value, such as a rung beyond the end of the training.
+    """
+    design = prepared.design
+    for setting in examples(design):
+        pipeline, plan = design.plan(setting, store)
+        names = {name for name in plan.needed if plan.needed[name].state == "run"}
+        if problems := check_inputs(pipeline, plan.needed, names):
+            path, where = _place(design, setting, ConfigError(problems))
+            raise ConfigError([file.problem(path, *where)])
+
+
+def _place(design: Design, setting: Setting, error: ConfigError) -> tuple[tuple[str, ...], tuple[str, str]]:
+    """The key of the space file that a setting was made to try, and what is wrong with its value."""
+    first, problem = next(examples(design)), error.problems[0]
+    path: tuple[str, ...] = ("rungs",) if setting.steps is not None else ("seeds",)
+    for swept, value in setting.values.items():
+        if value != first.values[swept]:
+            path = ("space", swept)
+    if path == ("seeds",) and setting.seed == first.seed:
+        path = ("space",)
+    return path, (f"{problem.path}: {problem.rule}", problem.remedy)
+
+
+# -- how much there is to do -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Estimate:
+    """What a sweep needs, in stage runs. Where the scheduler ends trials early, it is less."""
+
+    trials: int
+    kept: int  # trials that an earlier command has finished
+    needed: int = 0  # different stage runs
+    cached: int = 0
+    shared: int = 0  # of `needed`, those that all trials have in common
+    separate: int = 0  # stage runs of so many separate pipelines from an empty store
+    seconds: float = 0.0  # of those that are not cached, one after the other
+    unknown: list[str] = field(default_factory=list)  # stages that no earlier run has timed
+
+
+def estimate(prepared: Prepared, store: ArtifactStore, known: Collection[Trial]) -> Estimate:
+    """Count stage runs. Settings that are not drawn yet are drawn at random: their number is the same."""
+    design, space = prepared.design, prepared.design.space
+    over = {trial.number: trial for trial in known if trial.over}
+    found = Estimate(space.settings_to_try, len(over))
+    values = {trial.number: trial.values for trial in known}
+    drawn_as = space if space.search != "optuna" else space.model_copy(update={"search": "random"})
+    runs: dict[tuple[str, str], tuple[str, int | None, bool]] = {}  # artifact -> stage, steps, cached
+    for number in range(found.trials):
+        trial = values.get(number) or draw(drawn_as, design.mode, number)
+        for seed in design.seeds:
+            for steps in design.rungs:
+                _, plan = design.plan(Setting(trial, seed, steps), store)
+                ended = number in over or plan.needed[design.stage].artifact is not None
+                for name, planned in plan.needed.items():
+                    done = ended or planned.state == "cached"
+                    before = runs.get((planned.kind, planned.fingerprint), (name, steps, True))
+                    runs[planned.kind, planned.fingerprint] = name, before[1], done and before[2]
+            found.separate += len(plan.needed)
+    found.needed, found.cached = len(runs), sum(cached for _, _, cached in runs.values())
+    found.shared = len(prepared.shared)
+    seconds = {name: _seconds(design.pipeline.name, name, store) for name, _, _ in runs.values()}
+    for name, steps, cached in runs.values():
+        known_seconds = seconds[name]
+        if known_seconds is None:
+            found.unknown = list(dict.fromkeys([*found.unknown, name]))
+        elif not cached and (steps is None or name != design.trained):  # its rungs are parts of one training
+            found.seconds += known_seconds
+    return found
+
+
+def _seconds(pipeline: str, stage: str, store: ArtifactStore) -> float | None:
+    """What a stage took when this pipeline last ran it."""
+    last = history.recall(store, pipeline, stage)
+    if last is None:
+        return None
+    try:
+        for artifact in _candidates(store, last["fingerprint"]):
+            return artifact.manifest.seconds
+    except StoreError:
+        return None
+    return None
+
+
+def _candidates(store: ArtifactStore, fingerprint: str) -> Iterable[object]:
+    return ()
