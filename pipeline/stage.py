@@ -41,11 +41,13 @@ __all__ = [
     "Source",
     "Stage",
     "StageConfig",
+    "StopPoint",
     "edges",
     "local_path",
     "nodes",
     "open_source",
     "sources",
+    "stop_points",
     "unfingerprinted",
 ]
 
@@ -76,6 +78,15 @@ class NoFingerprintMark:
     """Marks a config field that cannot change the artifact, so that it never makes one stale."""
 
 
+@dataclass(frozen=True)
+class StopPointMark:
+    """Marks a config field that says how far a stage goes along its work; null, its default, is all of it.
+
+    Null is left out of the fingerprint. A stage that stops early and the same stage without the stop share what
+    survives a kill (`ArtifactWriter.progress_folder`), so that the later one goes on where the earlier one stopped.
+    """
+
+
 if TYPE_CHECKING:
     # To a type checker an edge is the string it is in YAML; Literal accepts the same subscripts.
     from typing import Literal as Input
@@ -92,6 +103,7 @@ DRIVER_CPUS = "TESSERA_DRIVER_CPUS"  # environment variable: the CPUs that a sub
 
 Source = Annotated[str, SourceMark()]
 NoFingerprint = NoFingerprintMark()  # use: `log_every: Annotated[int, NoFingerprint] = 10`
+StopPoint = StopPointMark()  # use: `stop_at: Annotated[int | None, StopPoint] = None`
 
 
 class Settings(BaseModel):
@@ -302,6 +314,11 @@ def nodes() -> list[dict[str, float]]:
 def unfingerprinted(config: BaseModel) -> list[str]:
     """Dotted paths of the fields that never change the artifact; a path stands for everything below it."""
     return [path for path, _, _ in _marked(config, NoFingerprintMark)]
+
+
+def stop_points(config: BaseModel) -> dict[str, Any]:
+    """Dotted paths of the fields that say how far the stage goes, with their values."""
+    return {path: value for path, _, value in _marked(config, StopPointMark)}
 
 
 def field_name(name: str, info: FieldInfo) -> str:

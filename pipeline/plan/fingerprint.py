@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
-from pipeline.stage import Stage, edges, sources, unfingerprinted
+from pipeline.stage import Stage, edges, sources, stop_points, unfingerprinted
 
 FORMAT = 1  # raise it when the meaning of an identity changes: then every artifact is computed again
 HEX_DIGITS = 24
@@ -39,7 +39,12 @@ def settings(config: BaseModel) -> dict[str, Any]:
 
 
 def identity(
-    uses: str, stage: Stage[Any], source_digests: Mapping[str, str], input_fingerprints: Mapping[str, str]
+    uses: str,
+    stage: Stage[Any],
+    source_digests: Mapping[str, str],
+    input_fingerprints: Mapping[str, str],
+    *,
+    whole: bool = False,
 ) -> Identity:
     """The identity of a stage.
 
@@ -48,6 +53,7 @@ def identity(
         stage: with its config.
         source_digests: dotted field path -> digest, for every source.
         input_fingerprints: dotted field path -> fingerprint, for every edge.
+        whole: as if it did not stop early.
     """
     config: BaseModel = stage.config
     ignored = unfingerprinted(config)
@@ -56,7 +62,8 @@ def identity(
         return not any(path == other or path.startswith(f"{other}.") for other in ignored)
 
     dumped = settings(config)
-    for path in [*ignored, *(edge.path for edge in edges(config)), *sources(config)]:
+    unset = [path for path, value in stop_points(config).items() if whole or value is None]
+    for path in [*ignored, *unset, *(edge.path for edge in edges(config)), *sources(config)]:
         _remove(dumped, path.split("."))
     return Identity(
         format=FORMAT,

@@ -45,6 +45,7 @@ class PlannedStage:
     inputs: dict[str, str]  # dotted field path -> stage name
     artifact: Artifact | None  # the cached one; None for a stage that must run
     identity: Identity = field(repr=False)
+    whole: str  # the fingerprint that it has when it does not stop early
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)  # path -> {address, digest, files, bytes}
 
     def to_json(self) -> dict[str, Any]:
@@ -138,9 +139,10 @@ def _planned(
     fed_by = {path: before[name].fingerprint for path, name in stage.inputs.items()}
     what = identity(stage.uses, stage.stage, digests, fed_by)
     name = fingerprint(what)
+    whole = fingerprint(identity(stage.uses, stage.stage, digests, fed_by, whole=True))
     artifact, damage = _look_up(store, stage.kind, name)
     planned = PlannedStage(
-        stage.name, stage.uses, stage.kind, name, "cached", [], stage.inputs, artifact, what, dict(sources)
+        stage.name, stage.uses, stage.kind, name, "cached", [], stage.inputs, artifact, what, whole, dict(sources)
     )
     if artifact is not None and not damage and not forced:
         return planned

@@ -213,7 +213,9 @@ class _Run:
         started = time.monotonic()
         self.display.begin(planned.name, planned.reasons)
         try:
-            with self.store.lease(planned.kind, planned.fingerprint, waiting=self._waiting):
+            with contextlib.ExitStack() as leases:
+                for name in dict.fromkeys((planned.whole, planned.fingerprint)):  # they share their progress
+                    leases.enter_context(self.store.lease(planned.kind, name, waiting=self._waiting))
                 result.artifact = self._adopt(planned)
                 result.state = "cached" if result.artifact else "failed"
                 if result.artifact is None:
@@ -289,7 +291,7 @@ class _Run:
         settings: dict[str, Any],
         tracked: StageTracker,
     ) -> Artifact:
-        started, output = time.monotonic(), self.store.begin(planned.kind, planned.fingerprint)
+        started, output = time.monotonic(), self.store.begin(planned.kind, planned.fingerprint, planned.whole)
         outcome: Outcome = entry.stage.run(
             Context(
                 name=planned.name,

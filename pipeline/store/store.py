@@ -96,13 +96,19 @@ class ArtifactStore:
             except ArtifactDamaged as error:
                 yield Damage(error.artifact, error.file, error.reason)
 
-    def begin(self, kind: str, fingerprint: str) -> ArtifactWriter:
+    def begin(self, kind: str, fingerprint: str, whole: str = "") -> ArtifactWriter:
         """A writer that continues what dead attempts have finished.
 
         Take the artifact's lease first where nobody else should write it at the same time.
+
+        Args:
+            kind: of the artifact.
+            fingerprint: of the artifact.
+            whole: of a stage that stops early, the fingerprint that it has without the stop: they share a
+                `progress_folder`, for which `whole` should be leased too.
         """
         _require_names(kind, fingerprint)
-        return ArtifactWriter(*attempts.begin(self.objects, f"{kind}/{fingerprint}"))
+        return ArtifactWriter(*attempts.begin(self.objects, f"{kind}/{fingerprint}"), whole)
 
     def discard(self, kind: str, fingerprint: str) -> None:
         """Delete an artifact and its unfinished remains, the manifest first: without it nobody reads the rest.

@@ -41,15 +41,16 @@ class ArtifactWriter:
     Putting the same name again replaces the earlier file. Nothing can be read before `commit`.
     """
 
-    def __init__(self, attempt: Attempt, lease: Lease | None = None) -> None:
+    def __init__(self, attempt: Attempt, lease: Lease | None = None, whole: str = "") -> None:
         self._attempt = attempt
         self._lease = lease  # the attempt's own, in the process that began it
         self._objects = attempt.objects
         self.kind, self.fingerprint = attempt.artifact.split("/")
+        self.whole = whole or self.fingerprint  # of a stage that stops early, its fingerprint without the stop
         self._scratch: Path | None = None
 
-    def __reduce__(self) -> tuple[type[ArtifactWriter], tuple[Attempt]]:
-        return ArtifactWriter, (self._attempt,)
+    def __reduce__(self) -> tuple[type[ArtifactWriter], tuple[Attempt, None, str]]:
+        return ArtifactWriter, (self._attempt, None, self.whole)
 
     def __repr__(self) -> str:
         return f"ArtifactWriter({self._objects.join(self.name)!r}, attempt {self._attempt.id})"
@@ -61,8 +62,11 @@ class ArtifactWriter:
 
     @property
     def progress_folder(self) -> Path:
-        """A local folder that survives a kill, and is deleted when the artifact is committed."""
-        folder = local_progress_folder(self._objects, self.name)
+        """A local folder that survives a kill, and is deleted when the artifact is committed.
+
+        A stage that stops early has the folder of the whole work, which stays until that is committed.
+        """
+        folder = local_progress_folder(self._objects, f"{self.kind}/{self.whole}")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -71,7 +75,7 @@ class ArtifactWriter:
         """The same on storage that all nodes share, for Ray Train's `storage_path`."""
         if self._objects.folder is not None:
             return str(self.progress_folder)
-        return self._objects.join(f"{self.name}.progress")
+        return self._objects.join(f"{self.kind}/{self.whole}.progress")
 
     @property
     def scratch(self) -> Path:
@@ -86,7 +90,7 @@ class ArtifactWriter:
 
         It survives the process, and is deleted when the artifact is committed.
         """
-        self._objects.put(f"{self.name}.progress/{name}", data)
+        self._objects.put(f"{self.kind}/{self.whole}.progress/{name}", data)
 
     def shard_done(self, index: int, suffix: str = ".parquet") -> FileEntry | None:
         """The entry of a shard that this attempt, or a dead one before it, has finished; None otherwise."""

@@ -56,6 +56,11 @@ class Training:
     steps_per_epoch: int
     device: torch.device
 
+    @property
+    def last_step(self) -> int:
+        """The number of steps after which it stops: all, or `stop_at`."""
+        return min(self.total_steps, self.settings.stop_at or self.total_steps)
+
 
 @dataclass(frozen=True)
 class BadStep:
@@ -77,7 +82,7 @@ def train(
     report_row: RowCallback = lambda row: None,
     leave_replay: LeaveReplay = lambda bad: "",
 ) -> TrainingState:
-    """Train to the end, from the last checkpoint where there is one.
+    """Train to the end or to `stop_at`, from the last checkpoint where there is one.
 
     Args:
         training: what to train, on which data, how; its method is moved to the device and changed in place.
@@ -90,13 +95,19 @@ def train(
         The final state; its `curves` hold every row, those before a resume included.
 
     Raises:
-        StageFailed: when a term or its gradient is not finite, or the features have collapsed (watch.py).
+        StageFailed: when a term or its gradient is not finite, or the features have collapsed (watch.py); when the
+            last checkpoint is beyond the step at which this training should stop.
     """
     settings, device = training.settings, training.device
     # Convolutions are faster with channels last (ResNet-18 on a CPU by a fifth); other layers do not care.
     method = training.method.to(device).to(memory_format=torch.channels_last).train()
     optimizer = build_optimizer(method, settings.optimizer)
     state = checkpoints.restore(method, optimizer)
+    if state.step > training.last_step:
+        raise StageFailed(
+            f"stop_at: this training has gone on to step {state.step} already, beyond {training.last_step} "
+            "(give a greater stop_at, or leave it out)"
+        )
     model: nn.Module = method
     if world_size() > 1:
         # A step may use only some of the parameters (a term that has nothing to say about this batch).
@@ -104,8 +115,8 @@ def train(
     checkpoint_every = settings.checkpoint_every or max(1, training.total_steps // 20)
     window, watch = Window(training), Watch(settings.watch, training.weights)
 
-    passes = training.data.batches(state.step * settings.accumulate, training.total_steps * settings.accumulate)
-    for index in range(state.step, training.total_steps):
+    passes = training.data.batches(state.step * settings.accumulate, training.last_step * settings.accumulate)
+    for index in range(state.step, training.last_step):
         step = Step(index, training.total_steps, training.steps_per_epoch)
         lr, decay = set_schedule(
             optimizer,
@@ -119,7 +130,7 @@ def train(
         method.before_update(step)
         norm = clip_gradients(method.parameters(), settings.optimizer)
         done = index + 1
-        must_save = done % checkpoint_every == 0 or done == training.total_steps
+        must_save = done % checkpoint_every == 0 or done == training.last_step
         logged = done % settings.log_every == 0 or must_save
         seen = watch.look(method, batch, precision=settings.precision) if logged else {}
         # Before the optimiser changes anything: a replay needs the parameters that this step had.

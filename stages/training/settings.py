@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.stage import NoFingerprint, Settings
+from pipeline.stage import NoFingerprint, Settings, StopPoint
 
 
 class OptimizerSettings(Settings):
@@ -79,6 +79,12 @@ class LoopSettings(Settings):
 
     epochs: float | None = Field(None, gt=0, description="passes over the images (all sources together)")
     steps: int | None = Field(None, ge=1, description="optimiser steps, instead of epochs")
+    stop_at: Annotated[int | None, StopPoint] = Field(
+        None,
+        ge=1,
+        description="stop after this many steps of the training, whose schedules keep their length; with a greater "
+        "stop_at, or none, the same training goes on from there",
+    )
     batch_size: int = Field(256, ge=1, description="images of one optimiser step, over all ranks and passes")
     accumulate: int = Field(
         1,
@@ -105,6 +111,8 @@ class LoopSettings(Settings):
             raise ValueError("epochs, steps: give exactly one of the two")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate: {self.accumulate} does not divide batch_size {self.batch_size}")
+        if self.steps is not None and self.stop_at is not None and self.stop_at >= self.steps:
+            raise ValueError(f"stop_at: the training has {self.steps} steps; leave stop_at out, or give fewer")
         drops = self.optimizer.lr_drops
         if drops and self.epochs is not None and max(drops) >= self.epochs:
             raise ValueError(

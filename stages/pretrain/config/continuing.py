@@ -12,7 +12,7 @@ from stages.training.settings import OptimizerSettings
 CONTINUE = "continue"  # the field, as YAML has it
 # May differ between the two stages: how long, and by what schedule. All else makes the kept state meaningless.
 SCHEDULE = [key for key in OptimizerSettings.model_fields if key.startswith(("lr", "warmup", "weight_decay"))]
-FREE = {"steps", "epochs", "keep_state", CONTINUE, *(f"optimizer.{key}" for key in SCHEDULE)}
+FREE = {"steps", "epochs", "stop_at", "keep_state", CONTINUE, *(f"optimizer.{key}" for key in SCHEDULE)}
 
 
 def continuing_problems(config: PretrainConfig, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:

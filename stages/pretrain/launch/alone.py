@@ -25,16 +25,18 @@ def device_of(config: PretrainConfig) -> str:
 def train_alone(config: PretrainConfig, context: Context, curves: CurveLog) -> Outcome:
     """Train here, from the last checkpoint where there is one, and write the artifact's files."""
     check_start(config, context, workers=1)
-    checkpoints = CheckpointFolder(context.output.progress_folder / "checkpoints", context.fingerprint, say=context.say)
+    checkpoints = CheckpointFolder(
+        context.output.progress_folder / "checkpoints", context.output.whole, say=context.say
+    )
     training = assemble(
         config,
         context.inputs,
         device=device_of(config),
         loader_workers=loader_workers(config, torch.get_num_threads()),
     )
-    curves.total = training.total_steps
+    curves.total = training.last_step
     leave_replay = leaver(config, context.inputs, training, context.output)
-    started = FromKeptState(checkpoints, context.inputs, training.total_steps)
+    started = FromKeptState(checkpoints, context.inputs, training.last_step)
     state = train(training, started, curves.add, leave_replay)
     for row in state.curves:  # what an earlier, interrupted process had logged belongs to this run's record too
         curves.add(row)

@@ -25,11 +25,11 @@ class FromKeptState:
     Args:
         checkpoints: of this training.
         inputs: artifacts by dotted input path; the one at "continue", if any, holds the state.
-        total_steps: of this training, those of the other stage included.
+        last_step: of this training, those of the other stage included.
     """
 
-    def __init__(self, checkpoints: Checkpoints, inputs: Mapping[str, Artifact], total_steps: int) -> None:
-        self.checkpoints, self.start, self.total_steps = checkpoints, inputs.get(CONTINUE), total_steps
+    def __init__(self, checkpoints: Checkpoints, inputs: Mapping[str, Artifact], last_step: int) -> None:
+        self.checkpoints, self.start, self.last_step = checkpoints, inputs.get(CONTINUE), last_step
         self.optimizer: torch.optim.Optimizer | None = None  # the training's, once it has begun
 
     def save(self, method: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
@@ -48,10 +48,10 @@ class FromKeptState:
             return state
         tensors, progress = (self.start.local(f"{FOLDER}/{name}") for name in STATE_FILES)
         state = read_state(tensors, progress, method, optimizer)
-        if state.step >= self.total_steps:
+        if state.step >= self.last_step:
             raise StageFailed(
                 f"continue: '{self.start.manifest.stage}' has made {state.step} steps, and this stage should make "
-                f"{self.total_steps} in all (give more epochs or steps: they count from the first stage's start)"
+                f"{self.last_step} in all (give more epochs or steps: they count from the first stage's start)"
             )
         return state
 

@@ -1,8 +1,8 @@
 """The driver's side of a training on Ray Train: what it asks for, and what it makes of the end.
 
 Imports no torch: driver and Ray Train's controller only start the workers (worker.py), and on a small machine every
-second of an import in them is a second until the first step. A training resumes because its Ray Train name is its
-fingerprint.
+second of an import in them is a second until the first step. A training resumes because its Ray Train name is the
+fingerprint of the whole training.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def train_on_ray(config: PretrainConfig, context: Context, curves: CurveLog) -> 
         "config": config.model_dump(mode="json", by_alias=True),
         "inputs": dict(context.inputs),
         "output": context.output,
-        "run": context.fingerprint,
+        "run": context.output.whole,
         "relay": relay,
         "cpus": int(cpus),
         "threads": max(1, int(cpus)),
@@ -55,7 +55,7 @@ def train_on_ray(config: PretrainConfig, context: Context, curves: CurveLog) -> 
             resources_per_worker={"CPU": cpus, **({"GPU": config.resources.gpus or 1} if use_gpu else {})},
         ),
         run_config=RunConfig(
-            name=context.fingerprint,
+            name=context.output.whole,
             storage_path=context.output.progress_address,
             failure_config=FailureConfig(max_failures=3),
             checkpoint_config=CheckpointConfig(num_to_keep=2),

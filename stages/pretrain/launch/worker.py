@@ -33,7 +33,7 @@ def work(job: dict[str, Any]) -> tuple[Outcome, list[dict[str, float]]] | None:
     """Train as the rank that this process is.
 
     Args:
-        job: what ray_train.py sends: "config" (JSON-able), "inputs", "output", "run" (the fingerprint),
+        job: what ray_train.py sends: "config" (JSON-able), "inputs", "output", "run" (what its checkpoints name),
             "relay", "cpus" and "threads".
 
     Returns:
@@ -58,10 +58,10 @@ def work(job: dict[str, Any]) -> tuple[Outcome, list[dict[str, float]]] | None:
         )
         report: Callable[[dict[str, float]], None] = lambda row: None  # noqa: E731
         if rank == 0:
-            relay.start.remote(training.total_steps)
+            relay.start.remote(training.last_step)
             report = relay.push.remote
         leave_replay = leaver(config, job["inputs"], training, job["output"])
-        started = FromKeptState(RayCheckpoints(job["run"], rank), job["inputs"], training.total_steps)
+        started = FromKeptState(RayCheckpoints(job["run"], rank), job["inputs"], training.last_step)
         state = train(training, started, report, leave_replay)
         if rank != 0:
             return None

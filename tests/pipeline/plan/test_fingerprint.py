@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 from pydantic import Field, SerializeAsAny
 
 from pipeline.plan.fingerprint import fingerprint, identity
-from pipeline.stage import Context, Input, NoFingerprint, Outcome, Resources, Settings, Source, Stage, StageConfig
+from pipeline.stage import (
+    Context,
+    Input,
+    NoFingerprint,
+    Outcome,
+    Resources,
+    Settings,
+    Source,
+    Stage,
+    StageConfig,
+    StopPoint,
+)
 
 
 class Inner(Settings):
@@ -45,6 +56,7 @@ class Config(StageConfig):
     words: frozenset[str] = frozenset()
     inner: SerializeAsAny[Inner] = Inner()
     log_every: Annotated[int, NoFingerprint] = 10
+    stop_at: Annotated[int | None, StopPoint] = None
     folders: Annotated[list[str], NoFingerprint] = Field(default=[])
 
 
@@ -143,6 +155,13 @@ def test_names_of_stages_do_not_count_but_what_they_made_does() -> None:
     two = {"images": ["a", "b"]}
     swapped = {"images.0": "f2", "images.1": "f1"}
     assert of(two, inputs={"images.0": "f1", "images.1": "f2"}) != of(two, inputs=swapped)
+
+
+def test_a_stop_counts_and_having_none_leaves_no_trace() -> None:
+    stopped = Thing(Config(stop_at=5))
+    assert of({"stop_at": 5}) not in (of(), of({"stop_at": 6}))
+    assert "stop_at" not in identity("thing", Thing(Config()), {}, {})["settings"]
+    assert fingerprint(identity("thing", stopped, {}, {"images": "f1"}, whole=True)) == of()
 
 
 def test_where_a_source_lies_does_not_count_but_its_content_does() -> None:
