@@ -1,1 +1,1 @@
-"""Sweeps: many trials of one pipeline with other settings, on Ray Tune. May import every other room of pipeline/ but cli."""
+"""Sweeps: many trials of one pipeline with other settings, on Ray Tune. May import all of pipeline/ but cli."""

@@ -15,13 +15,11 @@ from pipeline.config.document import nearest
 from pipeline.config.load import Pipeline, with_overrides
 from pipeline.errors import ConfigError, Problem
 from pipeline.plan.plan import Plan, make_plan
-from pipeline.stage import unfingerprinted
+from pipeline.stage import stop_points, unfingerprinted
 from pipeline.sweep.space import Seeds, Space, SpaceFile
 
 if TYPE_CHECKING:
     from pipeline.store.store import ArtifactStore
-
-STOP_AT = "stop_at"  # the setting of a stage that trains: the step after which it ends, with schedules of all steps
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,9 @@ class Design:
     def seeds(self) -> list[int | None]:
         """What every setting is tried with."""
         given = self.space.seeds
-        return list(given.values if isinstance(given, Seeds) else given or [None])
+        if given is None:
+            return [None]
+        return [*(given.values if isinstance(given, Seeds) else given)]
 
     @property
     def rungs(self) -> list[int | None]:
@@ -75,7 +75,7 @@ class Design:
         if setting.seed is not None:
             values |= dict.fromkeys(self.seed_paths, setting.seed)
         if setting.steps is not None and self.trained is not None:
-            values[f"stages.{self.trained}.{STOP_AT}"] = setting.steps
+            values[_stop_point(self.pipeline, self.trained)] = setting.steps
         varied = with_overrides(self.pipeline, [f"{path}={json.dumps(value)}" for path, value in values.items()])
         return only_what_feeds(varied, self.stage)
 
@@ -92,6 +92,11 @@ def only_what_feeds(pipeline: Pipeline, stage: str) -> Pipeline:
         if name in needed:
             needed |= set(pipeline.stages[name].inputs.values())
     return replace(pipeline, stages={name: entry for name, entry in pipeline.stages.items() if name in needed})
+
+
+def _stop_point(pipeline: Pipeline, stage: str) -> str:
+    """The dotted path of the setting that ends a stage early."""
+    return f"stages.{stage}.{next(iter(stop_points(pipeline.stages[stage].stage.config)))}"
 
 
 def make_design(pipeline: Pipeline, file: SpaceFile) -> Design:
@@ -120,7 +125,7 @@ def make_design(pipeline: Pipeline, file: SpaceFile) -> Design:
 
 
 def examples(design: Design) -> Iterator[Setting]:
-    """Settings that differ in one value each, by which it shows what depends on what is swept. The first is the base."""
+    """Settings that differ in one value each, to see what depends on what is swept. The first is the base."""
     first = {path: dimension.examples[0] for path, dimension in design.space.space.items()}
     seeds, rungs = design.seeds, design.rungs
     yield Setting(first, seeds[0])
@@ -214,7 +219,7 @@ def _trained(design: Design, file: SpaceFile, changed: list[str]) -> str | None:
     if not design.space.rung_steps:
         return None
     stages = design.pipeline.stages
-    able = [name for name in changed if STOP_AT in type(stages[name].stage.config).model_fields]
+    able = [name for name in changed if stop_points(stages[name].stage.config)]
     given = getattr(design.space.rungs, "stage", None)
     if given in able:
         return str(given)
@@ -225,7 +230,10 @@ def _trained(design: Design, file: SpaceFile, changed: list[str]) -> str | None:
         remedy = f"name one of {', '.join(able)}" if able else "leave rungs and scheduler out"
         raise ConfigError([file.problem(("rungs", "stage"), rule, remedy)])
     if able:
-        rule, remedy = f"the trials change several trainings: {', '.join(able)}", "say which: {stage: NAME, steps: [...]}"
+        rule, remedy = (
+            f"the trials change several trainings: {', '.join(able)}",
+            "say which: {stage: NAME, steps: [...]}",
+        )
     else:
         rule = f"the trials change no stage that can stop early ({', '.join(changed)})"
         remedy = "leave rungs and scheduler out"
@@ -239,7 +247,7 @@ def _seed_paths(design: Design, file: SpaceFile, changed: list[str]) -> tuple[st
     if given is None:
         return ()
     stages = design.pipeline.stages
-    trains = [name for name in changed if STOP_AT in type(stages[name].stage.config).model_fields]
+    trains = [name for name in changed if stop_points(stages[name].stage.config)]
     seeded = [name for name in trains or changed if "seed" in type(stages[name].stage.config).model_fields]
     if not seeded:
         rule, remedy = "the trials change no stage with a setting `seed`", "name it: {values: [...], paths: [...]}"

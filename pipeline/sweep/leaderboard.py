@@ -90,7 +90,9 @@ def csv_text(ledger: Ledger) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*fixed, *paths, "error"])
     for row in rows(ledger):
-        values = [value if isinstance(value, int | float | str) else json.dumps(value) for value in row["values"].values()]
+        values = [
+            value if isinstance(value, int | float | str) else json.dumps(value) for value in row["values"].values()
+        ]
         writer.writerow([*(row[key] for key in fixed), *values, " ".join(row["error"].split())])
     return out.getvalue()
 

@@ -39,7 +39,14 @@ QUIET = {
 }
 
 
-class Proposals(Searcher):
+class _OnlyHere:
+    """Part of what Tune pickles when an experiment begins, so that it could restore it, which a sweep never asks."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Proposals(_OnlyHere, Searcher):
     """Hands the ledger's trials to Tune, and what Tune says of them to the ledger."""
 
     def __init__(self, ledger: Ledger) -> None:
@@ -84,7 +91,7 @@ class Proposals(Searcher):
             self.ledger.add(number, Rung(**json.loads(result[t.REPORT])))
 
 
-class _WhenHopeless(tune.Stopper):
+class _WhenHopeless(_OnlyHere, tune.Stopper):
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
 
@@ -95,7 +102,7 @@ class _WhenHopeless(tune.Stopper):
         return self.ledger.hopeless
 
 
-class _Began(tune.Callback):
+class _Began(_OnlyHere, tune.Callback):
     """Calls a function when the first trial is on its way, so that what it does costs no time of the trials."""
 
     def __init__(self, began: Callable[[], None]) -> None:
@@ -130,7 +137,7 @@ def run_trials(
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     for noisy in ("ray.tune", "ray.train"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what fails is in our own lines
     trainable = tune.with_parameters(t.TrialProcess, design=design, store=store, name=name)
     resources = {"CPU": slots.cpus, "GPU": slots.gpus} if slots.cpus else {"CPU": 0}
     with tempfile.TemporaryDirectory(prefix="tessera-sweep-") as folder:
@@ -150,6 +157,7 @@ def run_trials(
                 verbose=0,
                 stop=_WhenHopeless(ledger),
                 failure_config=tune.FailureConfig(max_failures=LOST),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the stages keep their own
                 callbacks=[_Began(began)],
             ),
         )

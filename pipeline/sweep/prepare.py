@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import contextlib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,9 @@ from pipeline.sweep.design import Design, Setting, examples
 from pipeline.sweep.draw import draw
 
 if TYPE_CHECKING:
+    from pipeline.store.store import ArtifactStore
     from pipeline.sweep.record import Trial
     from pipeline.sweep.space import SpaceFile
-    from pipeline.store.store import ArtifactStore
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ def prepare(design: Design, file: SpaceFile, store: ArtifactStore) -> Prepared:
     assert base is not None
     shared = [name for name in base[1].needed if len(fingerprints[name]) == 1]
     own = [name for name in base[1].needed if name not in shared]
-    for path in design.space.space if not own else ():
-        raise ConfigError([file.problem(("space", path), "its values give the same artifacts", "leave it out")])
+    if not own:
+        raise ConfigError([file.problem(("space",), "its values give the same artifacts", "give others")])
     return Prepared(design, design.sweep(base[1].needed[design.stage].fingerprint), base[0], shared, own)
 
 
@@ -134,7 +135,7 @@ def estimate(prepared: Prepared, store: ArtifactStore, known: Collection[Trial])
             found.separate += len(plan.needed)
     found.needed, found.cached = len(runs), sum(cached for _, _, cached in runs.values())
     found.shared = len(prepared.shared)
-    seconds = {name: _seconds(design.pipeline.name, name, store) for name, _, _ in runs.values()}
+    seconds = {name: _seconds(prepared, name, store) for name, _, _ in runs.values()}
     for name, steps, cached in runs.values():
         known_seconds = seconds[name]
         if known_seconds is None:
@@ -144,18 +145,13 @@ def estimate(prepared: Prepared, store: ArtifactStore, known: Collection[Trial])
     return found
 
 
-def _seconds(pipeline: str, stage: str, store: ArtifactStore) -> float | None:
-    """What a stage took when this pipeline last ran it."""
-    last = history.recall(store, pipeline, stage)
-    if last is None:
-        return None
-    try:
-        for artifact in _candidates(store, last["fingerprint"]):
-            return artifact.manifest.seconds
-    except StoreError:
-        return None
+def _seconds(prepared: Prepared, stage: str, store: ArtifactStore) -> float | None:
+    """What a stage took when this sweep or its pipeline last ran it; None where that is not known."""
+    for pipeline in (prepared.name, prepared.design.pipeline.name):
+        last = history.recall(store, pipeline, stage)
+        if last is not None:
+            with contextlib.suppress(StoreError):
+                artifact = store.find(prepared.design.pipeline.stages[stage].kind, last["fingerprint"])
+                if artifact is not None:
+                    return artifact.manifest.seconds
     return None
-
-
-def _candidates(store: ArtifactStore, fingerprint: str) -> Iterable[object]:
-    return ()

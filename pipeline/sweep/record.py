@@ -100,20 +100,20 @@ class Records:
         """Replace the record of a trial."""
         self.store.write_record(f"{FOLDER}/{self.sweep}/trial-{trial.number:04}", trial.to_json())
 
-    def begin(self, identity: Mapping[str, Any]) -> list[str]:
+    def begin(self, identity: Mapping[str, Any]) -> list[str] | None:
         """Note that this sweep is the pipeline's last one.
 
         Args:
             identity: what makes it this sweep, in JSON's types.
 
         Returns:
-            What it has otherwise than the last sweep of this pipeline: dotted paths; none for the same sweep, or the
-            first.
+            None for the pipeline's first sweep, and for its last one continued. Else the dotted paths of what differs
+            in the space; none where the pipeline differs.
         """
         before = self.store.read_record(self._last)
         self.store.write_record(self._last, {"sweep": self.sweep, "identity": dict(identity)})
         self.store.write_record(f"{FOLDER}/{self.sweep}/sweep", {"identity": dict(identity)})
         if before is None or before.get("sweep") == self.sweep:
-            return []
+            return None
         old, new = flatten(before["identity"]), flatten(identity)
         return [path for path in dict.fromkeys([*new, *old]) if old.get(path) != new.get(path)]

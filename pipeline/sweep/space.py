@@ -1,9 +1,9 @@
 """The space file of a sweep: which settings are tried, how they are drawn, and what decides. Imports nothing heavy.
 
-    objective: knn.top1
-    space:
-      stages.cotap.method.weights.sc_patch: {loguniform: [0.1, 10]}
-    trials: 12
+objective: knn.top1
+space:
+  stages.cotap.method.weights.sc_patch: {loguniform: [0.1, 10]}
+trials: 12
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class Dimension(Settings):
 class Rungs(Settings):
     """When trials are looked at before their end."""
 
-    stage: str | None = Field(None, description="the training that is looked at; default: the one that the trials change")
+    stage: str | None = Field(
+        None, description="the training that is looked at; default: the one that the trials change"
+    )
     steps: list[int] = Field(min_length=1, description="steps of that training, rising")
 
 
@@ -103,7 +105,9 @@ class Space(Settings):
         elif self.trials is None:
             raise ValueError("trials: say how many settings are to be tried")
         if self.search == "optuna" and any(dimension.grid is not None for dimension in self.space.values()):
-            raise ValueError("search: optuna draws where it expects the best, not evenly; write choice in place of grid")
+            raise ValueError(
+                "search: optuna draws where it expects the best, not evenly; write choice in place of grid"
+            )
         if self.scheduler != "none" and self.rungs is None:
             raise ValueError(f"scheduler: {self.scheduler} compares trials before their end; give rungs: [STEPS, ...]")
         if any(late <= early for early, late in zip([0, *self.rung_steps], self.rung_steps, strict=False)):
