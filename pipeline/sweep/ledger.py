@@ -30,6 +30,9 @@ class Ledger:
         self.trials = {trial.number: trial for trial in records.trials()}
         self.kept = [trial.number for trial in self.trials.values() if trial.over]
         self._waiting = [n for n in range(self.total) if n not in self.kept]
+        for trial in self.trials.values():
+            if not trial.over:  # interrupted, or failed: it begins again
+                self.trials[trial.number] = Trial(trial.number, trial.values)
 
     @property
     def over(self) -> list[Trial]:

@@ -45,6 +45,10 @@ def best_pipeline(prepared: Prepared, best: Trial) -> str:
     pipeline = design.variant(Setting(best.values, design.seeds[0]))
     plain: dict[str, Any] = pipeline.plain()
     left_out = [name for name in plain["stages"] if name not in pipeline.stages]
+    stages = {
+        name: {"uses": entry.uses, **entry.stage.config.model_dump(mode="json", by_alias=True, exclude_unset=True)}
+        for name, entry in pipeline.stages.items()
+    }
     rung = best.rungs[-1]
     head = [
         f"Trial {best.number} of the sweep {prepared.sweep} over {pipeline.file.name}: {design.space.objective} "
@@ -58,7 +62,7 @@ def best_pipeline(prepared: Prepared, best: Trial) -> str:
         **{key: value for key, value in plain.items() if key not in ("description", "stages")},
         "name": prepared.name,
         "store": pipeline.store,
-        "stages": {name: plain["stages"][name] for name in pipeline.stages},
+        "stages": stages,
     }
     order = ["name", "store", "tracking", *sorted(whole.keys() - {"name", "store", "tracking", "stages"}), "stages"]
     ordered = {key: whole[key] for key in order if key in whole}
@@ -82,8 +86,12 @@ class Publisher:
     tracker: Tracker
     sent: set[int] = field(default_factory=set)
 
-    def start(self) -> None:
-        """Open the parent run, and send the trials that earlier commands have finished."""
+    def start(self, *, required: bool = False) -> None:
+        """Open the parent run, and send the trials that earlier commands have finished.
+
+        Raises:
+            TrackingAway: with `required`, the run cannot be opened.
+        """
         space = self.prepared.design.space
         tags = {
             "tessera.pipeline": self.prepared.design.pipeline.name,
@@ -92,7 +100,7 @@ class Publisher:
             "tessera.search": f"{space.search}, {type(sampler(space, 0)).__name__}, seed {space.seed}",
             "tessera.scheduler": space.scheduler,
         }
-        self.tracker.start(self.prepared.name, tags)
+        self.tracker.start(self.prepared.name, tags, required=required)
         for trial in list(self.ledger.trials.values()):
             self.trial(trial)
 

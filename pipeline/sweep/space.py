@@ -163,6 +163,10 @@ class SpaceFile:
         if complaints:
             raise ConfigError(sorted(dict.fromkeys(complaints), key=lambda problem: problem.line or 0))
 
+    def plain(self) -> dict[str, Any]:
+        """The whole space as one mapping, as a file without `extends` would have it."""
+        return {key: value for key, value in self.document.plain().items() if key != "extends"}
+
     def problem(self, path: tuple[Key, ...], rule: str, remedy: str = "") -> Problem:
         """A broken rule that is found after reading, with the line of its value."""
         place = self.document.place_of(path)

@@ -125,6 +125,8 @@ class _Sweep:
             self.display.say(f"{len(self.ledger.kept)} of {self.ledger.total} trials were finished before: kept")
         status = FAILED
         try:
+            if self.prepared.base.tracking_required:
+                self.publisher.start(required=True)
             if self.ledger.left:
                 self.run_shared()
                 self.run_trials()
@@ -177,10 +179,10 @@ class _Sweep:
         return self.cluster
 
     def close(self, status: str) -> None:
-        self.result.files = files(self.prepared, self.ledger)
-        if self.ledger.trials:
+        if status != KILLED and self.ledger.over:
+            self.result.files = files(self.prepared, self.ledger)
             self.publisher.start()
-            self.publisher.finish(status, self.result.files)
+        self.publisher.finish(status, self.result.files)
         if self.cluster is not None:
             from pipeline.run import cluster
 

@@ -69,8 +69,9 @@ def test_all_problems_are_said_at_once(sweeps: Sweeps) -> None:
 
 
 def test_the_line_of_a_value_is_named(sweeps: Sweeps) -> None:
-    text = f"objective: judge.score\ntrials: 2\nspace:\n  {NEAR}: {{uniform: [0, 1]}}\n  stages.scaled.facto: {{choice: [1]}}\n"
-    (sweeps.workshop.folder / "s.yaml").write_text(text)
+    lines = ["objective: judge.score", "trials: 2", "space:", f"  {NEAR}: {{uniform: [0, 1]}}"]
+    lines.append("  stages.scaled.facto: {choice: [1]}")
+    (sweeps.workshop.folder / "s.yaml").write_text("\n".join(lines))
     shown = sweeps.workshop.tessera("sweep", "p.yaml", "--space", "s.yaml", code=2)
     assert shown.stderr.startswith("error: s.yaml:5: space.stages.scaled.facto: unknown key 'facto'")
 

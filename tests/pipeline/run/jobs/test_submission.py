@@ -99,3 +99,17 @@ def test_the_command_runs_the_named_python_or_the_first_that_exists(write: Write
     shown = subprocess.run(named.entrypoint, shell=True, capture_output=True, text=True, check=True)
     assert shown.stdout == "start_tessera.py run p.yaml --only=slic\n"
     assert subprocess.run(["sh", "-n", "-c", make_submission(pipeline).entrypoint], check=False).returncode == 0
+
+
+def test_a_sweep_is_sent_as_its_pipeline_and_one_space_file(write: Write) -> None:
+    pipeline = load_pipeline(write(PIPELINE, "p.yaml"))
+    write("objective: j.m\ntrials: 4\nspace: {stages.slic.ratio: {uniform: [0, 1]}}", "base.yaml")
+    made = make_submission(pipeline, space=write("extends: base.yaml\ntrials: 2", "s.yaml"), python="python3")
+    assert shlex.split(made.entrypoint)[2:] == ["start_tessera.py", "sweep", "--space=space.yaml", "p.yaml"]
+    sent = made.package.files["space.yaml"]
+    assert isinstance(sent, str)
+    assert yaml.safe_load(sent) == {
+        "objective": "j.m",
+        "trials": 2,
+        "space": {"stages.slic.ratio": {"uniform": [0, 1]}},
+    }
