@@ -55,6 +55,8 @@ class SilentDisplay(RunDisplay):
 class TrialProcess(tune.Trainable):
     """What Ray Tune runs. `step` is one rung."""
 
+    end: Rung | None  # of a trial that is in the store as a whole
+
     def setup(self, config: dict[str, Any], design: Design, store: ArtifactStore, name: str) -> None:
         """Called once a process; `reset_config` at every further trial."""
         self.design, self.store, self.name = design, store, name
@@ -63,7 +65,7 @@ class TrialProcess(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Begin another trial in the same process."""
         self.values: dict[str, Any] = json.loads(new_config["values"])
-        self.at = 0
+        self.at, self.end = 0, None
         return True
 
     def step(self) -> dict[str, Any]:
@@ -88,10 +90,11 @@ class TrialProcess(tune.Trainable):
 
     def _next_rung(self, display: SilentDisplay) -> Rung:
         last = len(self.design.rungs) - 1
-        if self.at == 0 and self.at < last:
-            with_end = known_rung(self.design, self.store, self.values, last)
-            if with_end is not None:  # the whole trial is in the store already
-                return with_end
+        if self.at == 0:
+            self.end = known_rung(self.design, self.store, self.values, last)
+        if self.end is not None:  # the whole trial is in the store: of its rungs, too, nothing is computed
+            known = (known_rung(self.design, self.store, self.values, index) for index in range(self.at, last))
+            return next((rung for rung in known if rung is not None), self.end)
         return look(self.design, self.store, self.values, self.at, self.name, display)
 
 
