@@ -40,7 +40,8 @@ class Design:
     stage: str  # of the objective
     metric: str
     mode: str
-    trained: str | None  # the stage that the rungs are steps of
+    changed: tuple[str, ...]  # the stages that trials change, in order
+    trained: str | None  # the one of them that the rungs are steps of
     seed_paths: tuple[str, ...]
 
     @property
@@ -112,12 +113,13 @@ def make_design(pipeline: Pipeline, file: SpaceFile) -> Design:
     if problems:
         raise ConfigError(problems)
     mode = space.mode or pipeline.stages[stage].stage.objectives.get(metric, "max")
-    design = Design(only_what_feeds(pipeline, stage), space, stage, metric, mode, None, ())
+    design = Design(only_what_feeds(pipeline, stage), space, stage, metric, mode, (), None, ())
     problems = list(_value_problems(design, file))
     if problems:
         raise ConfigError(problems)
     changed = _changed_stages(design)
-    design = replace(design, trained=_trained(design, file, changed), seed_paths=_seed_paths(design, file, changed))
+    trained, seeds = _trained(design, file, changed), _seed_paths(design, file, changed)
+    design = replace(design, changed=tuple(changed), trained=trained, seed_paths=seeds)
     problems = list(_added_problems(design, file))
     if problems:
         raise ConfigError(problems)
@@ -201,6 +203,7 @@ def _stage_names(pipeline: Pipeline) -> set[str]:
 def _changed_stages(design: Design) -> list[str]:
     """The stages that the swept values change, or that read one of these; in order."""
     first, *others = [design.variant(setting) for setting in examples(replace(design, space=_without_rungs(design)))]
+    others.append(design.pipeline)
     changed: list[str] = []
     for name, entry in first.stages.items():
         own = any(name not in other.stages or other.stages[name].stage.config != entry.stage.config for other in others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipeline.sweep.draw import make_study
@@ -11,15 +12,20 @@ from pipeline.sweep.leaderboard import short_names
 
 if TYPE_CHECKING:
     from pipeline.sweep.ledger import Ledger
+    from pipeline.sweep.record import Trial
 
-LEAST = 4  # finished trials for an importance that means anything
+LEAST = 4  # trials for an importance that means anything
 EVALUATOR = "PED-ANOVA"
 
 
 def pictures(ledger: Ledger) -> dict[str, bytes]:
-    """File name -> PNG; without the pictures that so few trials do not make."""
-    finished = [trial for trial in ledger.trials.values() if trial.state == "finished"]
-    if len(finished) < 2:
+    """File name -> PNG; without the pictures that so few trials do not make.
+
+    Compared are the trials at the last rung that at least half of them have reached: a scheduler leaves only few to
+    their end.
+    """
+    rung, compared = _comparable(ledger)
+    if len(compared) < 2:
         return {}
     import matplotlib
 
@@ -28,22 +34,37 @@ def pictures(ledger: Ledger) -> dict[str, bytes]:
     from optuna.importance import PedAnovaImportanceEvaluator
     from optuna.visualization.matplotlib import plot_parallel_coordinate, plot_param_importances
 
-    names = short_names(ledger.design)
-    for trial in finished:
-        assert trial.values.keys() == names.keys()
-    study = make_study(ledger.design.space.space, ledger.design.mode, finished)
+    design, names = ledger.design, short_names(ledger.design)
+    steps = design.rungs[rung]
+    title = f"{design.space.objective} " + ("at the end" if steps is None else f"at step {steps}")
+    study = make_study({names[path]: d for path, d in design.space.space.items()}, design.mode, compared)
     drawn = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna calls its pictures experimental
-        plot_parallel_coordinate(study, target_name=ledger.design.space.objective)
+        axes = plot_parallel_coordinate(study, target_name=design.space.objective)
+        axes.set_title(f"{title}, {len(compared)} trials")
         drawn["parallel_coordinates.png"] = _png(plt, 2 + 1.8 * (1 + len(names)))
-        varied = [p for p in names if len({repr(trial.values[p]) for trial in finished}) > 1]
-        if len(finished) >= LEAST and varied:
+        varied = [name for name in names.values() if len({repr(trial.values[name]) for trial in compared}) > 1]
+        if len(compared) >= LEAST and varied:
             # Optuna's default evaluator differs between its versions: named, the picture means the same in all.
             axes = plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), params=varied)
-            axes.set_title(f"importance for {ledger.design.space.objective} ({EVALUATOR}, {len(finished)} trials)")
+            axes.set_title("", loc="left")
+            axes.set_title(f"importance for {title} ({EVALUATOR}, {len(compared)} trials)")
             drawn["importances.png"] = _png(plt, 9.0)
     return drawn
+
+
+def _comparable(ledger: Ledger) -> tuple[int, list[Trial]]:
+    """A rung, and the trials that have reached it, as if it were their end, with short names of their settings."""
+    names, found = short_names(ledger.design), [trial for trial in ledger.trials.values() if trial.over]
+    for rung in reversed(range(len(ledger.design.rungs))):
+        reached = [(trial, at) for trial in found for at in trial.rungs if at.index == rung]
+        if 2 * len(reached) >= len(found):
+            break
+    return rung, [
+        replace(trial, state="finished", rungs=[at], values={names[path]: trial.values[path] for path in names})
+        for trial, at in reached
+    ]
 
 
 def _png(plt: object, width: float) -> bytes:

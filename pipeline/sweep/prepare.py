@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pipeline.config.load import Pipeline
-from pipeline.errors import ConfigError, StoreError
+from pipeline.errors import ConfigError, Problem, StoreError
 from pipeline.plan import history
-from pipeline.plan.plan import Plan, check_inputs, make_plan
+from pipeline.plan.plan import Plan, make_plan
 from pipeline.sweep.design import Design, Setting, examples
 from pipeline.sweep.draw import draw
 
@@ -52,18 +52,12 @@ def prepare(design: Design, file: SpaceFile, store: ArtifactStore) -> Prepared:
     fingerprints: dict[str, set[str]] = {}
     base: tuple[Pipeline, Plan] | None = None
     for setting in examples(design):
-        try:
-            pipeline, plan = design.plan(setting, store)
-        except ConfigError as error:
-            if base is None:  # the pipeline's own
-                raise
-            path, where = _place(design, setting, error)
-            raise ConfigError([file.problem(path, *where)]) from error
+        pipeline, plan = _plan(design, setting, file, store)
         base = base or (pipeline, plan)
         for name, planned in plan.needed.items():
             fingerprints.setdefault(name, set()).add(planned.fingerprint)
     assert base is not None
-    shared = [name for name in base[1].needed if len(fingerprints[name]) == 1]
+    shared = [name for name in base[1].needed if len(fingerprints[name]) == 1 and name not in design.changed]
     own = [name for name in base[1].needed if name not in shared]
     if not own:
         raise ConfigError([file.problem(("space",), "its values give the same artifacts", "give others")])
@@ -76,25 +70,28 @@ def check_values(prepared: Prepared, file: SpaceFile, store: ArtifactStore) -> N
     Raises:
         ConfigError: what these artifacts hold does not suit a value, such as a rung beyond the end of the training.
     """
-    design = prepared.design
-    for setting in examples(design):
-        pipeline, plan = design.plan(setting, store)
-        names = {name for name in plan.needed if plan.needed[name].state == "run"}
-        if problems := check_inputs(pipeline, plan.needed, names):
-            path, where = _place(design, setting, ConfigError(problems))
-            raise ConfigError([file.problem(path, *where)])
+    for setting in examples(prepared.design):
+        _plan(prepared.design, setting, file, store)
 
 
-def _place(design: Design, setting: Setting, error: ConfigError) -> tuple[tuple[str, ...], tuple[str, str]]:
-    """The key of the space file that a setting was made to try, and what is wrong with its value."""
-    first, problem = next(examples(design)), error.problems[0]
-    path: tuple[str, ...] = ("rungs",) if setting.steps is not None else ("seeds",)
-    for swept, value in setting.values.items():
-        if value != first.values[swept]:
-            path = ("space", swept)
-    if path == ("seeds",) and setting.seed == first.seed:
-        path = ("space",)
-    return path, (f"{problem.path}: {problem.rule}", problem.remedy)
+def _plan(design: Design, setting: Setting, file: SpaceFile, store: ArtifactStore) -> tuple[Pipeline, Plan]:
+    """Plan a trial. What is wrong with a value of the space is said at its place there, all else at the pipeline's."""
+    try:
+        return design.plan(setting, store)
+    except ConfigError as error:
+        raise ConfigError([_placed(design, setting, file, problem) for problem in error.problems]) from error
+
+
+def _placed(design: Design, setting: Setting, file: SpaceFile, problem: Problem) -> Problem:
+    swept = [path for path in design.space.space if f"{problem.path}.".startswith(f"{path}.")]
+    if swept:
+        return file.problem(("space", swept[0]), problem.rule, problem.remedy)
+    first = next(examples(design))
+    if setting == first:
+        return problem
+    varied = [path for path, value in setting.values.items() if value != first.values[path]]
+    where = ("space", *varied) if varied else ("rungs",) if setting.steps is not None else ("seeds",)
+    return file.problem(where, f"{problem.path}: {problem.rule}", problem.remedy)
 
 
 # -- how much there is to do -----------------------------------------------------------------------------------------

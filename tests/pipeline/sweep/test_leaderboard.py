@@ -70,6 +70,8 @@ def test_pictures_need_trials(sweeps: Sweeps) -> None:
     drawn = pictures(make_ledger(sweeps, [ended(n, n + 1.0, n + 2.0) for n in range(6)]))
     assert set(drawn) == {"parallel_coordinates.png", "importances.png"}
     assert all(picture.startswith(b"\x89PNG") for picture in drawn.values())
+    early = pictures(make_ledger(sweeps, [ended(0, 1.0, 2.0), *(stopped(n, n + 1.0) for n in range(1, 6))]))
+    assert set(early) == set(drawn), "trials that a scheduler has stopped are compared at their rung"
 
 
 def test_names_are_as_short_as_they_can_be(sweeps: Sweeps) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,7 @@ def test_upstream_runs_once_a_repetition_costs_nothing_and_the_best_is_cached(on
     assert set(plan.values()) == {"cached"}
     out = sweeps.workshop.folder / "out"
     assert yaml.safe_load((out / "best.yaml").read_text())["stages"]["training"]["weights"] == {"near": 3}
-    rows = list(csv.DictReader((out / "leaderboard.csv").open()))
+    rows = list(csv.DictReader(io.StringIO((out / "leaderboard.csv").read_text())))
     assert [(row["rank"], row[NEAR], row["state"]) for row in rows] == [
         (str(i), str(4 - i), "finished") for i in (1, 2, 3)
     ]
@@ -103,6 +104,7 @@ def test_a_trial_that_is_in_the_store_costs_nothing(on_ray: Callable[[], Sweeps]
     assert sweeps.ran() == before
 
 
+@pytest.mark.chaos  # for its length
 def test_more_trials_continue_a_sweep_and_another_space_is_told_apart(on_ray: Callable[[], Sweeps]) -> None:
     sweeps = on_ray()
     first = sweeps.run({**SPACE, "trials": 2})
@@ -118,6 +120,7 @@ def test_more_trials_continue_a_sweep_and_another_space_is_told_apart(on_ray: Ca
     assert "another sweep than the last one of p: the pipeline has changed" in said
 
 
+@pytest.mark.chaos  # for its length
 def test_a_trial_that_fails_is_kept_and_named_and_the_others_go_on(on_ray: Callable[[], Sweeps]) -> None:
     sweeps = on_ray()
     fails = ("--set", "stages.training.fail_above=2")
@@ -151,6 +154,7 @@ def test_what_shared_artifacts_show_is_said_before_the_first_trial(on_ray: Calla
     assert sweeps.ran() == ["numbers", "scaled"]
 
 
+@pytest.mark.chaos  # for its length
 def test_median_stops_what_is_below_the_middle(on_ray: Callable[[], Sweeps]) -> None:
     sweeps = on_ray()
     space = {**GRID, "space": {NEAR: {"grid": [3, 2.5, 2, 0]}}, "scheduler": "median", "rungs": [10], "concurrent": 1}
@@ -164,6 +168,7 @@ def test_processes_stay_from_trial_to_trial(on_ray: Callable[[], Sweeps]) -> Non
     assert len({line.split("pid=")[1] for line in sweeps.workshop.ran if "pid=" in line}) == 1
 
 
+@pytest.mark.chaos  # for its length
 def test_trials_leave_the_history_of_the_pipeline_alone(on_ray: Callable[[], Sweeps]) -> None:
     sweeps = on_ray()
     sweeps.workshop.tessera("run", "p.yaml")
