@@ -52,6 +52,8 @@ def remark(ledger: Ledger) -> str:
     best = ledger.best()
     if best is None:
         return "no trial was finished"
+    if sum(trial.state == "finished" for trial in ledger.trials.values()) < 2:
+        return f"only trial {best.number} was finished: there is nothing to compare it with"
     if len(ledger.design.seeds) < 2:
         return (
             "one seed a setting: differences as small as those between two seeds mean nothing (`seeds: [0, 1, 2]` in "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -126,13 +126,12 @@ def estimate(prepared: Prepared, store: ArtifactStore, known: Collection[Trial])
                 _, plan = design.plan(Setting(trial, seed, steps), store)
                 ended = number in over or plan.needed[design.stage].artifact is not None
                 for name, planned in plan.needed.items():
-                    done = ended or planned.state == "cached"
-                    before = runs.get((planned.kind, planned.fingerprint), (name, steps, True))
-                    runs[planned.kind, planned.fingerprint] = name, before[1], done and before[2]
+                    if planned.state == "cached" or not ended:  # what has ended needs nothing more
+                        runs[planned.kind, planned.fingerprint] = name, steps, planned.state == "cached"
             found.separate += len(plan.needed)
     found.needed, found.cached = len(runs), sum(cached for _, _, cached in runs.values())
     found.shared = len(prepared.shared)
-    seconds = {name: _seconds(prepared, name, store) for name, _, _ in runs.values()}
+    seconds = {name: _seconds(prepared, name, store, over.values()) for name, _, _ in runs.values()}
     for name, steps, cached in runs.values():
         known_seconds = seconds[name]
         if known_seconds is None:
@@ -142,9 +141,19 @@ def estimate(prepared: Prepared, store: ArtifactStore, known: Collection[Trial])
     return found
 
 
-def _seconds(prepared: Prepared, stage: str, store: ArtifactStore) -> float | None:
-    """What a stage took when this sweep or its pipeline last ran it; None where that is not known."""
-    for pipeline in (prepared.name, prepared.design.pipeline.name):
+def _seconds(prepared: Prepared, stage: str, store: ArtifactStore, over: Iterable[Trial]) -> float | None:
+    """What a stage took when this sweep or its pipeline last ran it; None where that is not known.
+
+    A training, which trials make in parts, took what it did in the finished trials.
+    """
+    design, names = prepared.design, (prepared.name, prepared.design.pipeline.name)
+    if stage == design.trained:
+        parts = [[rung.stages.get(stage, 0.0) for rung in trial.rungs] for trial in over if trial.state == "finished"]
+        whole = [sum(seconds) / len(design.seeds) for seconds in parts if all(seconds)]
+        if whole:
+            return sum(whole) / len(whole)
+        names = names[1:]
+    for pipeline in names:
         last = history.recall(store, pipeline, stage)
         if last is not None:
             with contextlib.suppress(StoreError):

@@ -27,7 +27,7 @@ stages:
       global_crops: {{size: 32, count: 2, scale: [0.4, 1.0]}}
       local_crops: {{size: 16, count: 2, scale: [0.05, 0.4]}}
       head: {{prototypes: 32, hidden: 32, bottleneck: 16}}
-    steps: 12
+    epochs: 6
     batch_size: 4
     loader_workers: 0
     resources: {{workers: {workers}, cpus: 1}}
@@ -54,7 +54,7 @@ def test_trials_of_real_stages(
     config.write_text(PIPELINE.format(store=tmp_path / "store", source=tmp_path / "photos", workers=workers))
     space.write_text(json.dumps(SPACE))
     command = ["sweep", str(config), "--space", str(space), "--to", str(tmp_path / "out"), "--json"]
-    assert main([*command, "--set", "stages.train.steps=4"]) == 2
+    assert main([*command, "--set", "stages.train.epochs=2"]) == 2
     assert "4 is not before the end of this training of 4 steps" in capsys.readouterr().err
     assert main(command) == 0
     found = json.loads(capsys.readouterr().out)
