@@ -146,7 +146,8 @@ def _seconds(prepared: Prepared, stage: str, store: ArtifactStore, over: Iterabl
 
     A training, which trials make in parts, took what it did in the finished trials.
     """
-    design, names = prepared.design, (prepared.name, prepared.design.pipeline.name)
+    design = prepared.design
+    names = [prepared.name, design.pipeline.name]
     if stage == design.trained:
         parts = [[rung.stages.get(stage, 0.0) for rung in trial.rungs] for trial in over if trial.state == "finished"]
         whole = [sum(seconds) / len(design.seeds) for seconds in parts if all(seconds)]
