@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pipeline.sweep.ledger import Ledger
     from pipeline.sweep.slots import Slots
 
+NESTED = 1 << 20  # bytes: Tune wants a trial to reserve something, and its CPUs belong to the workers of its stages
 LOST = 2  # times that a trial begins again because its process was lost
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no log files of Tune's beside our records
@@ -139,7 +140,7 @@ def run_trials(
     for noisy in ("ray.tune", "ray.train"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what fails is in our own lines
     trainable = tune.with_parameters(t.TrialProcess, design=design, store=store, name=name)
-    resources = {"CPU": slots.cpus, "GPU": slots.gpus} if slots.cpus else {"CPU": 0}
+    resources = {"CPU": slots.cpus, "GPU": slots.gpus} if slots.cpus else {"memory": NESTED}
     with tempfile.TemporaryDirectory(prefix="tessera-sweep-") as folder:
         tuner = tune.Tuner(
             tune.with_resources(trainable, resources),
