@@ -217,6 +217,8 @@ class Stage(ABC, Generic[C]):
     shows_metrics: ClassVar[bool] = False  # its metrics are results: `tessera run` lists them, the parent run logs them
     # Metric -> unit, such as "%". A metric called x_random is x of an untrained encoder: it is shown beside x.
     units: ClassVar[Mapping[str, str]] = {}
+    # Metric -> which way is better: what a sweep may have as its objective. Empty: any metric, more is better.
+    objectives: ClassVar[Mapping[str, Literal["max", "min"]]] = {}
     tracked_as: ClassVar[Literal["dataset", "model"]] = "dataset"  # what its artifact is in MLflow's terms
     change_remarks: ClassVar[
         Mapping[str, str]

@@ -23,6 +23,7 @@ from pipeline.cli.lineage import lineage
 from pipeline.cli.run import plan, run
 from pipeline.cli.schema import schema
 from pipeline.cli.submit import logs, status, stop, submit
+from pipeline.cli.sweep import sweep
 from pipeline.cli.tracking import tracking_app
 from pipeline.errors import TesseraError
 
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="From unlabelled images to a vision encoder with good dense features: a cached pipeline on Ray.",
 )
-for command in (run, plan, submit, status, logs, stop, lineage, export, schema, doctor):
+for command in (run, plan, sweep, submit, status, logs, stop, lineage, export, schema, doctor):
     app.command()(command)
 app.add_typer(artifacts_app, name="artifacts")
 app.add_typer(tracking_app, name="tracking")

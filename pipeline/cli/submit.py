@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from pipeline.cli.options import Config, Force, From, Json, Only, Overrides, Parallel, Store, print_json
-from pipeline.errors import StageFailed
+from pipeline.errors import StageFailed, UsageError
 
 if TYPE_CHECKING:
+    from pipeline.config.load import Pipeline
     from pipeline.run.jobs.client import Job
     from pipeline.run.jobs.submission import Submission
 
@@ -60,9 +62,13 @@ def submit(
     shared_disk: Annotated[
         bool, typer.Option("--shared-disk", help="Every node sees this machine's folders under the same paths.")
     ] = False,
+    space: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--space", metavar="FILE", help="Run a sweep over this space (see `tessera sweep`)."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent; send nothing.")] = False,
 ) -> None:
-    """Run a pipeline as a job of a Ray cluster. The same command again continues it."""
+    """Run a pipeline, or a sweep of it, as a job of a Ray cluster. The same command again continues it."""
     from pipeline.config.load import load_pipeline
     from pipeline.run.jobs.submission import check_disks, make_submission, run_until_over
 
@@ -74,8 +80,18 @@ def submit(
     ]
     if parallel is not None:
         options.append(f"--parallel={parallel}")
+    if space is not None:
+        if options:
+            raise UsageError(f"{options[0]} chooses stages of a run, and a sweep runs what its objective needs")
+        check_space(pipeline, space)
     made = make_submission(
-        pipeline, options, cpus=driver_cpus, environment=env or (), exclude=exclude or (), python=python
+        pipeline,
+        options,
+        cpus=driver_cpus,
+        environment=env or (),
+        exclude=exclude or (),
+        python=python,
+        space=Path(space) if space is not None else None,
     )
     if dry_run:
         _print_submission(made)
@@ -136,6 +152,18 @@ def stop(job: JobId, address: Head = None) -> None:
     jobs = Jobs(address)
     stopped = jobs.stop(job)
     print(f"{job} is stopping" if stopped else f"{job} has ended already: {jobs.get(job).status.lower()}")
+
+
+def check_space(pipeline: Pipeline, space: str) -> None:
+    """Refuse here what the sweep would refuse there.
+
+    Raises:
+        ConfigError: with all that is wrong with the space beside the pipeline.
+    """
+    from pipeline.sweep.design import make_design
+    from pipeline.sweep.space import SpaceFile
+
+    make_design(pipeline, SpaceFile(space))
 
 
 def _end(job: Job) -> None:

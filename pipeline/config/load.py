@@ -89,7 +89,26 @@ def load_pipeline(
     """
     file = Path(path)
     complaints = Complaints()
-    root = _read(file, complaints)
+    return _built(_read(file, complaints), overrides, file, store, complaints, stage_types)
+
+
+def with_overrides(pipeline: Pipeline, overrides: Sequence[str]) -> Pipeline:
+    """The same pipeline with further overrides, as after `--set`; no file is read.
+
+    Raises:
+        ConfigError: with every problem of it.
+    """
+    return _built(pipeline.document, overrides, pipeline.file, pipeline.store, Complaints(), None)
+
+
+def _built(
+    root: Node,
+    overrides: Sequence[str],
+    file: Path,
+    store: str | None,
+    complaints: Complaints,
+    stage_types: Mapping[str, type[Stage[Any]]] | None,
+) -> Pipeline:
     for text in overrides:
         root = override(root, text, complaints, TOP_LEVEL)
     if root.value is None and complaints:

@@ -172,6 +172,10 @@ def _images(config: PretrainConfig, notes: Notes) -> Iterator[tuple[str, str, st
             splits = ", ".join(sorted((notes[path] or {})["splits"])) or "none"
             yield ("split", f"{sources[path].from_} has no image of split {config.split!r}", f"its splits: {splits}")
     counts = [count for count in found.values() if count is not None]
+    images = sum(counts) if len(counts) == len(found) else 0
+    if images and config.stop_at is not None and config.stop_at >= (total := config.total_steps(images)):
+        remedy = "name an earlier step, or leave it out"
+        yield "stop_at", f"{config.stop_at} is not before the end of this training of {total} steps", remedy
     if len(counts) == len(found) and 0 < sum(counts) < config.batch_size:
         names = " and ".join(source.from_ for source in sources.values())
         yield (

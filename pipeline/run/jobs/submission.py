@@ -15,16 +15,20 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from pipeline.config.load import Pipeline
 from pipeline.errors import ClusterError, UsageError
 from pipeline.run.jobs.elsewhere import check_same, local_paths, pipeline_text
 from pipeline.run.jobs.package import Package, make_package
 from pipeline.stage import DRIVER_CPUS
+from pipeline.sweep.space import SpaceFile
 
 if TYPE_CHECKING:
     from pipeline.run.jobs.client import Job, Jobs
 
 START = "start_tessera.py"
+SPACE = "space.yaml"
 OTHER_PYTHON = "python3"  # on a node where the submitter's own Python does not exist
 
 
@@ -39,6 +43,7 @@ class Submission:
     cpus: float  # reserved for the driver
     environment: Mapping[str, str] = field(repr=False)
     python: str | None = None
+    command: Sequence[str] = ("run",)  # of `tessera`; its options come after the pipeline file
 
     @property
     def file(self) -> str:
@@ -48,7 +53,7 @@ class Submission:
     @property
     def entrypoint(self) -> str:
         """The shell command of the job."""
-        arguments = shlex.join([START, "run", self.file, *self.options])
+        arguments = shlex.join([START, *self.command, self.file, *self.options])
         if self.python is not None:
             return f"exec {shlex.quote(self.python)} {arguments}"
         # The same Python where nodes have the submitter's files (one machine, a shared disk), else the node's own.
@@ -76,16 +81,18 @@ def make_submission(
     environment: Sequence[str] = (),
     exclude: Sequence[str] = (),
     python: str | None = None,
+    space: Path | None = None,
 ) -> Submission:
     """Make a pipeline ready to be sent.
 
     Args:
         pipeline: as loaded here, with what `--set` and `--store` changed.
-        options: of `tessera run` on the cluster.
+        options: of `tessera run`, or `tessera sweep`, on the cluster.
         cpus: to reserve for the driver.
         environment: `NAME=VALUE`, or `NAME` for this process's value.
         exclude: patterns of paths in the package that are not sent.
         python: the interpreter on the cluster.
+        space: of a sweep, which is then what the job runs.
 
     Raises:
         UsageError: a variable is not set, or the package is too large.
@@ -96,9 +103,13 @@ def make_submission(
     with tempfile.TemporaryDirectory(prefix="tessera-") as folder:
         check_same(text, Path(folder) / file, pipeline)
     start = Path(__file__).with_name(START).read_text(encoding="utf-8")
-    package = make_package({file: text, START: start}, exclude)
+    texts, command = {file: text, START: start}, ["run"]
+    if space is not None:
+        command = ["sweep", f"--space={SPACE}"]
+        texts[SPACE] = yaml.safe_dump(SpaceFile(space).plain(), sort_keys=False)
+    package = make_package(texts, exclude)
     package.check_size()
-    return Submission(pipeline, text, package, options, cpus, variables, python)
+    return Submission(pipeline, text, package, options, cpus, variables, python, command)
 
 
 def check_disks(pipeline: Pipeline, nodes: Collection[str], here: Collection[str]) -> None:

@@ -15,10 +15,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
+from pydantic import field_validator
+
 from pipeline.errors import SourceError
 from pipeline.run import cluster
 from pipeline.share import _SHARE, Share
-from pipeline.stage import Context, Feed, Input, NoFingerprint, Outcome, Source, Stage, StageConfig
+from pipeline.stage import Context, Feed, Input, NoFingerprint, Outcome, Source, Stage, StageConfig, StopPoint
 
 PICTURE = bytes.fromhex(  # one grey pixel
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49444154789c6360000000020001"
@@ -232,3 +234,63 @@ class Score(Stage[ScoreConfig]):
         metrics = {"bytes": float(len(data))}
         context.output.put_file("metrics.json", json.dumps(metrics).encode())
         return Outcome(metrics=metrics)
+
+
+class TrainingConfig(StageConfig):
+    numbers: Input["numbers"]
+    weights: dict[str, float] = {}
+    seed: int = 0
+    steps: int = 90
+    stop_at: Annotated[int | None, StopPoint] = None
+    fail_above: float | None = None  # of the weight "near"
+    seconds: Annotated[float, NoFingerprint] = 0.0
+
+    @field_validator("weights")
+    @classmethod
+    def _positive(cls, weights: dict[str, float]) -> dict[str, float]:
+        if any(weight < 0 for weight in weights.values()):
+            raise ValueError("a weight is 0 or more")
+        return weights
+
+
+class Training(Stage[TrainingConfig]):
+    """Ends the better the nearer its weight "near" is to 3; a seed adds a hundredth; a step in 90 counts for itself."""
+
+    kind, uses_ray, Config = "encoder", False, TrainingConfig
+
+    def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
+        known = feeds["numbers"].counts
+        if known is not None and self.config.weights.get("numbers", 0) > known["numbers"]:
+            yield "weights.numbers", f"there are only {known['numbers']} numbers", "lower it"
+
+    def run(self, context: Context) -> Outcome:
+        config = self.config
+        near, end = config.weights.get("near", 1.0), config.stop_at or config.steps
+        log(f"run {context.name} near={near:g} seed={config.seed} to={end} pid={os.getpid()}")
+        hold = os.environ.get("TESSERA_FAKES_HOLD")
+        while hold and Path(hold).exists():
+            time.sleep(0.02)
+        if config.fail_above is not None and near > config.fail_above:
+            raise SourceError(f"weights.near: {near:g} is too much (take less)")
+        began = context.output.progress_folder / "steps"
+        time.sleep(config.seconds * (end - int(began.read_text() if began.exists() else 0)) / config.steps)
+        began.write_text(str(end))
+        value = (10.0 - (near - 3) ** 2 + 0.01 * config.seed) * end / config.steps
+        context.output.put_file("value.json", json.dumps(value).encode())
+        return Outcome(metrics={"total": near * value})
+
+
+class JudgeConfig(StageConfig):
+    of: Input["encoder"]
+
+
+class Judge(Stage[JudgeConfig]):
+    kind, uses_ray, Config = "metrics", False, JudgeConfig
+    shows_metrics = True
+    objectives = {"score": "max", "error": "min"}
+
+    def run(self, context: Context) -> Outcome:
+        log(f"run {context.name}")
+        value = json.loads(context.inputs["of"].read("value.json"))
+        context.output.put_file("metrics.json", json.dumps(value).encode())
+        return Outcome(metrics={"score": value, "error": 10 - value})

@@ -110,3 +110,17 @@ def test_a_job_that_a_new_head_does_not_know_is_lost(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(jobs, "get", get)
     assert jobs.wait("night-1").lost
+
+
+def test_a_sweep_is_sent_as_its_pipeline_and_one_space_file(write: Write) -> None:
+    pipeline = load_pipeline(write(PIPELINE, "p.yaml"))
+    write("objective: j.m\ntrials: 4\nspace: {stages.slic.ratio: {uniform: [0, 1]}}", "base.yaml")
+    made = make_submission(pipeline, space=write("extends: base.yaml\ntrials: 2", "s.yaml"), python="python3")
+    assert shlex.split(made.entrypoint)[2:] == ["start_tessera.py", "sweep", "--space=space.yaml", "p.yaml"]
+    sent = made.package.files["space.yaml"]
+    assert isinstance(sent, str)
+    assert yaml.safe_load(sent) == {
+        "objective": "j.m",
+        "trials": 2,
+        "space": {"stages.slic.ratio": {"uniform": [0, 1]}},
+    }
