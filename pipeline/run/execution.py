@@ -42,7 +42,6 @@ class Executor:
     ) -> None:
         self.pipeline, self.store, self.result = pipeline, store, result
         self.tracker, self.tags = tracker, tags
-        self.began = now()
 
     def adopt(self, planned: PlannedStage) -> Artifact | None:
         """The artifact, if another run has made it since the plan. A damaged one, and one to replace, is deleted."""
@@ -53,7 +52,7 @@ class Executor:
             return None
         if artifact is None:
             return None
-        forced = "forced" in planned.reasons and artifact.manifest.created < self.began
+        forced = "forced" in planned.reasons and artifact.manifest.attempt == planned.replaces
         if forced or self.store.check(artifact):
             self.store.discard(planned.kind, planned.fingerprint)
             return None
