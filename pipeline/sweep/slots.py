@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from pipeline.config.load import with_overrides
 from pipeline.errors import ConfigError, Problem
 from pipeline.run import capacity
 from pipeline.run.capacity import Demand, Machine
-from pipeline.sweep.trial import as_trial
 
 if TYPE_CHECKING:
     from pipeline.config.load import Pipeline
@@ -83,3 +83,16 @@ def _unsized(pipeline: Pipeline, stage: str) -> Problem:
         "trials at once need to know what each takes, and this stage sizes itself by the whole cluster",
         "set workers: 0, or workers and cpus; or leave `concurrent` out of the space",
     )
+
+
+def as_trial(pipeline: Pipeline, name: str) -> Pipeline:
+    """The pipeline for a trial's process: not tracked there, and trained there where workers are not asked for.
+
+    Only the driver talks to MLflow. `resources` are no part of a fingerprint, so the artifacts are the same.
+    """
+    for stage, entry in pipeline.stages.items():
+        if entry.stage.uses_ray and entry.stage.config.resources.workers is None:
+            here = with_overrides(pipeline, [f"stages.{stage}.resources.workers=0"])
+            if not here.stages[stage].stage.uses_ray:
+                pipeline = replace(here, stages={known: here.stages[known] for known in pipeline.stages})
+    return replace(pipeline, name=name, tracking=None, tracking_required=False, mirrors={})

@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
-from pipeline.config.load import with_overrides
 from pipeline.errors import StageFailed, TesseraError
 from pipeline.run import runner
 from pipeline.run.display import RunDisplay
 from pipeline.run.failure import RunFailed, explain
 from pipeline.sweep.design import Design, Setting
 from pipeline.sweep.record import Rung
+from pipeline.sweep.slots import as_trial
 
 if TYPE_CHECKING:
-    from pipeline.config.load import Pipeline
     from pipeline.store.store import ArtifactStore
 
 OBJECTIVE, PROGRESS = "objective", "progress"  # what the scheduler compares, and its measure of how far a trial is
@@ -147,19 +146,6 @@ def look(
         found.by_seed.append(_objective(design, artifact.manifest.metrics))
         found.artifacts.append(artifact.name)
     return replace(found, seconds=time.monotonic() - began, stages=seconds)
-
-
-def as_trial(pipeline: Pipeline, name: str) -> Pipeline:
-    """The pipeline for a trial's process: not tracked there, and trained there where workers are not asked for.
-
-    Only the driver talks to MLflow. `resources` are no part of a fingerprint, so the artifacts are the same.
-    """
-    for stage, entry in pipeline.stages.items():
-        if entry.stage.uses_ray and entry.stage.config.resources.workers is None:
-            here = with_overrides(pipeline, [f"stages.{stage}.resources.workers=0"])
-            if not here.stages[stage].stage.uses_ray:
-                pipeline = replace(here, stages={known: here.stages[known] for known in pipeline.stages})
-    return replace(pipeline, name=name, tracking=None, tracking_required=False, mirrors={})
 
 
 def _objective(design: Design, metrics: Mapping[str, float]) -> float:

@@ -241,7 +241,9 @@ def test_a_ray_too_slow_to_come_up_is_started_again(says: str, tries: int, monke
         raise RuntimeError(says)
 
     # Not the real Ray: that one reads its token when it is imported, and a later test of this process needs it.
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init, shutdown=lambda: None))
+    monkeypatch.setitem(
+        sys.modules, "ray", SimpleNamespace(init=init, shutdown=lambda: None, is_initialized=lambda: False)
+    )
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     with pytest.raises(ClusterError, match=f"a local Ray does not start: RuntimeError: {says}"):
         cluster.start("local")

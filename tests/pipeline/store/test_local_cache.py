@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,11 +99,11 @@ def _fetch(artifact: Artifact, downloads: Path) -> bytes:
     """What a rank does; notes each download, which takes long enough for the others to come."""
     plain = local_cache._download
 
-    def noted(objects: Objects, stored: str, path: Path) -> None:
+    def noted(*given: Any) -> None:
         with downloads.open("a") as file:
             file.write(f"{os.getpid()}\n")
         time.sleep(1)
-        plain(objects, stored, path)
+        plain(*given)
 
     local_cache._download = noted  # of this process, which ends with the test
     return artifact.local("encoder.bin").read_bytes()

@@ -214,3 +214,9 @@ class Passer(socketserver.BaseRequestHandler):
                 return b""
             body += more
         return head + b"\r\n\r\n" + body
+
+
+def everything_below(folder: Path) -> str:
+    return "".join(
+        file.read_text(errors="ignore") for file in folder.rglob("*") if file.is_file() and file.name != "p.yaml"
+    )

@@ -11,6 +11,7 @@ from pipeline.run.mirrors import Mirrors
 from pipeline.run.tracking import address, records
 from pipeline.run.tracking.journal import Journal
 from pipeline.store.store import ArtifactStore
+from tests.pipeline.run.tracking.servers import everything_below
 from tests.pipeline.workshop import PIPELINE, Workshop
 
 
@@ -89,3 +90,22 @@ def test_a_mirror_that_fails_in_two_stages_at_once_is_told_once() -> None:
     for thread in threads:
         thread.join()
     assert len(warnings) == 1
+
+
+def test_records_hold_no_secret_and_survive_a_line_cut_by_a_kill(tmp_path: Path) -> None:
+    from pipeline.run.tracking.journal import Journal
+
+    journal = Journal.create("http://me:hush-hush@host:5000", "p")
+    journal.append({"op": "tag", "run": "a"})
+    with journal.records.open("ab") as file:
+        file.write(b'{"op": "tag", "ru')
+    assert "hush" not in everything_below(journal.folder)
+    found, position = journal.read()
+    assert found == [{"op": "tag", "run": "a"}]
+    journal.note_sent(position, runs={"a": "b"})
+    journal.close(delete=False)
+    (again,) = leftovers("http://host:5000")
+    assert (again.position, again.ids["runs"]) == (position, {"a": "b"})
+    assert json.loads((again.folder / "about.json").read_text())["address"] == "http://host:5000"
+    again.close(delete=True)
+    assert not list(leftovers())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
@@ -17,7 +16,15 @@ from pipeline.run.tracking import sender, tracker
 from pipeline.run.tracking.journal import are_there_leftovers, leftovers, state_folder
 from pipeline.run.tracking.server import QUIET, TrackingAway
 from pipeline.run.tracking.tracker import Tracker
-from tests.pipeline.run.tracking.servers import PASSWORD, USER, MlflowServer, Proxy, mlflow_server, postgres
+from tests.pipeline.run.tracking.servers import (
+    PASSWORD,
+    USER,
+    MlflowServer,
+    Proxy,
+    everything_below,
+    mlflow_server,
+    postgres,
+)
 from tests.pipeline.workshop import PIPELINE, Workshop
 
 pytestmark = pytest.mark.slow
@@ -68,12 +75,6 @@ def runs_of(server: MlflowServer, experiment: str) -> dict[str, Any]:
 def curve(server: MlflowServer, run: Any, name: str = "loss") -> list[tuple[int, float]]:
     """All stored points, with doubles if there are any."""
     return [(point.step, point.value) for point in server.client().get_metric_history(run.info.run_id, name)]
-
-
-def everything_below(folder: Path) -> str:
-    return "".join(
-        file.read_text(errors="ignore") for file in folder.rglob("*") if file.is_file() and file.name != "p.yaml"
-    )
 
 
 def give_by_environment(server: MlflowServer, monkeypatch: pytest.MonkeyPatch, home: Path) -> str:
@@ -394,22 +395,3 @@ def test_a_server_killed_in_the_middle_of_a_run_has_all_of_it_once_when_it_is_ba
             for metric in ("loss", "lr"):
                 assert [step for step, _ in curve(server, runs[name], metric)] == list(range(count))
         assert not are_there_leftovers(server.address)
-
-
-def test_records_hold_no_secret_and_survive_a_line_cut_by_a_kill(tmp_path: Path) -> None:
-    from pipeline.run.tracking.journal import Journal
-
-    journal = Journal.create("http://me:hush-hush@host:5000", "p")
-    journal.append({"op": "tag", "run": "a"})
-    with journal.records.open("ab") as file:
-        file.write(b'{"op": "tag", "ru')
-    assert "hush" not in everything_below(journal.folder)
-    found, position = journal.read()
-    assert found == [{"op": "tag", "run": "a"}]
-    journal.note_sent(position, runs={"a": "b"})
-    journal.close(delete=False)
-    (again,) = leftovers("http://host:5000")
-    assert (again.position, again.ids["runs"]) == (position, {"a": "b"})
-    assert json.loads((again.folder / "about.json").read_text())["address"] == "http://host:5000"
-    again.close(delete=True)
-    assert not list(leftovers())

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from pydantic import ValidationError
-from ray.exceptions import RayActorError
-from ray.train import PreemptionInfo, ScalingConfig
-from ray.train.v2._internal.execution.controller.state import PreemptingState, RestartingState, RunningState
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
-from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 
 from pipeline.errors import UsageError
 from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.fit import check_start
-from stages.pretrain.launch import elastic
-from stages.pretrain.launch.elastic import Reporter, UsableCounts
 from stages.pretrain.launch.relay import Relay
 from stages.pretrain.stage import Pretrain
 from tests.stages.pretrain.conftest import SMALL
+
+# Ray reads its access token when it is imported, so that nothing here imports it before a test runs.
+if TYPE_CHECKING:
+    from stages.pretrain.launch.elastic import UsableCounts
+
+SCALING = "ray.train.v2._internal.execution.scaling_policy.ElasticScalingPolicy"
 
 
 class Actor:
@@ -36,12 +35,16 @@ class Actor:
 
 @pytest.fixture
 def relay(monkeypatch: pytest.MonkeyPatch) -> Relay:
-    monkeypatch.setattr(elastic, "ray", SimpleNamespace(get=lambda value: value))
+    monkeypatch.setattr("stages.pretrain.launch.elastic.ray", SimpleNamespace(get=lambda value: value))
     return Relay()
 
 
 @pytest.fixture
 def policy(relay: Relay) -> UsableCounts:
+    from ray.train import ScalingConfig
+
+    from stages.pretrain.launch.elastic import UsableCounts
+
     scaling = ScalingConfig(num_workers=(1, 4), resources_per_worker={"CPU": 1})
     return UsableCounts(scaling, [1, 2, 4], Actor(relay))
 
@@ -54,10 +57,11 @@ def test_of_the_room_there_is_a_number_is_taken_that_divides_the_batch(
 
 
 def test_a_resize_waits_for_its_checkpoint(policy: UsableCounts, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+
     decisions: list[Any] = [ResizeDecision(4, {"CPU": 1})]
     monkeypatch.setattr(
-        ElasticScalingPolicy,
-        "make_decision_for_running_worker_group",
+        f"{SCALING}.make_decision_for_running_worker_group",
         lambda self, state, status: decisions.pop() if decisions else NoopDecision(),
     )
 
@@ -73,14 +77,25 @@ def test_a_resize_waits_for_its_checkpoint(policy: UsableCounts, relay: Relay, m
 
 
 def test_a_resize_does_not_wait_for_ever(policy: UsableCounts, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+
+    from stages.pretrain.launch.elastic import SAVE_LIMIT_S
+
     resize = ResizeDecision(4, {"CPU": 1})
-    monkeypatch.setattr(ElasticScalingPolicy, "make_decision_for_running_worker_group", lambda *given: resize)
+    monkeypatch.setattr(f"{SCALING}.make_decision_for_running_worker_group", lambda *given: resize)
     assert isinstance(policy.make_decision_for_running_worker_group(None, None), NoopDecision)
-    policy.asked_at -= elastic.SAVE_LIMIT_S
+    policy.asked_at -= SAVE_LIMIT_S
     assert policy.make_decision_for_running_worker_group(None, None) is resize
 
 
 def test_every_new_start_is_said_with_its_reason(relay: Relay) -> None:
+    from ray.exceptions import RayActorError
+    from ray.train import PreemptionInfo
+    from ray.train.v2._internal.execution.controller.state import PreemptingState, RestartingState, RunningState
+    from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
+
+    from stages.pretrain.launch.elastic import Reporter
+
     reporter = Reporter(Actor(relay), max_failures=3)
     lost = WorkerGroupError("", {0: ConnectionError("reset by peer"), 1: RayActorError()})
     failed = WorkerGroupError("", {1: ValueError("no such crop\nand more")})
