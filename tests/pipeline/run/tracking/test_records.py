@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from pipeline.run.mirrors import Mirrors
 from pipeline.run.tracking import address, records
-from pipeline.run.tracking.journal import Journal
+from pipeline.run.tracking.journal import Journal, leftovers
 from pipeline.store.store import ArtifactStore
 from tests.pipeline.run.tracking.servers import everything_below
 from tests.pipeline.workshop import PIPELINE, Workshop
