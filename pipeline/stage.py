@@ -8,7 +8,6 @@ because planning a pipeline imports it, also when everything is cached.
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,12 +15,14 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 from pydantic.fields import FieldInfo
 from typing_extensions import TypeAliasType
 
 from pipeline.paths import local_path
 from pipeline.progress import ProgressCallback
+from pipeline.share import DRIVER_CPUS, nodes
+from pipeline.threads import interruptible
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from pipeline.store.writer import ArtifactWriter
 
 __all__ = [
+    "DRIVER_CPUS",
     "Context",
     "Edge",
     "Feed",
@@ -44,7 +46,9 @@ __all__ = [
     "Stage",
     "StageConfig",
     "StopPoint",
+    "WorkerRange",
     "edges",
+    "interruptible",
     "local_path",
     "nodes",
     "open_source",
@@ -101,8 +105,6 @@ else:
             return Annotated[str, InputKind((kinds,) if isinstance(kinds, str) else kinds)]
 
 
-DRIVER_CPUS = "TESSERA_DRIVER_CPUS"  # environment variable: the CPUs that a submitted run's own job holds
-
 Source = Annotated[str, SourceMark()]
 NoFingerprint = NoFingerprintMark()  # use: `log_every: Annotated[int, NoFingerprint] = 10`
 StopPoint = StopPointMark()  # use: `stop_at: Annotated[int | None, StopPoint] = None`
@@ -122,14 +124,33 @@ class Settings(BaseModel):
     variant_group: ClassVar[str | None] = None
 
 
+class WorkerRange(Settings):
+    """Between how many Ray Train workers a training may have; it grows and shrinks with the cluster."""
+
+    min: int = Field(ge=1, description="it waits until so many fit")
+    max: int = Field(ge=1, description="it takes no more")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> WorkerRange:
+        if self.min > self.max:
+            raise ValueError(f"min: {self.min} is more than max: {self.max}")
+        return self
+
+
 class Resources(Settings):
     """What a stage may use. Never part of the fingerprint: it changes how long a stage takes, not what it writes."""
 
     cpus: float | None = Field(None, gt=0, description="CPUs for one worker or task; default: the stage's own choice")
     gpus: float | None = Field(None, ge=0, description="GPUs for one worker or task; default: 1 where there is one")
-    workers: int | None = Field(None, ge=0, description="Ray Train workers; 0 trains in the driver's process")
+    workers: NonNegativeInt | WorkerRange | None = Field(None, description="Ray Train workers; 0: the driver trains")
     concurrency: int | None = Field(None, ge=1, description="tasks or actors at once; default: what the cluster has")
     batch_size: int | None = Field(None, ge=1, description="images a forward pass, where it does not change results")
+
+    @property
+    def worker_counts(self) -> tuple[int, int] | None:
+        """The fewest and the most workers asked for; None where the stage decides."""
+        asked = self.workers
+        return (asked.min, asked.max) if isinstance(asked, WorkerRange) else None if asked is None else (asked, asked)
 
 
 class StageConfig(Settings):
@@ -192,10 +213,14 @@ class Stage(ABC, Generic[C]):
     version: ClassVar[int] = 1  # raise it when the same config and inputs give a different artifact
     packages: ClassVar[tuple[str, ...]] = ()  # distributions whose version belongs to the fingerprint
     uses_ray: ClassVar[bool] = True  # the runner starts or joins Ray before `run`
+    # How large a share of the cluster it gets where `resources:` do not say (`pipeline.stage.nodes` answers with it).
+    whole_cluster: ClassVar[bool] = False  # all of it, however long that must be waited for; else what is free
+    worker_gpus: ClassVar[float] = 0.0  # GPUs that each of its workers takes where the cluster has any
     shows_metrics: ClassVar[bool] = False  # its metrics are results: `tessera run` lists them, the parent run logs them
     # Metric -> unit, such as "%". A metric called x_random is x of an untrained encoder: it is shown beside x.
     units: ClassVar[Mapping[str, str]] = {}
-    smaller_is_better: ClassVar[frozenset[str]] = frozenset()  # of its metrics
+    # Metric -> which way is better: what a sweep may have as its objective. Empty: any metric, more is better.
+    objectives: ClassVar[Mapping[str, Literal["max", "min"]]] = {}
     tracked_as: ClassVar[Literal["dataset", "model"]] = "dataset"  # what its artifact is in MLflow's terms
     change_remarks: ClassVar[
         Mapping[str, str]
@@ -252,15 +277,9 @@ class Stage(ABC, Generic[C]):
 
     @classmethod
     def resampled(cls, artifact: Artifact, draws: int, seed: int) -> Mapping[str, NDArray[Any]]:
-        """The metrics of an artifact again, on bootstrap samples of what it was tested on: for `tessera compare`.
+        """The metrics of an artifact again, on `draws` bootstrap samples of what it was tested on (`tessera compare`).
 
-        Args:
-            artifact: that a stage of this type made.
-            draws: how many samples.
-            seed: of the draws; artifacts with the same test units are drawn alike.
-
-        Returns:
-            Metric -> its values, (draws,); empty where the artifact does not tell.
+        Artifacts with the same test units are drawn alike. Empty where an artifact does not tell its units.
         """
         return {}
 
@@ -307,23 +326,6 @@ def open_source(address: str) -> Objects:
     from pipeline.store.objects import Objects
 
     return Objects(address)
-
-
-def nodes() -> list[dict[str, float]]:
-    """What this run may use of each living node of its Ray cluster, by Ray's names: CPU, GPU, memory, ...
-
-    The driver of a submitted run holds CPUs of its own node (`DRIVER_CPUS`): those are taken off.
-    """
-    import ray
-
-    held, own = float(os.environ.get(DRIVER_CPUS, 0)), ray.get_runtime_context().get_node_id()
-    found = []
-    for node in ray.nodes():
-        if node["Alive"]:
-            has = dict(node["Resources"])
-            has["CPU"] = has.get("CPU", 0.0) - (held if node["NodeID"] == own else 0.0)
-            found.append(has)
-    return found
 
 
 def unfingerprinted(config: BaseModel) -> list[str]:

@@ -70,8 +70,9 @@ def quickstart_data() -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Node-local copies go to pytest's own folder, never to the user's cache."""
+    """Node-local copies and records that wait go to pytest's own folder, never to the user's."""
     monkeypatch.setenv("TESSERA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("TESSERA_STATE", str(tmp_path_factory.getbasetemp() / "state"))
 
 
 def smooth_pixels(width: int, height: int, seed: int = 0) -> NDArray[np.uint8]:

@@ -12,7 +12,8 @@ from pipeline.store.store import ArtifactStore
 from stages.pretrain.config.pretrain import PretrainConfig
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+SPACES = {path for path in (ROOT / "configs").rglob("*.yaml") if "\nspace:" in path.read_text()}  # of sweeps
+RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in {*(ROOT / "configs").rglob("*.yaml")} - SPACES)
 TABLES = {"boxes", "superpixels", "neighbors", "embeddings"}
 NEEDS = {
     "configs/proof/cotap.yaml": {"neighbors", "embeddings"},

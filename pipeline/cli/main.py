@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import typer
 
+from pipeline import threads
 from pipeline.cli.artifacts import artifacts_app
 from pipeline.cli.compare import compare
 from pipeline.cli.doctor import doctor
@@ -23,6 +24,8 @@ from pipeline.cli.lineage import lineage
 from pipeline.cli.run import plan, run
 from pipeline.cli.schema import schema
 from pipeline.cli.submit import logs, status, stop, submit
+from pipeline.cli.sweep import sweep
+from pipeline.cli.tracking import tracking_app
 from pipeline.errors import TesseraError
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -34,9 +37,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="From unlabelled images to a vision encoder with good dense features: a cached pipeline on Ray.",
 )
-for command in (run, plan, compare, submit, status, logs, stop, lineage, export, schema, doctor):
+for command in (run, plan, compare, sweep, submit, status, logs, stop, lineage, export, schema, doctor):
     app.command()(command)
 app.add_typer(artifacts_app, name="artifacts")
+app.add_typer(tracking_app, name="tracking")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stop, SystemExit) and not terminated:
             raise
         print("stopped; what was finished is kept, the same command continues", file=sys.stderr)
-        return TERMINATED if terminated else INTERRUPTED  # Ray turns a SystemExit of ours into one of its own
+        code = TERMINATED if terminated else INTERRUPTED  # Ray turns a SystemExit of ours into one of its own
+        if threads.any_left():
+            # They wait inside a library. Python and Ray would be taken down under them, and might crash or wait too.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code
     except BrokenPipeError:  # `tessera plan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

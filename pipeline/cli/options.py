@@ -18,6 +18,10 @@ MaybeConfig = Annotated[
     Optional[str],  # noqa: UP045  # typer reads the annotation at run time
     typer.Argument(metavar="[CONFIG]", help="A pipeline file; leave it out with --store for the whole store."),
 ]
+MaybePipeline = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Argument(metavar="[CONFIG]", help="A pipeline file.", show_default=False),
+]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option("--set", metavar="PATH=VALUE", help="Override one value, e.g. stages.superpixels.region_size=16."),
@@ -48,6 +52,10 @@ Address = Annotated[
 ]
 KeepGoing = Annotated[
     bool, typer.Option("--keep-going", help="When a stage fails, run those that do not need it; exit code 1.")
+]
+Parallel = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--parallel", metavar="N", min=1, help="At most N stages at once; default: as many as have room."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for programs.")]
 

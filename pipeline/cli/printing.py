@@ -145,7 +145,8 @@ def print_artifact(artifact: Artifact) -> None:
         if len(m.problems) > PROBLEMS_SHOWN:
             say(f"    and {len(m.problems) - PROBLEMS_SHOWN} more (--json lists all)")
     if m.tracking:
-        say(f"  tracked   run {m.tracking.get('run')} at {m.tracking.get('uri')}")
+        run = m.tracking.get("run") or f"with the tag tessera.record = {m.tracking.get('record')}"
+        say(f"  tracked   run {run} at {m.tracking.get('uri')}")
     preview = f"{artifact.address}/{artifact.file(m.preview).stored}" if m.preview else "none"
     say(f"  preview   {preview}")
 

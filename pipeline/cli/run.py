@@ -14,6 +14,7 @@ from pipeline.cli.options import (
     KeepGoing,
     Only,
     Overrides,
+    Parallel,
     Store,
     print_json,
     split_names,
@@ -34,9 +35,10 @@ def run(
     store: Store = None,
     address: Address = None,
     keep_going: KeepGoing = False,
+    parallel: Parallel = None,
     as_json: Json = False,
 ) -> None:
-    """Compute what is not cached, stage by stage."""
+    """Compute what is not cached. Stages that do not need each other run at the same time where there is room."""
     from pipeline.cli.printing import print_closing, print_results
     from pipeline.run import runner
     from pipeline.run.display import RunDisplay, results_only_on_stdout
@@ -45,7 +47,9 @@ def run(
     pipeline, opened, plan = planned(config, overrides, only, from_, force, store)
     try:
         with results_only_on_stdout(), RunDisplay() as display:
-            result = runner.run(pipeline, plan, opened, display, address=address, keep_going=keep_going)
+            result = runner.run(
+                pipeline, plan, opened, display, address=address, keep_going=keep_going, parallel=parallel
+            )
     except (RunFailed, StagesFailed) as failure:
         if as_json:
             print_json(failure.result.to_json())

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from pipeline.cli.options import Config, Force, From, Json, Only, Overrides, Store, print_json
-from pipeline.errors import StageFailed
+from pipeline.cli.options import Config, Force, From, Json, Only, Overrides, Parallel, Store, print_json
+from pipeline.errors import StageFailed, UsageError
 
 if TYPE_CHECKING:
+    from pipeline.config.load import Pipeline
     from pipeline.run.jobs.client import Job
     from pipeline.run.jobs.submission import Submission
 
@@ -31,6 +34,7 @@ def submit(
     force: Force = None,
     store: Store = None,
     address: Head = None,
+    parallel: Parallel = None,
     follow: Follow = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the end, and exit as the run does.")] = False,
     retries: Annotated[
@@ -58,9 +62,13 @@ def submit(
     shared_disk: Annotated[
         bool, typer.Option("--shared-disk", help="Every node sees this machine's folders under the same paths.")
     ] = False,
+    space: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--space", metavar="FILE", help="Run a sweep over this space (see `tessera sweep`)."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent; send nothing.")] = False,
 ) -> None:
-    """Run a pipeline as a job of a Ray cluster. The same command again continues it."""
+    """Run a pipeline, or a sweep of it, as a job of a Ray cluster. The same command again continues it."""
     from pipeline.config.load import load_pipeline
     from pipeline.run.jobs.submission import check_disks, make_submission, run_until_over
 
@@ -70,8 +78,20 @@ def submit(
         for option, names in (("--only", only), ("--from", from_), ("--force", force))
         for name in names or ()
     ]
+    if parallel is not None:
+        options.append(f"--parallel={parallel}")
+    if space is not None:
+        if options:
+            raise UsageError(f"{options[0]} chooses stages of a run, and a sweep runs what its objective needs")
+        check_space(pipeline, space)
     made = make_submission(
-        pipeline, options, cpus=driver_cpus, environment=env or (), exclude=exclude or (), python=python
+        pipeline,
+        options,
+        cpus=driver_cpus,
+        environment=env or (),
+        exclude=exclude or (),
+        python=python,
+        space=Path(space) if space is not None else None,
     )
     if dry_run:
         _print_submission(made)
@@ -86,10 +106,9 @@ def submit(
     print(job_id)
     where = f"--address {jobs.address}"
     _say(f"submitted. `tessera logs {job_id} --follow {where}` shows it, `tessera stop {job_id} {where}` stops it")
-    if follow:
-        jobs.follow(job_id, _write)
     if follow or wait or retries:
-        job = run_until_over(made, jobs, name, retries, _say, job_id)
+        show = partial(jobs.follow, write=_write) if follow else None
+        job = run_until_over(made, jobs, name, retries, _say, job_id, show)
         _end(job)
 
 
@@ -133,6 +152,18 @@ def stop(job: JobId, address: Head = None) -> None:
     jobs = Jobs(address)
     stopped = jobs.stop(job)
     print(f"{job} is stopping" if stopped else f"{job} has ended already: {jobs.get(job).status.lower()}")
+
+
+def check_space(pipeline: Pipeline, space: str) -> None:
+    """Refuse here what the sweep would refuse there.
+
+    Raises:
+        ConfigError: with all that is wrong with the space beside the pipeline.
+    """
+    from pipeline.sweep.design import make_design
+    from pipeline.sweep.space import SpaceFile
+
+    make_design(pipeline, SpaceFile(space))
 
 
 def _end(job: Job) -> None:

@@ -122,7 +122,7 @@ def compare(
         ]
         table.units |= {f"{column.name}.{name}": unit for name, unit in first.units.items()}
         for name in table.metrics[column.name]:
-            smaller = name in first.smaller_is_better
+            smaller = first.objectives.get(name) == "min"
             _judge({row.name: table.cells.get((row.name, column.name, name)) for row in rows}, name, drawn, smaller)
     return table
 

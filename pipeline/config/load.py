@@ -90,7 +90,26 @@ def load_pipeline(
     """
     file = Path(path)
     complaints = Complaints()
-    root = _read(file, complaints)
+    return _built(_read(file, complaints), overrides, file, store, complaints, stage_types)
+
+
+def with_overrides(pipeline: Pipeline, overrides: Sequence[str]) -> Pipeline:
+    """The same pipeline with further overrides, as after `--set`; no file is read.
+
+    Raises:
+        ConfigError: with every problem of it.
+    """
+    return _built(pipeline.document, overrides, pipeline.file, pipeline.store, Complaints(), None)
+
+
+def _built(
+    root: Node,
+    overrides: Sequence[str],
+    file: Path,
+    store: str | None,
+    complaints: Complaints,
+    stage_types: Mapping[str, type[Stage[Any]]] | None,
+) -> Pipeline:
     # Of repeated stages, `--set` may change the one that is written, or one of its copies.
     copied = [text for text in overrides if _of_a_copy(root, text)]
     for text in overrides:

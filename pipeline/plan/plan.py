@@ -47,6 +47,7 @@ class PlannedStage:
     identity: Identity = field(repr=False)
     whole: str  # the fingerprint that it has when it does not stop early
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)  # path -> {address, digest, files, bytes}
+    replaces: str = ""  # the attempt that made the artifact which `force` replaces
 
     def to_json(self) -> dict[str, Any]:
         """One entry of `stages` in what `tessera plan --json` prints."""
@@ -150,7 +151,7 @@ def _planned(
     if damage:
         planned.reasons = [f"artifact damaged: {', '.join(damage[:3])}" + (", ..." if len(damage) > 3 else "")]
     elif artifact is not None:
-        planned.reasons = ["forced"]
+        planned.reasons, planned.replaces = ["forced"], artifact.manifest.attempt
     else:
         planned.reasons = _reasons(pipeline, store, planned)
     return planned

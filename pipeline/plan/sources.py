@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import SourceError, StoreError
 from pipeline.progress import ProgressCallback
-from pipeline.store.objects import Objects, file_tag, mask
+from pipeline.store.address import mask
+from pipeline.store.objects import Objects, file_tag
 
 if TYPE_CHECKING:
     from pipeline.store.store import ArtifactStore

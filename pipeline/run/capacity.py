@@ -84,7 +84,7 @@ def demand_of(pipeline: Pipeline, name: str, gpus_there: float | None) -> Demand
     asked = pipeline.stages[name].stage.config.resources
     if asked.cpus is None and not asked.gpus and not asked.workers:
         return None
-    workers = asked.workers or 1
+    workers = max(1, (asked.worker_counts or (1,))[0])  # the fewest: with them the stage can run
     gpus = asked.gpus if asked.gpus is not None else float(bool(asked.workers and gpus_there))
     return Demand(workers, asked.cpus or (1.0 if pipeline.stages[name].stage.uses_ray else 0.0), gpus)
 

@@ -26,7 +26,7 @@ from typing import Any
 from pipeline.errors import ClusterError
 from pipeline.run import head
 from pipeline.run.capacity import Demand, Machine, Place
-from pipeline.stage import nodes
+from pipeline.share import Share, nodes, nodes_by_id, own_node
 
 GIB = 1 << 30
 OBJECT_STORE_LIMIT = 2 * GIB  # shards travel through it a few at a time; the rest of the memory belongs to the stages
@@ -36,6 +36,7 @@ GROWTH_SECONDS = 900.0  # how long a stage waits for an autoscaling cluster
 # Ray gives up when one of its agents needs more than 15 s to start, which cannot be configured. A busy machine may need
 # that long the first time, when the agents' code has to be read from disk.
 LOCAL_STARTS = 3
+LEAST_DISK = 16 << 20  # bytes for Ray's own files; logs and spilled objects take more
 KEEP_LOGS_SECONDS = 24 * 3600.0
 
 # Set unless the user has set them: Ray reads them when it is imported, and its workers inherit them.
@@ -74,6 +75,7 @@ class Cluster:
     session: Path | None = None
     machines: tuple[Machine, ...] = ()
     most: Machine | None = None  # what an autoscaling cluster can grow to; None for one that does not grow
+    borrowed: bool = False  # this process was connected before: it stays so
 
     def __str__(self) -> str:
         return f"{self.where} with {self.cpus:g} CPUs and {self.gpus:g} GPUs"
@@ -82,6 +84,14 @@ class Cluster:
     def where(self) -> str:
         """What to call it."""
         return "a local Ray" if self.address == "local" else f"the Ray cluster at {self.address} ({self.nodes} nodes)"
+
+    def there(self) -> Share:
+        """Its nodes as they are now, by id."""
+        return nodes_by_id()
+
+    def own_node(self) -> str:
+        """The id of the node that this process is on."""
+        return own_node()
 
     @property
     def place(self) -> Place:
@@ -116,9 +126,13 @@ class Cluster:
 def start(address: str | None = None) -> Cluster:
     """Join the cluster at `address` (or `RAY_ADDRESS`), or start a local Ray that ends with this process.
 
+    A process that is connected to Ray already (a sweep, one of its trials) goes on with that one.
+
     Raises:
         ClusterError: the address does not answer, or Ray does not start.
     """
+    if (connected := _connected()) is not None:
+        return connected
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     prepare_environment()
     if address == "local":
@@ -131,7 +145,7 @@ def start(address: str | None = None) -> Cluster:
         with _own_sigterm():
             context = _connect(options, attempts=LOCAL_STARTS if address == "local" else 1)
         session = Path(context.address_info["session_dir"]) if address == "local" else None
-        machines = tuple(Machine(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes())
+        machines = _machines()
         most = None if address == "local" else _most()
     except Exception as error:
         with contextlib.suppress(Exception):
@@ -142,6 +156,24 @@ def start(address: str | None = None) -> Cluster:
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     cpus, gpus = sum(machine.cpus for machine in machines), sum(machine.gpus or 0.0 for machine in machines)
     return Cluster(address, cpus, gpus, len(machines), session, machines, most)
+
+
+def _connected() -> Cluster | None:
+    """The Ray that this process is connected to; asks without importing Ray."""
+    if "ray" not in sys.modules:
+        return None
+    import ray
+
+    if not ray.is_initialized():
+        return None
+    machines = _machines()
+    cpus, gpus = sum(machine.cpus for machine in machines), sum(machine.gpus or 0.0 for machine in machines)
+    address = ray.get_runtime_context().gcs_address
+    return Cluster(address, cpus, gpus, len(machines), None, machines, _most(), borrowed=True)
+
+
+def _machines() -> tuple[Machine, ...]:
+    return tuple(Machine(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes())
 
 
 def _most() -> Machine | None:
@@ -173,6 +205,8 @@ def _connect(options: dict[str, object], *, attempts: int) -> Any:
 
 def stop(cluster: Cluster, *, keep_logs: bool = False) -> None:
     """Leave the cluster. A local Ray ends, and its session folder is deleted unless its logs may explain a failure."""
+    if cluster.borrowed:
+        return
     import ray
 
     ray.shutdown()
@@ -255,6 +289,11 @@ def _local_options() -> dict[str, object]:
             f"Ray's temporary folder {folder} cannot be made: {error} (set RAY_TMPDIR to a writable place)"
         ) from error
     _remove_remains(folder)
+    if (free := shutil.disk_usage(folder).free) < LEAST_DISK:  # Ray would try for half a minute, and name a file
+        raise ClusterError(
+            f"Ray's temporary folder {folder} is on a full disk: {free >> 20} MiB free, at least {LEAST_DISK >> 20} "
+            "MiB needed (free space there, or set RAY_TMPDIR to a disk with room)"
+        )
     # Without this Ray would leave a token in the user's home, and fail where the home is read-only.
     if "RAY_AUTH_MODE" not in os.environ and not (Path.home() / ".ray" / "auth_token").exists():
         os.environ["RAY_AUTH_MODE"] = "token"

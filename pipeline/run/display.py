@@ -22,14 +22,12 @@ LINE_EVERY = 15.0  # seconds between two progress lines where there is no termin
 
 
 class RunDisplay:
-    """Bars and lines of a working run, on standard error. Use as a context manager."""
+    """Bars and lines of a working run, on standard error: a bar for each stage at work. Use as a context manager."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
         self._progress: Progress | None = None
-        self._task: TaskID | None = None
-        self._stage = self._figures = ""
-        self._started = self._line_at = 0.0
+        self._watched: StageDisplay | None = None
 
     def __enter__(self) -> RunDisplay:
         if self._console.is_terminal:
@@ -47,20 +45,50 @@ class RunDisplay:
         if self._progress is not None:
             self._progress.stop()
 
-    def begin(self, stage: str, reasons: Sequence[str]) -> None:
+    def begin(self, stage: str, reasons: Sequence[str] = ()) -> StageDisplay:
         """A stage starts."""
-        self._stage, self._started, self._figures = stage, time.monotonic(), ""
-        self._line_at = self._started
         self.line(f"[bold]{escape(stage)}[/]" + (f": {escape(', '.join(reasons))}" if reasons else ""))
-        if self._progress is not None:
-            self._task = self._progress.add_task(escape(stage), total=None, unit="", figures="")
+        return StageDisplay(self, stage, self._progress)
+
+    def watch(self, title: str, done: float, total: float, unit: str) -> None:
+        """How far work is that belongs to no stage; its bar is shown only while it lasts."""
+        if self._watched is None or self._watched.name != title:
+            if self._watched is not None:
+                self._watched.close()
+            self._watched = StageDisplay(self, title, self._progress)
+        self._watched.progress(done, total, unit)
+
+    def say(self, text: str) -> None:
+        """A remark on the run."""
+        self.line(escape(text))
+
+    def warn(self, text: str) -> None:
+        """Something that the user should know, and that does not stop the run."""
+        self.line(f"[yellow]warning:[/] {escape(text)}")
+
+    def line(self, markup: str) -> None:
+        """One line of rich markup."""
+        self._console.print(markup, highlight=False, soft_wrap=True)
+
+
+class StageDisplay:
+    """The bar and the lines of one stage at work; several may be at work at the same time, each in a thread."""
+
+    def __init__(self, run: RunDisplay, name: str, progress: Progress | None) -> None:
+        self.name, self._run, self._progress = name, run, progress
+        self._figures = ""
+        self._started = self._line_at = time.monotonic()
+        self._task: TaskID | None = None
+        if progress is not None:
+            self._task = progress.add_task(escape(name), total=None, unit="", figures="")
 
     def progress(self, done: float, total: float, unit: str) -> None:
         """How far the stage is; a `total` of 0 means that it is not known."""
         if self._progress is not None and self._task is not None:
-            self._progress.update(
-                self._task, completed=int(done), total=int(total) or None, unit=unit, figures=self._figures
-            )
+            with contextlib.suppress(KeyError):  # its bar is gone: a late word of a stage that was stopped
+                self._progress.update(
+                    self._task, completed=int(done), total=int(total) or None, unit=unit, figures=self._figures
+                )
         elif self._progress is None and time.monotonic() - self._line_at >= LINE_EVERY:
             self._line_at = time.monotonic()
             figures = f"{self._figures}, " if self._figures else ""
@@ -70,35 +98,21 @@ class RunDisplay:
         """A few words that stand beside the progress from now on, such as "loss 2.31"."""
         self._figures = escape(text)
 
-    def watch(self, title: str, done: float, total: float, unit: str) -> None:
-        """How far work is that belongs to no stage; its bar is shown only while it lasts."""
-        if self._stage != title:
-            self._stage, self._started, self._line_at = title, time.monotonic(), time.monotonic()
-            if self._progress is not None:
-                if self._task is not None:
-                    self._progress.remove_task(self._task)
-                self._task = self._progress.add_task(escape(title), total=None, unit="", figures="")
-        self.progress(done, total, unit)
+    def say(self, text: str) -> None:
+        """A remark of the stage at work; its name in front of it is said once."""
+        text = text.removeprefix(f"{self.name}: ")
+        self._run.line(f"  {escape(self.name)}: {escape(text)}")
 
     def end(self, outcome: str, style: str = "green") -> None:
         """The stage has ended."""
+        self.close()
+        self._run.line(f"[bold]{escape(self.name)}[/]: [{style}]{escape(outcome)}[/]")
+
+    def close(self) -> None:
+        """Take its bar away."""
         if self._progress is not None and self._task is not None:
             self._progress.remove_task(self._task)
         self._task = None
-        self.line(f"[bold]{escape(self._stage)}[/]: [{style}]{escape(outcome)}[/]")
-
-    def say(self, text: str) -> None:
-        """A remark of the stage at work; its name in front of it is said once."""
-        text = text.removeprefix(f"{self._stage}: ")
-        self.line(f"  {escape(self._stage)}: {escape(text)}" if self._stage else escape(text))
-
-    def warn(self, text: str) -> None:
-        """Something that the user should know, and that does not stop the run."""
-        self.line(f"[yellow]warning:[/] {escape(text)}")
-
-    def line(self, markup: str) -> None:
-        """One line of rich markup."""
-        self._console.print(markup, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
@@ -217,8 +216,10 @@ def _tracking(uri: str | None) -> Iterator[Check]:
             how = "reachable"
         yield Check("tracking", OK, f"{tracking.masked(uri)}: {how}")
     except Exception as error:  # whatever a back-end raises is the finding
-        reason = " ".join(str(error).split())[:200]
+        reason = tracking.scrubbed(str(error), uri)[:200]
         remedy = "start the server or correct `tracking:`; a run goes on without it"
+        if isinstance(error, urllib.error.HTTPError) and error.code in (401, 403):
+            remedy = tracking.CREDENTIALS
         yield Check("tracking", FAIL, f"{tracking.masked(uri)}: {type(error).__name__}: {reason}", remedy)
 
 
@@ -234,13 +235,9 @@ def _try_database(file: Path) -> str:
 
 
 def _try_server(uri: str) -> str:
-    request = urllib.request.Request(f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1")
-    user, password = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
-    if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
-        request.add_header("Authorization", f"Bearer {token}")
-    elif user:
-        word = base64.b64encode(f"{user}:{password}".encode()).decode()
-        request.add_header("Authorization", f"Basic {word}")
+    request = urllib.request.Request(f"{tracking.anonymous(uri)}/api/2.0/mlflow/experiments/search?max_results=1")
+    if word := tracking.authorization(uri):
+        request.add_header("Authorization", word)
     with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
         json.loads(answer.read())
     return "reachable, and answers as MLflow"

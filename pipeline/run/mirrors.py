@@ -134,7 +134,7 @@ PAGES: dict[str, Callable[[str, str, str, Mapping[str, Any]], Page]] = {
 
 
 class Mirrors:
-    """The mirrors of one pipeline run.
+    """The mirrors of one pipeline run; stages in several threads may open and use pages at once.
 
     Args:
         targets: name of a mirror -> folder or project.
@@ -164,7 +164,8 @@ class Mirrors:
         try:
             yield
         except Exception as error:
-            self._targets.pop(mirror, None)
+            if self._targets.pop(mirror, None) is None:  # a stage in another thread has found it out, and said so
+                return
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             self._warn(f"mirror {mirror} is away ({reason}); the run goes on without it")
 

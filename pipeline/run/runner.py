@@ -1,39 +1,36 @@
-"""Executes a plan: stage after stage, each from finished artifacts to one committed artifact.
+"""Executes a plan: all that is not cached, each stage from finished artifacts to one committed artifact.
 
 Ray, MLflow and everything heavy are imported and started with the first stage that has to run: a pipeline that is all
-cached takes the time of its plan. What was committed stays committed, however the run ends.
+cached takes the time of its plan. What was committed stays committed, however the run ends. schedule.py decides which
+stages run at the same time, execution.py computes one.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pipeline.errors import ArtifactDamaged, ArtifactMissing, ConfigError
-from pipeline.plan import fingerprint, history
+from pipeline.errors import ConfigError
+from pipeline.plan import history
 from pipeline.plan.plan import check_inputs
 from pipeline.run import capacity
 from pipeline.run.capacity import Place
-from pipeline.run.failure import RunFailed, StagesFailed, explain_in, stopped_by
+from pipeline.run.execution import Executor
 from pipeline.run.mirrors import require_installed
-from pipeline.run.provenance import git_commit, package_versions
 from pipeline.run.result import RunResult, StageResult
-from pipeline.run.tracking import FAILED, FINISHED, KILLED, StageTracker, Tracker, TrackingAway, masked
-from pipeline.stage import Context, Outcome
+from pipeline.run.schedule import Schedule
+from pipeline.run.tracking import FAILED, FINISHED, KILLED, Tracker, TrackingAway, masked
 from pipeline.store import uses
 
 if TYPE_CHECKING:
-    from pipeline.config.load import Pipeline, PipelineStage
+    from pipeline.config.load import Pipeline
     from pipeline.plan.plan import Plan, PlannedStage
     from pipeline.run.cluster import Cluster
     from pipeline.run.display import RunDisplay
-    from pipeline.store.artifact import Artifact
-    from pipeline.store.lease import Holder
     from pipeline.store.store import ArtifactStore
 
 
@@ -45,6 +42,7 @@ def run(
     *,
     address: str | None = None,
     keep_going: bool = False,
+    parallel: int | None = None,
 ) -> RunResult:
     """Execute what the plan says must run. Every artifact that is committed stays, whatever happens later.
 
@@ -55,18 +53,19 @@ def run(
         display: shows the progress.
         address: of a Ray cluster; without one a local Ray is started.
         keep_going: when a stage fails, still run the stages that do not need it.
+        parallel: stages at the same time, at most; default: as many as there is room for.
 
     Raises:
         ConfigError: a stage cannot run on this machine or cluster; nothing was started.
-        RunFailed: a stage failed.
-        StagesFailed: with `keep_going`, one or more stages failed.
+        RunFailed: a stage failed; those that ran beside it were finished.
+        StagesFailed: several stages failed, or with `keep_going` at least one.
         UsageError: a mirror's package is not installed.
         KeyboardInterrupt, SystemExit: the run was interrupted.
     """
     started = time.monotonic()
     if plan.to_run:
         require_installed(pipeline.mirrors)
-    working = _Run(pipeline, store, display, address, keep_going)
+    working = _Run(pipeline, store, display, address)
     for planned in plan.stages:
         stage = pipeline.stages[planned.name].stage
         working.result.stages.append(
@@ -76,14 +75,7 @@ def run(
     try:
         with working.claimed(plan):
             working.check_start(plan)
-            for result in working.result.stages:
-                if result.state == "run" and not working.skip(result):
-                    working.execute(result)
-                    if result.artifact is not None:
-                        working.remember(result.planned)
-                        working.check_below(result, plan)
-        if working.failures:
-            raise StagesFailed(working.failures, working.result)
+            working.compute(plan, keep_going, parallel)
         status = FINISHED
     except BaseException as error:
         status = FAILED if isinstance(error, Exception) else KILLED
@@ -97,16 +89,13 @@ def run(
 class _Run:
     """One run, with what its stages share: Ray, the MLflow run, the artifacts so far."""
 
-    def __init__(
-        self, pipeline: Pipeline, store: ArtifactStore, display: RunDisplay, address: str | None, keep_going: bool
-    ) -> None:
+    def __init__(self, pipeline: Pipeline, store: ArtifactStore, display: RunDisplay, address: str | None) -> None:
         self.pipeline, self.store, self.display, self.address = pipeline, store, display, address
-        self.keep_going = keep_going
-        self.failures: list[RunFailed] = []  # with keep_going
         self.result = RunResult(pipeline.name)
-        self.began = _now()
         self.tracker = Tracker(pipeline.tracking, pipeline.name, display.warn, pipeline.mirrors)
+        self.executor = Executor(pipeline, store, self.result, self.tracker, self._tags())
         self.cluster: Cluster | None = None
+        self.left_threads = False
 
     @contextlib.contextmanager
     def claimed(self, plan: Plan) -> Iterator[None]:
@@ -155,7 +144,7 @@ class _Run:
         try:
             self.tracker.start(self.pipeline.name, self._tags(), required=True)
         except TrackingAway as error:
-            remedy = "start it, or leave tracking_required out: then the run goes on untracked"
+            remedy = "start it, or leave tracking_required out: then the run keeps its records and sends them later"
             raise ConfigError([self.pipeline.problem("tracking", str(error), remedy)]) from error
 
     def _tags(self) -> dict[str, str]:
@@ -177,194 +166,42 @@ class _Run:
             self.display.say(f"on {self.cluster}")
         return self.cluster
 
-    def skip(self, result: StageResult) -> bool:
-        """Whether a stage cannot run because one that it needs has failed."""
-        states = {stage.planned.name: stage.state for stage in self.result.stages}
-        lost = [name for name in result.planned.inputs.values() if states.get(name) in ("failed", "skipped")]
-        if lost:
-            result.state, result.error = "skipped", f"it needs {', '.join(map(repr, dict.fromkeys(lost)))}"
-        return bool(lost)
+    def compute(self, plan: Plan, keep_going: bool, parallel: int | None) -> None:
+        """Run the stages that are not cached."""
 
-    def check_below(self, done: StageResult, plan: Plan) -> None:
-        """Stop where what a finished artifact holds shows that a later stage cannot work.
+        def made(result: StageResult) -> None:
+            result.planned.artifact = result.artifact
+            self.remember(result.planned)
 
-        Without this, images without masks would be found out by an evaluation, after hours of training.
-        """
-        done.planned.artifact = done.artifact
-        waiting = {stage.planned.name: stage for stage in self.result.stages if stage.state == "run"}
-        problems = check_inputs(self.pipeline, plan.needed, set(waiting))
-        for name, stage in waiting.items():
-            own = [problem for problem in problems if problem.path.startswith(f"stages.{name}.")]
-            if own:
-                self._fail(stage, ConfigError(own if self.keep_going else problems))
-
-    def _fail(self, result: StageResult, error: Exception) -> None:
-        """Note that a stage has failed, and end the run unless it is to go on."""
-        result.state, result.error = "failed", explain_in(self.pipeline, result.planned.name, error)
-        failure = RunFailed(result.planned.name, result.error, error, self.result)
-        if not self.keep_going:
-            raise failure
-        self.failures.append(failure)
-        self.display.warn(f"{failure}")
-
-    def execute(self, result: StageResult) -> None:
-        """Compute one stage, unless another run has done so meanwhile: its lease makes a second run wait."""
-        planned = result.planned
-        started = time.monotonic()
-        self.display.begin(planned.name, planned.reasons)
+        schedule = Schedule(
+            self.pipeline,
+            self.result,
+            self.executor,
+            self.display,
+            cluster=self._ray,
+            made=made,
+            # What a finished artifact holds may show that a later stage cannot work. Without this, images without
+            # masks would be found out by an evaluation, after hours of training.
+            check=lambda names: check_inputs(self.pipeline, plan.needed, names),
+            keep_going=keep_going,
+            parallel=parallel,
+        )
         try:
-            with contextlib.ExitStack() as leases:
-                for name in dict.fromkeys((planned.whole, planned.fingerprint)):  # they share their progress
-                    leases.enter_context(self.store.lease(planned.kind, name, waiting=self._waiting))
-                result.artifact = self._adopt(planned)
-                result.state = "cached" if result.artifact else "failed"
-                if result.artifact is None:
-                    result.artifact = self._compute(planned)
-                    result.state = "done"
-        except Exception as error:
-            if (stop := stopped_by(error)) is not None:
-                raise stop from error
-            self._fail(result, error)
+            schedule.run()
         finally:
-            result.seconds = time.monotonic() - started
-            self.display.end(*_ending(result))
+            self.left_threads = schedule.left_threads
 
     def close(self, status: str) -> None:
+        """End the run's page in MLflow, and leave the cluster."""
         metrics = {
             f"{stage.planned.name}.{key}": value
             for stage in self.result.stages
             for key, value in (stage.results or {}).items()
         }
         self.tracker.finish(status, metrics)
-        if self.tracker.run_id is not None:
+        if self.tracker.record_id is not None:
             self.result.tracking = masked(self.tracker.uri or "")
-        if self.cluster is not None:
+        if self.cluster is not None and not self.left_threads:  # they use Ray: it ends with this process
             from pipeline.run import cluster
 
             cluster.stop(self.cluster, keep_logs=status == FAILED)
-
-    def _waiting(self, holder: Holder) -> None:
-        self.display.say(f"waiting for {holder}, which computes it already")
-
-    def _adopt(self, planned: PlannedStage) -> Artifact | None:
-        """The artifact, if another run has made it since the plan. A damaged one, and one to replace, is deleted."""
-        try:
-            artifact = self.store.find(planned.kind, planned.fingerprint)
-        except ArtifactDamaged:
-            self.store.discard(planned.kind, planned.fingerprint)
-            return None
-        if artifact is None:
-            return None
-        forced = "forced" in planned.reasons and artifact.manifest.created < self.began
-        if forced or self.store.check(artifact):
-            self.store.discard(planned.kind, planned.fingerprint)
-            return None
-        return artifact
-
-    def _compute(self, planned: PlannedStage) -> Artifact:
-        entry = self.pipeline.stages[planned.name]
-        inputs = self._inputs(planned)
-        if entry.stage.uses_ray:
-            joined = self._ray()
-            if demand := capacity.demand_of(self.pipeline, planned.name, joined.gpus):
-                joined.wait_for(demand, self.display.say)
-        settings = fingerprint.settings(entry.stage.config)
-        tracked = self._track(planned, settings, inputs)
-        status = FAILED
-        try:
-            artifact = self._write(planned, entry, inputs, settings, tracked)
-            tracked.log_output(planned.name, artifact, entry.stage.tracked_as)
-            status = FINISHED
-        except BaseException as error:
-            if not isinstance(error, Exception) or stopped_by(error) is not None:
-                status = KILLED
-            raise
-        finally:
-            tracked.finish(status)
-        return artifact
-
-    def _write(
-        self,
-        planned: PlannedStage,
-        entry: PipelineStage,
-        inputs: Mapping[str, Artifact],
-        settings: dict[str, Any],
-        tracked: StageTracker,
-    ) -> Artifact:
-        started, output = time.monotonic(), self.store.begin(planned.kind, planned.fingerprint, planned.whole)
-        outcome: Outcome = entry.stage.run(
-            Context(
-                name=planned.name,
-                fingerprint=planned.fingerprint,
-                inputs=inputs,
-                output=output,
-                resources=entry.stage.config.resources,
-                log_metrics=tracked.log_metrics,
-                report_progress=self.display.progress,
-                show_figures=self.display.figures,
-                say=self.display.say,
-            )
-        )
-        return output.commit(
-            {
-                "stage": planned.name,
-                "uses": planned.uses,
-                "version": entry.stage.version,
-                "config": settings,
-                "inputs": {path: f"{artifact.kind}/{artifact.fingerprint}" for path, artifact in inputs.items()},
-                "sources": planned.sources,
-                "counts": outcome.counts,
-                "metrics": outcome.metrics,
-                "problems": outcome.problems,
-                "notes": outcome.notes,
-                "preview": outcome.preview,
-                "packages": package_versions(entry.stage.packages),
-                "git": git_commit(),
-                "made_by": uses.maker(self.pipeline.name),
-                "created": _now(),
-                "seconds": time.monotonic() - started,
-                "tracking": {"uri": masked(self.tracker.uri or ""), "run": tracked.run_id} if tracked.run_id else {},
-            }
-        )
-
-    def _inputs(self, planned: PlannedStage) -> dict[str, Artifact]:
-        artifacts = {stage.planned.name: stage.artifact for stage in self.result.stages}
-        inputs: dict[str, Artifact] = {}
-        for path, name in planned.inputs.items():
-            artifact = artifacts.get(name)
-            if artifact is None:
-                raise ArtifactMissing(f"input {path}: stage '{name}' has no artifact yet (run it too)")
-            inputs[path] = artifact
-        return inputs
-
-    def _track(
-        self, planned: PlannedStage, settings: Mapping[str, Any], inputs: Mapping[str, Artifact]
-    ) -> StageTracker:
-        self.tracker.start(self.pipeline.name, self._tags())
-        tags = {
-            **self._tags(),
-            "tessera.stage": planned.name,
-            "tessera.uses": planned.uses,
-            "tessera.kind": planned.kind,
-            "tessera.fingerprint": planned.fingerprint,
-            "tessera.reasons": ", ".join(planned.reasons),
-        }
-        tracked = self.tracker.stage(planned.name, tags, settings)
-        tracked.log_inputs(inputs, {path: (s["address"], s["digest"]) for path, s in planned.sources.items()})
-        return tracked
-
-
-def _ending(result: StageResult) -> tuple[str, str]:
-    """The line that closes a stage, and its colour."""
-    from pipeline.run.display import duration
-
-    if result.state == "done" and result.artifact is not None:
-        counts = ", ".join(f"{count} {name}" for name, count in result.artifact.manifest.counts.items())
-        return f"done in {duration(result.seconds)}" + (f" ({counts})" if counts else ""), "green"
-    if result.state == "cached":
-        return "made by another run meanwhile", "green"
-    return ("failed" if result.error else "stopped") + f" after {duration(result.seconds)}", "red"
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.errors import StoreError
 
@@ -27,8 +30,8 @@ _LOCAL = (
         "change its owner or its mode, or name another store",
     ),
     Meaning(r"\b(os error|Errno) 30\b", "its file system is read-only", "name a store on a disk that can be written"),
-    Meaning(r"\b(os error|Errno) 28\b", "its disk is full", _ROOM),
-    Meaning(r"\b(os error|Errno) 122\b", "the disk quota is used up", _ROOM),
+    Meaning(r"\b(os error|Errno) 28\b", "its disk is full{room}", _ROOM),
+    Meaning(r"\b(os error|Errno) 122\b", "the disk quota is used up{room}", _ROOM),
     Meaning(
         r"\b(os error|Errno) 27\b",
         "a file would be larger than is allowed there",
@@ -50,7 +53,12 @@ _REMOTE = (
         "set {environment}",
     ),
     Meaning(
-        r"InvalidAccessKeyId|SignatureDoesNotMatch|\b40[13]\b|AccessDenied|Forbidden|Unauthorized",
+        r"RequestTimeTooSkewed",
+        "this machine's clock differs from the server's by too much",
+        "set the clock, for instance with an NTP service",
+    ),
+    Meaning(
+        r"InvalidAccessKeyId|SignatureDoesNotMatch|status code: 40[13]\b|AccessDenied|Forbidden|Unauthorized",
         "access is denied",
         "check {environment}, and that they may {doing} there",
     ),
@@ -60,9 +68,24 @@ _REMOTE = (
         "set AWS_ALLOW_HTTP=true, or use an https:// endpoint",
     ),
     Meaning(
-        r"NotImplemented|\b501\b",
+        r"NotImplemented|status code: 501\b",
         "the server does not know conditional writes, which commit an artifact",
         "use a server that supports If-None-Match and If-Match",
+    ),
+    Meaning(
+        r"SlowDown|ServerBusy|status code: (429|503)\b",
+        "it asks for fewer requests, or is overloaded (status 503)",
+        "run the same command again later, with fewer workers: what is finished is kept",
+    ),
+    Meaning(
+        r"status code: 5\d\d\b",
+        "the server fails (status 5xx)",
+        "ask who runs it, then run the same command again: what is finished is kept",
+    ),
+    Meaning(
+        r"(?i:request or response body|decoding response body|connection (closed|reset))",
+        "the connection breaks",
+        "check the network, then run the same command again: what is finished is kept",
     ),
     Meaning(
         r"(?i:error sending request|connect|dns|timed out|timeout)",
@@ -77,7 +100,9 @@ _ENVIRONMENT = {
 }
 
 
-def explain(error: Exception, address: str, doing: str, path: str) -> StoreError:
+def explain(
+    error: Exception, address: str, doing: str, path: str, tried: str = "", needed: int | None = None
+) -> StoreError:
     """The StoreError for a failed access to a store.
 
     Args:
@@ -85,12 +110,26 @@ def explain(error: Exception, address: str, doing: str, path: str) -> StoreError
         address: of the store.
         doing: what was tried, as a verb: "read", "write", "list", ...
         path: of the object within the store; "" for the store itself.
+        tried: how often and for how long, where it was tried more than once.
+        needed: bytes that were to be written, where that is known.
     """
     cause = str(error)
-    words = {"doing": doing, "environment": _ENVIRONMENT.get(address.split("://", 1)[0], "")}
-    place = f"store {address}: cannot {doing} {path or 'it'}"
+    room = "" if "://" in address else room_at(Path(address), needed)
+    words = {"doing": doing, "environment": _ENVIRONMENT.get(address.split("://", 1)[0], ""), "room": room}
+    place, often = f"store {address}: cannot {doing} {path or 'it'}", f", {tried}" if tried else ""
     for meaning in _REMOTE if "://" in address else _LOCAL:
         if re.search(meaning.pattern, cause):
-            return StoreError(f"{place}: {meaning.rule.format(**words)} ({meaning.remedy.format(**words)})")
+            return StoreError(f"{place}: {meaning.rule.format(**words)}{often} ({meaning.remedy.format(**words)})")
     first = cause.strip().splitlines()[0][:300] if cause.strip() else type(error).__name__
-    return StoreError(f"{place}: {first} (`tessera doctor` checks the store)")
+    return StoreError(f"{place}: {first}{often} (`tessera doctor` checks the store)")
+
+
+def room_at(folder: Path, needed: int | None) -> str:
+    """The end of a message about a full disk, ", 3.0 MiB needed, 0.2 MiB free"; "" where nothing is known."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    with contextlib.suppress(OSError):
+        disk = os.statvfs(folder)
+        free = f", {disk.f_bavail * disk.f_frsize / 2**20:.1f} MiB free"
+        return (f", {needed / 2**20:.1f} MiB needed" if needed is not None else "") + free
+    return ""

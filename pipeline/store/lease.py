@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -26,9 +26,11 @@ from pipeline.store.owner import Owner, this_process
 BEAT = 10.0  # seconds between heartbeats
 STALE = 60.0  # seconds without a heartbeat after which a process on another machine counts as dead
 GUARD_POLL = 0.005  # a guard is held for the time of two small file operations
-# Seconds since the last heartbeat, by comparing two machines' clocks: more than such clocks should ever differ.
-LONG_DEAD = 900.0
+# Seconds since the last heartbeat, by comparing two machines' clocks: more than such clocks differ, even where one of
+# them is set to a neighbouring time zone. A lease that is younger is watched for `STALE` seconds on one clock instead.
+LONG_DEAD = 2 * 3600.0
 
+_OURS: set[str] = set()  # tokens of the leases that this process holds or is taking
 _HELD: dict[tuple[str, str], str] = {}  # (store address, artifact) -> token of the lease this process holds
 
 
@@ -60,6 +62,8 @@ class Holder:
 
     def long_gone(self) -> bool:
         """Whether the holder is certainly dead, as far as one look at the lease can tell."""
+        if self.owner == this_process():  # one that could not be given back because the store was away is nobody's
+            return self.token not in _OURS
         alive = self.owner.alive()
         return not alive if alive is not None else time.time() - self.beat > LONG_DEAD
 
@@ -137,37 +141,52 @@ class Lease:
         holder = self.holder()
         if holder is not None:
             return holder.long_gone() and self._take(holder)
-        with self._guard():
-            mine = self._mine()
+        with self._guard(), self._taking() as mine:
             try:
                 self._objects.put(self._path, mine.to_bytes(), create=True, durable=False)
             except Conflict:
-                holder = self.holder()
-                if holder is None:  # it was given back meanwhile, or its file cannot be read
-                    self._objects.delete([self._path])
-                # obstore repeats a request whose answer was lost, and then finds the lease that it made itself.
-                if holder is None or holder.token != mine.token:
-                    return False
-        self._started(mine)
+                return self._take_unreadable(mine)
+            self._started(mine)
         return True
 
     def release(self) -> None:
-        """Give it back; harmless when it is not held."""
+        """Give it back; harmless when it is not held. Where the store is away, it ends with this process."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         if self._token:
             _HELD.pop((self._objects.address, self.artifact), None)
-            with self._guard():
+            _OURS.discard(self._token)
+            with suppress(StoreError), self._guard():
                 holder = self.holder()
                 if holder is not None and holder.token == self._token:
                     self._objects.delete([self._path])
             self._token = ""
 
-    def _mine(self) -> Holder:
+    def _take_unreadable(self, mine: Holder) -> bool:
+        """Take a lease whose file nobody can read, within the guard; False when it is somebody's, or gone again."""
+        found = self._objects.get_tagged(self._path)
+        if found is None or Holder.from_bytes(found[0]) is not None:
+            return False
+        try:
+            self._overwrite(mine, found[1])
+        except Conflict:
+            return False
+        self._started(mine)
+        return True
+
+    @contextmanager
+    def _taking(self) -> Iterator[Holder]:
+        """What this process writes into the lease file, known to its other threads as that of a living holder."""
         self._since = time.time()
-        return Holder(uuid.uuid4().hex, this_process(), self._since, self._since)
+        mine = Holder(uuid.uuid4().hex, this_process(), self._since, self._since)
+        _OURS.add(mine.token)
+        try:
+            yield mine
+        finally:
+            if self._token != mine.token:
+                _OURS.discard(mine.token)
 
     def _started(self, mine: Holder) -> None:
         self._token, self.lost = mine.token, False
@@ -180,10 +199,10 @@ class Lease:
 
     def _take(self, dead: Holder) -> bool:
         """Take the lease of a dead holder; False when another process was faster."""
-        mine = self._mine()
-        if not self._replace(dead.token, dead.beat, mine):
-            return False
-        self._started(mine)
+        with self._taking() as mine:
+            if not self._replace(dead.token, dead.beat, mine):
+                return False
+            self._started(mine)
         return True
 
     def _replace(self, token: str, beat: float | None, new: Holder) -> bool:
@@ -197,13 +216,17 @@ class Lease:
             if found is None or holder is None or holder.token != token or (beat is not None and holder.beat != beat):
                 return False
             try:
-                if self._objects.folder is not None:  # a disk has no conditional put; the guard excludes others
-                    self._objects.put(self._path, new.to_bytes(), durable=False)
-                else:
-                    self._objects.put_if(self._path, new.to_bytes(), found[1])
+                self._overwrite(new, found[1])
             except Conflict:
-                return self.holder() == new  # true when the first answer was lost and the put was repeated
+                return False
             return True
+
+    def _overwrite(self, new: Holder, tag: str) -> None:
+        """Replace the lease file if its tag is still `tag`, within the guard."""
+        if self._objects.folder is not None:  # a disk has no conditional put; the guard excludes others
+            self._objects.put(self._path, new.to_bytes(), durable=False)
+        else:
+            self._objects.put_if(self._path, new.to_bytes(), tag)
 
     def _beat(self, stop: threading.Event) -> None:
         mine = Holder(self._token, this_process(), 0.0, self._since)

@@ -7,6 +7,7 @@ file's size and times. The cache can be deleted at any time.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import ArtifactDamaged, StoreError
+from pipeline.store.failures import room_at
 from pipeline.store.manifest import FileEntry
 from pipeline.store.objects import GRAIN_NS, Objects, file_tag
 
@@ -46,11 +48,11 @@ def local_copy(objects: Objects, artifact: str, entry: FileEntry) -> Path:
         if _known(path, entry):  # another worker of this machine was faster
             return path
         if not inside and not path.exists():
-            _download(objects, stored, path)
+            _download(objects, stored, path, entry.size)
         tag = _tag(path)
         reason = differs(path, entry)
         if reason and not inside:  # the copy may be damaged while the store is not
-            _download(objects, stored, path)
+            _download(objects, stored, path, entry.size)
             tag = _tag(path)
             reason = differs(path, entry)
         if reason:
@@ -136,7 +138,7 @@ def _remember(path: Path, entry: FileEntry, tag: str) -> None:
         pass  # the next process hashes again
 
 
-def _download(objects: Objects, stored: str, path: Path) -> None:
+def _download(objects: Objects, stored: str, path: Path, size: int) -> None:
     """Download a file and put it in its place in one atomic step. A missing object leaves no file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +154,7 @@ def _download(objects: Objects, stored: str, path: Path) -> None:
     except FileNotFoundError:
         path.unlink(missing_ok=True)
     except OSError as error:
-        raise _cache_error(error) from error
+        raise cache_error(error, size) from error
 
 
 @contextmanager
@@ -165,13 +167,16 @@ def _one_at_a_time(key: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         locked = FileLock(folder / key[:3]).acquire()  # 4096 locks are enough, and never need cleaning up
     except OSError as error:
-        raise _cache_error(error) from error
+        raise cache_error(error) from error
     with locked:
         yield
 
 
-def _cache_error(error: OSError) -> StoreError:
+def cache_error(error: OSError, needed: int | None = None) -> StoreError:
+    """Why the cache cannot be written, and what to do; `needed` bytes were to be."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return StoreError(
-        f"this machine's cache {cache_folder()} cannot be written: {error.strerror or error} "
+        f"this machine's cache {cache_folder()} cannot be written: {error.strerror or error}"
+        f"{room_at(cache_folder(), needed) if full else ''} "
         "(set TESSERA_CACHE to a folder with room, or delete the cache: it is rebuilt)"
     )

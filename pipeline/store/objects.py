@@ -2,32 +2,33 @@
 
 The store relies on four promises made here. A put writes the whole object or nothing. A put with `create` succeeds
 for one caller only. A local put is on the disk when it returns. Every failure is a StoreError that says what to do.
+
+A bucket's failures that pass by themselves, such as throttling, are waited for (patience.py).
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from typing import Any, TypeVar
 
 from pipeline.errors import StoreError
-from pipeline.paths import local_path
-from pipeline.store.credentials import s3_options
+from pipeline.store.address import normalised
+from pipeline.store.client import client_of
 from pipeline.store.failures import explain
+from pipeline.store.patience import Patience, passes
 
-SCHEMES = ("s3", "gs", "az")
+_T = TypeVar("_T")
 
 # Two changes of a file within one tick of the disk's clock give it the same tag. So the tag of a file that is younger
 # than this proves nothing, and its content is read again next time.
 GRAIN_NS = 2_000_000_000
+PIECE = 5 << 20  # bytes: a larger file is uploaded to a bucket in pieces of this size
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,6 @@ class Conflict(Exception):
     """Somebody else wrote the object first."""
 
 
-def mask(address: str) -> str:
-    """The address without what could be a secret, for messages and logs."""
-    address = re.sub(r"(?<=://)[^/@]*@", "***@", address)
-    return re.sub(r"\?.*$", "?***", address, flags=re.DOTALL)
-
-
 class Objects:
     """A folder or a bucket prefix. Paths are relative to it, with forward slashes.
 
@@ -59,7 +54,7 @@ class Objects:
     """
 
     def __init__(self, address: str) -> None:
-        self.address, self.folder = _normalised(address)
+        self.address, self.folder = normalised(address)
 
     def __reduce__(self) -> tuple[type[Objects], tuple[str]]:
         return Objects, (self.address,)
@@ -94,19 +89,19 @@ class Objects:
         """
         import obstore
 
-        with self._explained("write", path):
-            mode: Any = "create" if create else "overwrite"
+        mode: Any = "create" if create else "overwrite"
+        if self.folder is None:
+            return self._put_object(path, data, mode)
+        with self._explained("write", path, _size(data)):
             try:
-                tag = obstore.put(self._client(write=True), path, data, mode=mode)["e_tag"] or ""
+                obstore.put(self._client(write=True), path, data, mode=mode)
             except obstore.exceptions.AlreadyExistsError:
                 raise Conflict(path) from None
             except FileNotFoundError:
-                if self.folder is None or not isinstance(data, bytes):
+                if not isinstance(data, bytes):
                     raise
                 # The folder was deleted between its creation and the file's, by gc or by a commit that cleaned up.
-                tag = obstore.put(self._client(write=True), path, data, mode=mode)["e_tag"] or ""
-            if self.folder is None:
-                return tag
+                obstore.put(self._client(write=True), path, data, mode=mode)
             if durable:
                 _sync(self.folder / path)
                 _sync((self.folder / path).parent)
@@ -115,7 +110,7 @@ class Objects:
     def put_moved(self, path: str, file: Path) -> str:
         """Like `put` of a local file that is not needed afterwards: it is moved where possible, else copied."""
         if self.folder is not None:
-            with self._explained("write", path), suppress(_CrossDevice):
+            with self._explained("write", path, _size(file)), suppress(_CrossDevice):
                 target = self.folder / path
                 _sync(file)
                 _move(file, target)
@@ -125,67 +120,57 @@ class Objects:
         file.unlink(missing_ok=True)
         return tag
 
-    def head(self, path: str) -> StoredObject | None:
-        """One object as `walk` would list it; None when there is no such object."""
-        import obstore
-
-        with self._explained("look at", path):
-            try:
-                return _found(obstore.head(self._client(), path))
-            except (FileNotFoundError, NotADirectoryError) as error:
-                self._require_bucket(error)
-                return None
-
     def put_if(self, path: str, data: bytes, tag: str) -> None:
-        """Overwrite an object if its tag is still `tag`. For buckets only.
+        """Overwrite an object if `get_tagged` would still give this tag. For buckets only.
 
         Raises:
             Conflict: the object was changed or deleted.
         """
+        self._put_object(path, data, {"version": tag} if self._google else {"e_tag": tag})
+
+    def head(self, path: str) -> StoredObject | None:
+        """One object as `walk` would list it; None when there is no such object."""
         import obstore
 
-        with self._explained("write", path):
-            try:
-                obstore.put(self._client(write=True), path, data, mode={"e_tag": tag})
-            except (obstore.exceptions.PreconditionError, FileNotFoundError):
-                raise Conflict(path) from None
+        try:
+            return self._ask("look at", path, lambda: _found(obstore.head(self._client(), path)))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def get(self, path: str) -> bytes | None:
         """The whole content; None when there is no such object."""
-        import obstore
-
-        if not self._exists():
+        if self.folder is not None:
+            found = self.get_tagged(path)
+            return found[0] if found else None
+        try:
+            return b"".join(self.stream(path))
+        except FileNotFoundError:
             return None
-        with self._explained("read", path):
-            try:
-                return bytes(obstore.get(self._client(), path).bytes())
-            except (FileNotFoundError, NotADirectoryError) as error:
-                self._require_bucket(error)
-                return None
 
     def get_tagged(self, path: str) -> tuple[bytes, str] | None:
         """Content and tag that belong together, for `put_if`; None when there is no such object."""
         import obstore
 
+        def content() -> tuple[bytes, str]:
+            answer = obstore.get(self._client(), path)
+            # Google's conditions are on the generation of an object, all others' on its etag.
+            return bytes(answer.bytes()), answer.meta["version" if self._google else "e_tag"] or ""
+
         if not self._exists():
             return None
-        with self._explained("read", path):
-            try:
-                answer = obstore.get(self._client(), path)
-                return bytes(answer.bytes()), answer.meta["e_tag"] or ""
-            except (FileNotFoundError, NotADirectoryError) as error:
-                self._require_bucket(error)
-                return None
+        try:
+            return self._ask("read", path, content)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def get_range(self, path: str, start: int, end: int) -> bytes:
         """The bytes [start, end) of the content. Raises FileNotFoundError."""
         import obstore
 
-        with self._explained("read", path):
-            return bytes(obstore.get_range(self._client(), path, start=start, end=end))
+        return self._ask("read", path, lambda: bytes(obstore.get_range(self._client(), path, start=start, end=end)))
 
     def stream(self, path: str) -> Iterator[bytes]:
-        """The content in blocks of a few MiB.
+        """The content in blocks of about a MiB or more.
 
         Raises:
             FileNotFoundError: there is no such object.
@@ -197,8 +182,28 @@ class Objects:
                 while block := file.read(4 << 20):
                     yield block
             return
-        with self._explained("read", path):
-            yield from (bytes(block) for block in obstore.get(self._client(), path).stream(4 << 20))
+        at, tag = 0, ""
+        with self._explained("read", path) as patience:
+            while True:
+                try:
+                    rest: Any = {"range": {"offset": at}, "if_match": tag or None} if at else None
+                    answer = obstore.get(self._client(), path, options=rest)
+                    tag = answer.meta["e_tag"] or ""
+                    for block in answer.stream(1 << 20):
+                        at += len(block)
+                        patience.answered()
+                        yield bytes(block)
+                    return
+                except obstore.exceptions.PreconditionError:
+                    raise StoreError(
+                        f"store {self.address}: {path} was written anew while it was read (run the same command again)"
+                    ) from None
+                except FileNotFoundError:
+                    raise
+                except Exception as error:
+                    patience.wait_after(error)
+                    if at and at == answer.meta["size"]:
+                        return
 
     def walk(self, prefix: str = "") -> list[StoredObject]:
         """All objects under a folder, sorted by path; none when there is no such folder."""
@@ -207,9 +212,22 @@ class Objects:
         if self.folder is not None:
             with self._explained("list", prefix):
                 return sorted(_walk(self.folder, self.folder / prefix), key=lambda found: found.path)
-        with self._explained("list", prefix):
-            blocks = obstore.list(self._client(), prefix or None, chunk_size=1000)
-            return sorted((_found(meta) for block in blocks for meta in block), key=lambda found: found.path)
+        found: list[StoredObject] = []
+        with self._explained("list", prefix) as patience:
+            while True:
+                try:
+                    after = found[-1].path if found else None
+                    for block in obstore.list(self._client(), prefix or None, offset=after, chunk_size=1000):
+                        found += map(_found, block)
+                        patience.answered()
+                    break
+                except Exception as error:
+                    patience.wait_after(error)
+        # A console's "folder" is an empty object whose name ends with a slash; obstore lists it without the slash.
+        empty = [one.path for one in found if not one.size]
+        with ThreadPoolExecutor(16) as pool:
+            folders = {path for path, there in zip(empty, pool.map(self.head, empty), strict=True) if there is None}
+        return sorted((one for one in found if one.path not in folders), key=lambda one: one.path)
 
     def folders(self, prefix: str = "") -> list[str]:
         """Names of the folders directly under `prefix`, sorted."""
@@ -217,26 +235,29 @@ class Objects:
 
         if not self._exists():
             return []
-        with self._explained("list", prefix):
-            if self.folder is not None:
-                with suppress(FileNotFoundError), os.scandir(self.folder / prefix) as entries:
-                    return sorted(entry.name for entry in entries if entry.is_dir())
-                return []
-            found = obstore.list_with_delimiter(self._client(), prefix or None)["common_prefixes"]
-            return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
+        if self.folder is not None:
+            with self._explained("list", prefix), suppress(FileNotFoundError), os.scandir(self.folder / prefix) as all_:
+                return sorted(entry.name for entry in all_ if entry.is_dir())
+            return []
+        found = self._ask("list", prefix, lambda: obstore.list_with_delimiter(self._client(), prefix or None))
+        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found["common_prefixes"])
 
     def delete(self, paths: list[str]) -> None:
         """Delete objects. One that does not exist is no error."""
         import obstore
 
-        with self._explained("delete", paths[0] if paths else ""):
-            if self.folder is not None:
+        if self.folder is not None:
+            with self._explained("delete", paths[0] if paths else ""):
                 for path in paths:
                     (self.folder / path).unlink(missing_ok=True)
-                return
-            for start in range(0, len(paths), 1000):
-                with suppress(FileNotFoundError):
-                    obstore.delete(self._client(), paths[start : start + 1000])
+            return
+        for start in range(0, len(paths), 1000):
+            some = paths[start : start + 1000]
+            try:
+                self._ask("delete", some[0], lambda some=some: obstore.delete(self._client(), some))  # type: ignore[misc]
+            except FileNotFoundError:  # a server that deletes one by one stops at the first that does not exist
+                for path in some if len(some) > 1 else ():
+                    self.delete([path])
 
     def delete_folder(self, prefix: str) -> None:
         """Delete everything under a folder and, on a disk, the folder."""
@@ -250,13 +271,52 @@ class Objects:
                     return
             shutil.rmtree(self.folder / prefix)  # raises the reason
 
+    @property
+    def _google(self) -> bool:
+        return self.address.startswith("gs://")
+
     def _exists(self) -> bool:
         return self.folder is None or self.folder.is_dir()
 
-    def _require_bucket(self, error: Exception) -> None:
-        """Raise `error` when it is the bucket that is missing: servers answer 404 for that and for a missing object."""
-        if self.folder is None and "NoSuchBucket" in str(error):
-            raise error
+    def _put_object(self, path: str, data: bytes | Path, mode: Any) -> str:
+        """Write an object of a bucket and return its tag.
+
+        Raises:
+            Conflict: the mode is a condition, and it does not hold.
+        """
+        import obstore
+
+        in_pieces = mode == "overwrite" and _size(data) > PIECE
+        with self._explained("write", path) as patience:
+            while True:
+                try:
+                    client = client_of(self.address, os.getpid(), in_pieces)
+                    put = obstore.put(client, path, data, mode=mode, use_multipart=in_pieces, chunk_size=PIECE)
+                    patience.answered()
+                    return put["e_tag"] or ""
+                except Exception as error:
+                    refused = (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError)
+                    if mode == "overwrite" or passes(error) or not isinstance(error, (*refused, FileNotFoundError)):
+                        patience.wait_after(error)
+                        continue
+                    if "NoSuchBucket" in str(error):
+                        raise
+                    # A try before this one may have succeeded, and only its answer was lost.
+                    found = self.get_tagged(path) if patience.failures else None
+                    if found is not None and found[0] == (data if isinstance(data, bytes) else data.read_bytes()):
+                        return found[1]
+                    raise Conflict(path) from None
+
+    def _ask(self, doing: str, path: str, request: Callable[[], _T]) -> _T:
+        """What a request answers that may be repeated: it changes nothing, or the second time nothing more."""
+        with self._explained(doing, path) as patience:
+            while True:
+                try:
+                    answer = request()
+                    patience.answered()
+                    return answer
+                except Exception as error:
+                    patience.wait_after(error)
 
     def _client(self, *, write: bool = False) -> Any:
         if self.folder is not None and write:
@@ -264,73 +324,29 @@ class Objects:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:  # also of a parent that is not there: /proc takes no folder, and says so like this
                 raise explain(error, self.address, "write", "") from error
-        return _client(self.address, os.getpid())
+        return client_of(self.address, os.getpid(), False)
 
     @contextmanager
-    def _explained(self, doing: str, path: str) -> Iterator[None]:
+    def _explained(self, doing: str, path: str, needed: int | None = None) -> Iterator[Patience]:
         """Turn what obstore or the system raises into a StoreError that names the address and the remedy."""
+        patience = Patience(self.address)
         try:
-            yield
-        except (StoreError, Conflict, FileNotFoundError) as error:
-            if isinstance(error, FileNotFoundError) and "NoSuchBucket" in str(error):
-                raise explain(error, self.address, doing, path) from error
-            raise
-        except _CrossDevice:
+            yield patience
+        except (StoreError, Conflict, _CrossDevice):
             raise
         except Exception as error:
-            raise explain(error, self.address, doing, path) from error
+            # Servers answer 404 for a missing bucket as for a missing object.
+            if isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error):
+                raise
+            raise explain(error, self.address, doing, path, patience.tried(), needed) from error
 
 
 class _CrossDevice(Exception):
     """The file lies on another disk than the store."""
 
 
-def _normalised(address: str) -> tuple[str, Path | None]:
-    """The address without a trailing slash, and the local folder that it stands for (None for a bucket).
-
-    Raises:
-        StoreError: it is not the address of a store.
-    """
-    text = str(address)
-    scheme = text.split("://", 1)[0] if "://" in text else ""
-    if scheme in ("", "file"):
-        if not str(text).strip():
-            raise StoreError("store: the address is empty (name a folder, or s3://bucket/prefix)")
-        folder = Path(os.path.abspath(local_path(unquote(text[len("file://") :]) if scheme else text)))
-        return str(folder), folder
-    if scheme not in SCHEMES:
-        known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise StoreError(f"store {mask(text)}: {scheme}:// is no kind of store (use a folder, file://, {known})")
-    parts = urlsplit(text)
-    if "@" in parts.netloc or parts.query:
-        raise StoreError(
-            f"store {mask(text)}: an address may not carry credentials or options, it is written into every manifest "
-            f"(set them in the environment: {_ENVIRONMENT[scheme]})"
-        )
-    if not parts.netloc:
-        raise StoreError(f"store {text}: the bucket's name is missing (write {scheme}://bucket/prefix)")
-    return f"{scheme}://{parts.netloc}/{parts.path.strip('/')}".rstrip("/"), None
-
-
-_ENVIRONMENT = {
-    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
-}
-
-
-@lru_cache(maxsize=32)
-def _client(address: str, pid: int) -> Any:
-    """The obstore client of an address. `pid` makes it another one in a fork, which may not share connections."""
-    from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
-
-    if "://" not in address:
-        return LocalStore(address)
-    parts = urlsplit(address)
-    kind: Any = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}[parts.scheme]
-    retry = {"max_retries": 6, "retry_timeout": timedelta(seconds=60)}
-    options = s3_options(address) if parts.scheme == "s3" else {}
-    return kind(parts.netloc, prefix=parts.path.strip("/") or None, retry_config=retry, **options)
+def _size(data: bytes | Path) -> int:
+    return len(data) if isinstance(data, bytes) else data.stat().st_size
 
 
 def _found(meta: Any) -> StoredObject:

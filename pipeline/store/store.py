@@ -22,12 +22,13 @@ from pipeline.errors import ArtifactDamaged, StoreError
 from pipeline.progress import ProgressCallback
 from pipeline.store import attempt as attempts
 from pipeline.store import garbage, integrity
+from pipeline.store.address import mask
 from pipeline.store.artifact import Artifact, Damage, load
 from pipeline.store.garbage import Removed
 from pipeline.store.lease import Holder, Lease, held_token, live_holder
 from pipeline.store.local_cache import cache_folder
 from pipeline.store.manifest import FileEntry, Manifest
-from pipeline.store.objects import Conflict, Objects, mask
+from pipeline.store.objects import Conflict, Objects
 from pipeline.store.records import RECORDS, read_record, write_record
 from pipeline.store.sealed import SealBroken, unseal
 from pipeline.store.writer import ArtifactWriter

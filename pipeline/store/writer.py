@@ -22,7 +22,7 @@ from pipeline.store.attempt import Attempt, Finished
 from pipeline.store.failures import explain
 from pipeline.store.integrity import write_memo
 from pipeline.store.lease import Lease
-from pipeline.store.local_cache import cache_folder, local_copy
+from pipeline.store.local_cache import cache_error, cache_folder, local_copy
 from pipeline.store.manifest import MANIFEST, FileEntry, Manifest, plain
 from pipeline.store.objects import GRAIN_NS, Conflict, Objects, StoredObject
 from pipeline.store.owner import this_process
@@ -139,6 +139,10 @@ class ArtifactWriter:
                 use_dictionary=not any("halffloat" in str(column) for column in table.schema.types),
             )
             size, digest = _measure(file)
+        except OSError as error:
+            file.unlink(missing_ok=True)
+            raise self._scratch_error(error, name, table.nbytes) from error
+        try:
             entry = FileEntry(
                 name=name, stored=stored_name(name, digest), size=size, sha256=digest, rows=table.num_rows,
                 meta=plain(meta or {}, name),
@@ -281,6 +285,11 @@ class ArtifactWriter:
         if self._objects.folder is None:
             shutil.rmtree(local_progress_folder(self._objects, self.name), ignore_errors=True)
 
+    def _scratch_error(self, error: OSError, name: str, needed: int) -> StoreError:
+        if self._objects.folder is None:
+            return cache_error(error, needed)
+        return explain(error, self._objects.address, "write", f"{self.name}/{name}", needed=needed)
+
     def _require_attempt(self) -> None:
         """Check, at the first write of a process, that it reaches the store in which the attempt was begun."""
         key = (self._objects.address, self._attempt.id)
@@ -330,6 +339,8 @@ def _make_scratch(attempt: Attempt) -> Path:
         folder = Path(tempfile.mkdtemp(prefix=f"{attempt.id}-", dir=root))
         (folder / SCRATCH_MARKER).write_text(json.dumps({"artifact": attempt.artifact, "attempt": attempt.id}))
     except OSError as error:
+        if attempt.objects.folder is None:
+            raise cache_error(error) from error
         raise explain(error, str(root), "write", "a scratch folder") from error
     return folder
 

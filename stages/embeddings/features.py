@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
-from pipeline.stage import Context, Feed, Outcome, Stage
+from pipeline.stage import Context, Feed, Outcome, Stage, nodes
 from stages.embeddings.settings import FeaturesConfig
 from stages.models import weights
 from stages.models.planned import undivided
@@ -29,6 +29,7 @@ class DenseFeatures(Stage[FeaturesConfig]):
     """images + encoder -> features. Equal up to float rounding whatever the number of workers."""
 
     kind = "features"
+    worker_gpus = 1.0
     packages = ("timm",)
     exports = ("part-*.parquet",)
     Config = FeaturesConfig
@@ -49,7 +50,6 @@ class DenseFeatures(Stage[FeaturesConfig]):
         """
         import functools
 
-        import ray
         import torch
 
         from stages.data.tables import SCHEMAS
@@ -62,7 +62,7 @@ class DenseFeatures(Stage[FeaturesConfig]):
         stride, one = embedder.inference.encoder.stride, self._try_out(context.name, embedder)
         del embedder
         size = sum(one[name].nbytes for name in ("vector", "patches"))
-        gpu = ray.cluster_resources().get("GPU", 0) >= 1
+        gpu = any(node.get("GPU", 0) >= 1 for node in nodes())
         summary = map_images(
             context,
             images,

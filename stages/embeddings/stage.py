@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.stage import Context, Feed, Outcome, Stage
+from pipeline.stage import Context, Feed, Outcome, Stage, nodes
 from stages.embeddings.settings import EmbeddingsConfig
 from stages.models import weights
 from stages.models.planned import undivided
@@ -24,6 +24,7 @@ class Embeddings(Stage[EmbeddingsConfig]):
 
     kind = "embeddings"
     version = 2
+    worker_gpus = 1.0
     packages = ("timm",)
     Config = EmbeddingsConfig
 
@@ -39,8 +40,6 @@ class Embeddings(Stage[EmbeddingsConfig]):
         """Writes the vectors of all images, and a contact sheet of some, alike ones side by side."""
         import functools
 
-        import ray
-
         from stages.data.tables import SCHEMAS
         from stages.embeddings.embedder import Embedder, prepare
         from stages.map_images.ray_data import map_images
@@ -49,7 +48,7 @@ class Embeddings(Stage[EmbeddingsConfig]):
         source = context.inputs["encoder"] if config.backbone is None else config.backbone.anywhere()
         arguments: tuple[Any, ...] = (source, config.pooling, config.precision, config.seed, config.crop, context.name)
         fit = functools.partial(prepare, resize=config.resize, crop=config.crop)
-        gpu = ray.cluster_resources().get("GPU", 0) >= 1
+        gpu = any(node.get("GPU", 0) >= 1 for node in nodes())
         summary = map_images(
             context,
             images,

@@ -37,6 +37,7 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
     uses_ray = False
     shows_metrics = True
     units = dict.fromkeys(("top1", "top5"), "%")
+    objectives = dict.fromkeys(("top1", "top5"), "max")
     Config = ClassifyKnnConfig
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:

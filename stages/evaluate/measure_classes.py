@@ -24,7 +24,7 @@ class MeasureClasses(FrozenStage[MeasureClassesConfig]):
     """images + features -> metrics inter_class_distance, intra_class_variance, their ratio; one row a class."""
 
     units = dict.fromkeys(("separation", "inter_class_distance", "intra_class_variance"), "")
-    smaller_is_better = frozenset({"intra_class_variance"})
+    objectives = {"separation": "max", "inter_class_distance": "max", "intra_class_variance": "min"}
     needs = "labels"
     Config = MeasureClassesConfig
 

@@ -28,7 +28,7 @@ class MeasurePatches(FrozenStage[MeasurePatchesConfig]):
     """images + features -> metrics auroc, same_class_cosine, other_class_cosine; a row a bin of cosine."""
 
     units = {"auroc": "%", "same_class_cosine": "", "other_class_cosine": ""}
-    smaller_is_better = frozenset({"other_class_cosine"})
+    objectives = {"auroc": "max", "same_class_cosine": "max", "other_class_cosine": "min"}
     whole_images = True
     Config = MeasurePatchesConfig
 

@@ -36,6 +36,7 @@ class SegmentLinear(Stage[SegmentLinearConfig]):
     uses_ray = False
     shows_metrics = True
     units = dict.fromkeys(("miou", "pixel_accuracy", "mean_accuracy"), "%")
+    objectives = dict.fromkeys(("miou", "pixel_accuracy", "mean_accuracy"), "max")
     Config = SegmentLinearConfig
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:

@@ -13,11 +13,12 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.stage import Context, nodes
+from pipeline.stage import Context, interruptible, nodes
 from pipeline.store.writer import ArtifactWriter
 from stages.data.tables import SCHEMAS
 from stages.ingest.layout import Item, Layout, Vocabulary
@@ -281,7 +282,7 @@ class _RayTasks:
 
     def _get(self, reference: Any) -> Any:
         try:
-            return self._ray.get(reference)
+            return interruptible(partial(self._ray.get, reference))
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause or error from None
 

@@ -42,10 +42,15 @@ def results(data: Any) -> Iterator[pa.Table]:
 
     Raises: TesseraError, a worker's own or one that names what stopped it.
     """
+    import ray
+
     _configure(data)
     _only_to_its_file("ray.data")
     try:
-        yield from data.iter_batches(batch_size=None, batch_format="pyarrow")
+        # Not `iter_batches`, which waits in a way that an interrupt of a stage beside others cannot end.
+        for bundle in data.iter_internal_ref_bundles():
+            for block in bundle.blocks:
+                yield ray.get(block.ref)
     except TesseraError:
         raise
     except Exception as error:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pyarrow as pa
 
-from pipeline.stage import Context
+from pipeline.stage import Context, nodes
 from stages.neighbors.blocks import IVF_QUERY_ROWS, QUERY_ROWS, Job, group, search_shards, search_task
 
 RAY_FROM = QUERY_ROWS  # vectors; of fewer, a search takes less time than Ray Data needs to start
@@ -55,8 +55,8 @@ def search(context: Context, job: Job) -> int:
 def _gpus(context: Context) -> float:
     """GPUs of a task: as asked for, else one where the cluster and FAISS have any."""
     import faiss
-    import ray
 
     if context.resources.gpus is not None:
         return context.resources.gpus
-    return float(ray.cluster_resources().get("GPU", 0) >= 1 and hasattr(faiss, "StandardGpuResources"))
+    there = any(node.get("GPU", 0) >= 1 for node in nodes())
+    return float(there and hasattr(faiss, "StandardGpuResources"))

@@ -43,6 +43,7 @@ class Neighbors(Stage[NeighborsConfig]):
     """
 
     kind = "neighbors"
+    worker_gpus = 1.0
     Config = NeighborsConfig
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:

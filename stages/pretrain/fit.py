@@ -31,6 +31,7 @@ def conflicts(config: PretrainConfig, *, workers: int | None, notes: Notes) -> I
     yield from _batch(config, workers or 1)
     yield from _queues(config, workers or 1)
     yield from _images(config, notes)
+    yield from _strategy(config)
 
 
 def remarks(config: PretrainConfig, notes: Notes) -> Iterator[str]:
@@ -52,23 +53,38 @@ def remarks(config: PretrainConfig, notes: Notes) -> Iterator[str]:
             )
 
 
-def check_start(config: PretrainConfig, context: Context, workers: int) -> None:
+def usable_counts(config: PretrainConfig, fewest: int, most: int) -> list[int]:
+    """Those numbers of workers from `fewest` to `most` that can share a batch and the queues equally."""
+    counts = range(fewest, most + 1)
+    return [n for n in counts if not any(True for _ in (*_shares(config, n), *_queues(config, n)))]
+
+
+def check_start(config: PretrainConfig, context: Context, workers: tuple[int, int]) -> None:
     """Asks again at the start of a training, and says what is worth knowing.
 
     Args:
         config: of the stage.
         context: its inputs are there by now.
-        workers: processes that will share a batch.
+        workers: the fewest and the most processes that will share a batch.
 
     Raises:
         UsageError: with all that does not fit.
     """
     notes = {path: artifact.manifest.notes for path, artifact in context.inputs.items()}
-    found = list(conflicts(config, workers=workers, notes=notes))
+    found = dict.fromkeys(
+        conflict for count in sorted({*workers}) for conflict in conflicts(config, workers=count, notes=notes)
+    )
     if found:
         raise UsageError("\n".join(f"{path}: {what} ({remedy})" for path, what, remedy in found))
     for remark in remarks(config, notes):
         context.say(remark)
+    usable = usable_counts(config, *workers)
+    if len(usable) < workers[1] - workers[0] + 1:
+        named = ", ".join(map(str, usable))
+        context.say(
+            f"resources.workers: of {workers[0]} to {workers[1]} workers, {named} can share a batch equally; with room "
+            "for another number, training takes the next smaller of these"
+        )
 
 
 def images_there(config: PretrainConfig, notes: Notes) -> dict[str, int | None]:
@@ -87,18 +103,28 @@ def images_there(config: PretrainConfig, notes: Notes) -> dict[str, int | None]:
     return found
 
 
-def _batch(config: PretrainConfig, workers: int) -> Iterator[tuple[str, str, str]]:
-    """The images of one forward pass: enough for the method, and the same number for every worker."""
+def _shares(config: PretrainConfig, workers: int) -> Iterator[tuple[str, str, str]]:
+    """The same number of images for every worker."""
     in_a_pass = config.batch_size // config.accumulate
-    what = f"a forward pass has {in_a_pass} images" + (" (batch_size / accumulate)" if config.accumulate > 1 else "")
     if in_a_pass % workers:
         fewer = max(n for n in range(1, workers) if in_a_pass % n == 0)
         yield (
             "batch_size",
-            f"{what}, which {workers} workers cannot share equally",
+            f"{_pass(config)}, which {workers} workers cannot share equally",
             f"set batch_size to {_multiples(config.batch_size, workers * config.accumulate)}, or resources.workers to "
             f"{fewer}",
         )
+
+
+def _pass(config: PretrainConfig) -> str:
+    in_a_pass = config.batch_size // config.accumulate
+    return f"a forward pass has {in_a_pass} images" + (" (batch_size / accumulate)" if config.accumulate > 1 else "")
+
+
+def _batch(config: PretrainConfig, workers: int) -> Iterator[tuple[str, str, str]]:
+    """The images of one forward pass: enough for the method, and the same number for every worker."""
+    in_a_pass, what = config.batch_size // config.accumulate, _pass(config)
+    yield from _shares(config, workers)
     if in_a_pass < config.method.least_batch():
         yield (
             "batch_size",
@@ -112,6 +138,18 @@ def _batch(config: PretrainConfig, workers: int) -> Iterator[tuple[str, str, str
                 f"{what}, and a weight of {source.weight:g} leaves none of them to {source.from_}",
                 "raise its weight, or batch_size",
             )
+
+
+def _strategy(config: PretrainConfig) -> Iterator[tuple[str, str, str]]:
+    """FSDP2 is for methods and optimisers that were tried with it; others would stop half-way, or wait for ever."""
+    if config.strategy != "fsdp2":
+        return
+    if not config.method.shards:
+        what = f"{config.method.name} does not call the same modules on all ranks in every step, or was not tried so"
+        yield "strategy", f"fsdp2: {what}", "set strategy: ddp"
+    if config.optimizer.name == "lars":
+        what = "lars adapts its rate to the norm of a whole tensor, and each rank holds a part of it"
+        yield "strategy", f"fsdp2: {what}", "set strategy: ddp, or optimizer.name to adamw or sgd"
 
 
 def _queues(config: PretrainConfig, workers: int) -> Iterator[tuple[str, str, str]]:
@@ -134,6 +172,10 @@ def _images(config: PretrainConfig, notes: Notes) -> Iterator[tuple[str, str, st
             splits = ", ".join(sorted((notes[path] or {})["splits"])) or "none"
             yield ("split", f"{sources[path].from_} has no image of split {config.split!r}", f"its splits: {splits}")
     counts = [count for count in found.values() if count is not None]
+    images = sum(counts) if len(counts) == len(found) else 0
+    if images and config.stop_at is not None and config.stop_at >= (total := config.total_steps(images)):
+        remedy = "name an earlier step, or leave it out"
+        yield "stop_at", f"{config.stop_at} is not before the end of this training of {total} steps", remedy
     if len(counts) == len(found) and 0 < sum(counts) < config.batch_size:
         names = " and ".join(source.from_ for source in sources.values())
         yield (

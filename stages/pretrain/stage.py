@@ -26,6 +26,8 @@ class Pretrain(Stage[PretrainConfig]):
 
     kind = "encoder"
     version = 1
+    whole_cluster = True
+    worker_gpus = 1.0
     tracked_as = "model"
     exports = ("encoder.safetensors", "encoder.json", "*.safetensors")
     Config = PretrainConfig
@@ -55,8 +57,9 @@ class Pretrain(Stage[PretrainConfig]):
         if CONTINUE in feeds:
             yield from continuing_problems(self.config, feeds)
         notes = {path: feed.notes for path, feed in feeds.items()}
-        asked = self.config.resources.workers
-        yield from conflicts(self.config, workers=None if asked is None else max(asked, 1), notes=notes)
+        counts = [None if n is None else max(n, 1) for n in self.config.resources.worker_counts or (None,)]
+        found = [c for count in dict.fromkeys(counts) for c in conflicts(self.config, workers=count, notes=notes)]
+        yield from dict.fromkeys(found)
         sources = {path for path, _ in self.config.image_sources()}
         trained_on = {feeds[path].fingerprint: feeds[path].stage for path in feeds if path in sources}
         roles = {path: source.role for path, source in self.config.image_sources()}

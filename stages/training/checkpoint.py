@@ -15,12 +15,15 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from stages.training.sharding import whole
 
 STATE_FILES = ("state.pt", "progress.json")
 MARKER = "complete.json"
@@ -34,22 +37,34 @@ class TrainingState:
     curves: list[dict[str, float]] = field(default_factory=list)  # one row a logged step, "step" among its keys
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> images replaced so far
     problems: dict[str, str] = field(default_factory=dict)  # key -> reason, of the first images that were replaced
+    unlogged: dict[str, Any] = field(default_factory=dict)  # what the next row will hold of the steps already done
+    low: dict[str, int] = field(default_factory=dict)  # what the watch counts: rows in which a number was too low
+    worlds: dict[int, int] = field(default_factory=dict)  # step -> how many ranks trained from there on
+    saves: int = 0  # checkpoints made before this one, in all processes
+    saving_seconds: float = 0.0  # what those took on rank 0
+    seconds: float = 0.0  # what all of training took, saving included
 
 
-def write_checkpoint(
-    folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState, fingerprint: str
-) -> None:
+Tensors = dict[str, Any]
+
+
+def tensors_of(method: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """What a checkpoint keeps of both, as whole tensors also where the ranks share them. Every rank calls it."""
+    tensors = {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
+    return whole(tensors) if isinstance(method, FSDPModule) else tensors
+
+
+def write_checkpoint(folder: Path, tensors: Tensors, state: TrainingState, fingerprint: str) -> None:
     """Write one checkpoint.
 
     Args:
         folder: where to; it must not exist.
-        method: what is trained; its parameters and buffers are kept.
-        optimizer: its state is kept.
+        tensors: of the method and the optimiser (`tensors_of`).
         state: where the training stands.
         fingerprint: of the artifact that the training makes.
     """
     folder.mkdir(parents=True)
-    sums = {file.name: _sha256(file) for file in write_state(folder, method, optimizer, state, fingerprint)}
+    sums = {file.name: _sha256(file) for file in write_state(folder, tensors, state, fingerprint)}
     part = folder / f"{MARKER}.part"
     with part.open("w") as file:
         json.dump(sums, file)
@@ -58,25 +73,17 @@ def write_checkpoint(
     part.replace(folder / MARKER)
 
 
-def write_state(
-    folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState, fingerprint: str = ""
-) -> list[Path]:
+def write_state(folder: Path, tensors: Tensors, state: TrainingState, fingerprint: str = "") -> list[Path]:
     """Write the two files of `STATE_FILES` without a marker; see `write_checkpoint` for the arguments.
 
     Returns:
         Their paths.
     """
-    tensors, progress = (folder / name for name in STATE_FILES)
-    torch.save({"method": method.state_dict(), "optimizer": optimizer.state_dict()}, tensors)
-    text = {
-        "run": fingerprint,
-        "step": state.step,
-        "curves": state.curves,
-        "skipped": state.skipped,
-        "problems": state.problems,
-    }
+    file, progress = (folder / name for name in STATE_FILES)
+    torch.save(tensors, file)
+    text = {"run": fingerprint, **vars(state)}
     progress.write_text(json.dumps(text))
-    return [tensors, progress]
+    return [file, progress]
 
 
 def read_state(
@@ -88,7 +95,9 @@ def read_state(
     method.load_state_dict(tensors["method"])
     if optimizer is not None:
         optimizer.load_state_dict(tensors["optimizer"])
-    return TrainingState(text["step"], text["curves"], text["skipped"], text.get("problems", {}))
+    state = TrainingState(**{f.name: text[f.name] for f in fields(TrainingState) if f.name in text})
+    state.worlds = {int(step): ranks for step, ranks in state.worlds.items()}  # JSON's keys are strings
+    return state
 
 
 def is_complete(folder: Path) -> bool:
@@ -141,7 +150,7 @@ class CheckpointFolder:
         """Write the checkpoint of this step, then remove all but the newest."""
         folder = self.root / f"step-{state.step:08d}"
         shutil.rmtree(folder, ignore_errors=True)
-        write_checkpoint(folder, method, optimizer, state, self.fingerprint)
+        write_checkpoint(folder, tensors_of(method, optimizer), state, self.fingerprint)
         for old in self._folders()[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
 

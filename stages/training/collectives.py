@@ -35,6 +35,12 @@ def all_reduce_max(value: Tensor) -> Tensor:
     return _reduced(value, dist.ReduceOp.MAX)
 
 
+def highest(values: Tensor) -> list[float]:
+    """The largest of each number over all ranks; waits for the device. What ranks decide together goes through this."""
+    found: list[float] = all_reduce_max(values).tolist()
+    return found
+
+
 def all_reduce_mean(value: Tensor) -> Tensor:
     """Mean over ranks, with gradient.
 

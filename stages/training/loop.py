@@ -11,18 +11,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import StageFailed
 from stages.training.checkpoint import TrainingState
-from stages.training.collectives import all_reduce_mean, gather_objects, world_size
+from stages.training.collectives import all_reduce_mean, gather_objects, highest, rank, world_size
 from stages.training.contract import Step, Trainable, TrainingBatch
+from stages.training.notice import Notice
 from stages.training.optim import build_optimizer, clip_gradients, set_schedule
+from stages.training.pace import Pace, guess_seconds
 from stages.training.settings import LoopSettings, weight_of
-from stages.training.watch import Watch
+from stages.training.sharding import Sharded, shard
+from stages.training.watch import Watch, not_finite
 
 MAX_PROBLEMS = 100  # skipped images that are listed by name; all of them are counted
 
@@ -42,6 +45,14 @@ class Checkpoints(Protocol):
 
     def restore(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
         """Load the newest whole checkpoint into both; a fresh `TrainingState` where there is none."""
+
+
+class TrainingInterrupted(Exception):
+    """A rank was told to leave; the training is saved as it stands after `step` steps."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"training was told to stop; step {step} is saved")
+        self.step = step
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,7 @@ class BadStep:
 
 RowCallback = Callable[[dict[str, float]], None]
 LeaveReplay = Callable[[BadStep], str]
+Notices = Callable[[], Notice]
 
 
 def train(
@@ -81,6 +93,7 @@ def train(
     checkpoints: Checkpoints,
     report_row: RowCallback = lambda row: None,
     leave_replay: LeaveReplay = lambda bad: "",
+    notices: Notices = lambda: Notice.NONE,
 ) -> TrainingState:
     """Train to the end or to `stop_at`, from the last checkpoint where there is one.
 
@@ -90,6 +103,7 @@ def train(
         report_row: called on every rank with each row of the curves as it is made (means over ranks and steps).
         leave_replay: called on every rank when a step has gone wrong; keeps what is needed to repeat the step alone
             and returns a sentence that tells the user how.
+        notices: asked on every rank in every step, and acted on at the step's end; it answers SAVE once for a warning.
 
     Returns:
         The final state; its `curves` hold every row, those before a resume included.
@@ -97,10 +111,14 @@ def train(
     Raises:
         StageFailed: when a term or its gradient is not finite, or the features have collapsed (watch.py); when the
             last checkpoint is beyond the step at which this training should stop.
+        TrainingInterrupted: when a rank was told to leave.
     """
     settings, device = training.settings, training.device
-    # Convolutions are faster with channels last (ResNet-18 on a CPU by a fifth); other layers do not care.
-    method = training.method.to(device).to(memory_format=torch.channels_last).train()
+    sharded = settings.strategy == "fsdp2" and world_size() > 1
+    # FSDP2 takes the parameters from the CPU to the device share by share, and in the usual memory layout.
+    method = training.method.to("cpu" if sharded else device).train()
+    if not sharded:  # convolutions are faster (ResNet-18 on a CPU by a fifth), other layers do not care
+        method.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(method, settings.optimizer)
     state = checkpoints.restore(method, optimizer)
     if state.step > training.last_step:
@@ -109,11 +127,20 @@ def train(
             "(give a greater stop_at, or leave it out)"
         )
     model: nn.Module = method
-    if world_size() > 1:
+    if sharded:
+        model, optimizer = shard(method, optimizer, settings.optimizer, device)
+    elif world_size() > 1:
         # A step may use only some of the parameters (a term that has nothing to say about this batch).
         model = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False, find_unused_parameters=True)
-    checkpoint_every = settings.checkpoint_every or max(1, training.total_steps // 20)
+    if [*state.worlds.values()][-1:] != [world_size()]:
+        state.worlds[state.step] = world_size()
     window, watch = Window(training), Watch(settings.watch, training.weights)
+    if state.unlogged and state.curves and state.curves[-1]["step"] == state.step < training.last_step:
+        state.curves.pop()  # made only because training stopped there; its steps belong to the next regular row
+    window.take_up(state.unlogged)
+    watch.low = dict(state.low)
+    pace = Pace(settings, guess_seconds(method, optimizer))
+    begun = time.monotonic() - state.seconds
 
     passes = training.data.batches(state.step * settings.accumulate, training.last_step * settings.accumulate)
     for index in range(state.step, training.last_step):
@@ -130,25 +157,64 @@ def train(
         method.before_update(step)
         norm = clip_gradients(method.parameters(), settings.optimizer)
         done = index + 1
-        must_save = done % checkpoint_every == 0 or done == training.last_step
-        logged = done % settings.log_every == 0 or must_save
+        last = done == training.last_step
+        regular = done % settings.log_every == 0
+        logged = regular or last
         seen = watch.look(method, batch, precision=settings.precision) if logged else {}
+        # One exchange between the ranks a step: is a number not finite, does rank 0 want a checkpoint, must one leave?
+        values = torch.stack(window.pending)
+        mine = torch.tensor([float(rank() == 0 and pace.due(done)), float(notices())], device=device)
+        bad, due, notice = highest(torch.cat([not_finite(values, norm)[None], mine]))
         # Before the optimiser changes anything: a replay needs the parameters that this step had.
-        if wrong := watch.wrong(index, window.names, torch.stack(window.pending), norm, seen):
+        if wrong := watch.wrong(index, window.names, values, norm, seen, finite=not bad):
             how = leave_replay(BadStep(index, wrong, window.image_ids, optimizer))
             raise StageFailed(f"{wrong}: training stopped. {how}".rstrip())
         update(method, optimizer, step)
         window.end_step(norm)
 
         state.step = done
+        state.unlogged = window.unlogged() if last and not regular else {}
         if logged:
             row = window.flush(done, {"lr": lr, "weight_decay": decay, **seen})
             state.curves.append(row)
             window.hand_over_skipped(state)
             report_row(row)
-        if must_save:
-            checkpoints.save(method, optimizer, state)
+        if due or notice or last:
+            state.seconds = time.monotonic() - begun
+            save(checkpoints, method, optimizer, state, window, watch, pace)
+            state.seconds = time.monotonic() - begun
+        if notice == Notice.LEAVE and not last:
+            raise TrainingInterrupted(done)
     return state
+
+
+def save(
+    checkpoints: Checkpoints,
+    method: Trainable,
+    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
+    window: Window,
+    watch: Watch,
+    pace: Pace,
+) -> None:
+    """Make a checkpoint of where training stands, and tell the pace what it took; every rank calls it.
+
+    Args:
+        checkpoints: take it.
+        method: what is trained.
+        optimizer: of it.
+        state: brought up to date here.
+        window: the steps since the last row: they are kept too, so that a resumed training logs the same rows.
+        watch: likewise its counts.
+        pace: decides when the next one is due.
+    """
+    started = time.monotonic()
+    window.hand_over_skipped(state)
+    state.unlogged, state.low = state.unlogged or window.unlogged(), dict(watch.low)
+    checkpoints.save(method, optimizer, state)
+    seconds = time.monotonic() - started
+    state.saves, state.saving_seconds = state.saves + 1, state.saving_seconds + seconds
+    pace.saved(seconds)
 
 
 def compute_gradients(
@@ -174,7 +240,9 @@ def compute_gradients(
     for nth in range(settings.accumulate):
         batch = next(passes).to(training.device)
         terms, total = compute_total(model, batch, training.weights, precision=settings.precision)
-        if nth == settings.accumulate - 1 and watch.gradients_due(step.index):
+        # With FSDP2 the gradients of single terms cannot be had: autograd knows the gathered parameters only.
+        last = nth == settings.accumulate - 1
+        if last and watch.gradients_due(step.index) and not isinstance(model, Sharded):
             window.of_terms |= watch.gradient_norms(terms, method.trained_parameters())
         torch.autograd.backward(total / settings.accumulate)
         window.add(batch, terms, total)
@@ -267,6 +335,29 @@ class Window:
         self.rows, self.norms, self.of_terms, self.images = [], [], {}, 0
         self.started = time.perf_counter()
         return row
+
+    def unlogged(self) -> dict[str, Any]:
+        """The steps since the last row, as means over the ranks in JSON's types; every rank calls it."""
+        if not self.rows:
+            return {}
+        return {
+            "names": self.names,
+            "rows": all_reduce_mean(torch.stack(self.rows)).tolist(),
+            "norms": torch.stack(self.norms).tolist(),
+            "of_terms": self.of_terms,
+            "images": self.images,
+            "seconds": time.perf_counter() - self.started,
+        }
+
+    def take_up(self, kept: Mapping[str, Any]) -> None:
+        """Go on from what `unlogged` gave in an earlier process, so that the next row is the same as without a stop."""
+        if not kept:
+            return
+        device = self.training.device
+        self.names, self.of_terms, self.images = kept["names"], dict(kept["of_terms"]), kept["images"]
+        self.rows = [*torch.tensor(kept["rows"], device=device)]
+        self.norms = [*torch.tensor(kept["norms"], device=device)]
+        self.started -= kept["seconds"]
 
     def hand_over_skipped(self, state: TrainingState) -> None:
         """Move what all ranks have skipped since the last call into `state`, the same on every rank."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from stages.training.schedules import cosine
 from stages.training.settings import OptimizerSettings
@@ -94,6 +95,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], settings: OptimizerSettin
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
+    if isinstance(norms, DTensor):  # each rank holds a part of every gradient; a norm is that of all parts
+        norms = norms.full_tensor()
+        gradients = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
     total = torch.linalg.vector_norm(norms)
     if settings.clip is not None:
         if settings.clip_mode == "tensor":

@@ -102,7 +102,31 @@ class LoopSettings(Settings):
     log_every: Annotated[int, NoFingerprint] = Field(10, ge=1, description="steps between points of a curve")
     watch: Annotated[WatchSettings, NoFingerprint] = WatchSettings()
     checkpoint_every: Annotated[int | None, NoFingerprint] = Field(
-        None, ge=1, description="steps between checkpoints; default: a twentieth of the training"
+        None, ge=1, description="steps between checkpoints; default: by time, as checkpoint_minutes says"
+    )
+    checkpoint_minutes: Annotated[float, NoFingerprint] = Field(
+        10,
+        gt=0,
+        description="most minutes between checkpoints. They are made sooner, down to every 2 seconds, as long as they "
+        "take no more than 2 % of the training's time",
+    )
+
+    strategy: Annotated[Literal["ddp", "fsdp2"], NoFingerprint] = Field(
+        "ddp",
+        description="what each rank holds: a whole copy of the networks, or a share of them and of the optimiser's "
+        "state (backbones that are too large for one GPU)",
+    )
+    max_failures: Annotated[int, NoFingerprint] = Field(
+        3,
+        ge=-1,
+        description="how often a training on Ray Train starts again from its last checkpoint after a rank failed or "
+        "was lost; -1: always. Nodes that are taken away with a warning do not count",
+    )
+    lost_rank_minutes: Annotated[float, NoFingerprint] = Field(
+        10,
+        gt=0,
+        description="how long a rank waits for the others in an exchange before they are taken for lost; the time to "
+        "write a checkpoint to the store must fit",
     )
 
     @model_validator(mode="after")

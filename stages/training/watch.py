@@ -16,6 +16,7 @@ from stages.models.encoder import Encoder
 from stages.training.collectives import all_reduce_mean, gather_objects, world_size
 from stages.training.contract import Trainable, TrainingBatch
 from stages.training.settings import WatchSettings, weight_of
+from stages.training.sharding import gathered
 
 IMAGES = 64  # images of a rank's batch whose features are looked at
 PATCHES = 512  # patches of those images, evenly spaced, that are looked at
@@ -50,10 +51,18 @@ class Watch:
 
     def look(self, method: Trainable, batch: TrainingBatch, *, precision: str) -> dict[str, float]:
         """Numbers of a logged step beside its terms: the method's own diagnostics and `feature_spread`."""
-        return method.diagnostics() | feature_spread(method.encoder(), batch, precision=precision)
+        with gathered(method):
+            return method.diagnostics() | feature_spread(method.encoder(), batch, precision=precision)
 
     def wrong(
-        self, step: int, names: Sequence[str], values_PT: Tensor, norm: Tensor, seen: Mapping[str, float]
+        self,
+        step: int,
+        names: Sequence[str],
+        values_PT: Tensor,
+        norm: Tensor,
+        seen: Mapping[str, float],
+        *,
+        finite: bool,
     ) -> str | None:
         """Whether training must stop: a term or the gradient is not finite, or the features have collapsed.
 
@@ -63,11 +72,13 @@ class Watch:
             values_PT: this rank's terms in each forward pass of the step.
             norm: of the whole gradient, the same on all ranks.
             seen: what `look` returned; empty in a step that is not logged.
+            finite: whether all of `values_PT` and `norm` are, on every rank (`not_finite`).
 
         Returns:
             Why training cannot go on, in words; None while it can.
         """
-        if bad := _not_finite(names, values_PT, norm):
+        if not finite:
+            bad = _name_the_first(names, values_PT, norm)
             return f"{bad} at step {step} (lower optimizer.lr, set optimizer.clip, or precision: fp32)"
         return self._collapse(step, seen, norm.device) if seen else None
 
@@ -142,14 +153,13 @@ def mean_pairwise_cosine(rows_ND: Tensor) -> Tensor:
     return (unit_ND.sum(dim=0).square().sum() - unit_ND.square().sum()) / (count * (count - 1) or math.nan)
 
 
-def _not_finite(names: Sequence[str], values_PT: Tensor, norm: Tensor) -> str | None:
-    """Names the first term that is NaN or infinite on any rank, or the gradient's norm; None when all are finite.
+def not_finite(values_PT: Tensor, norm: Tensor) -> Tensor:
+    """1 where a term of this rank or the gradient's norm is NaN or infinite, else 0; a scalar on their device."""
+    return 1 - (values_PT.isfinite().all() & norm.isfinite()).float()
 
-    Waits for the device, once: the optimiser must not change the parameters before this is known.
-    """
-    sound = values_PT.isfinite().all() & norm.isfinite()
-    if all_reduce_mean(sound.float()[None]).item() == 1.0:
-        return None
+
+def _name_the_first(names: Sequence[str], values_PT: Tensor, norm: Tensor) -> str:
+    """Which number is not finite: the first such term of any rank, or else the gradient's norm."""
     for values in itertools.chain.from_iterable(gather_objects(values_PT.tolist())):
         for name, value in zip(names, values, strict=True):
             if not math.isfinite(value):

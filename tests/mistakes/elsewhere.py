@@ -4,7 +4,7 @@ from __future__ import annotations
 
 RUNNER, CLUSTER, MAIN = "pipeline/run/test_runner.py", "pipeline/run/test_cluster.py", "pipeline/cli/test_main.py"
 CUT_SHORT = "pipeline/run/test_runs_cut_short.py"
-TRACKING = "pipeline/run/test_tracking.py"
+TRACKING = "pipeline/run/tracking/test_tracker.py"
 REPLAY = "stages/pretrain/launch/test_replay.py"
 
 ELSEWHERE = {

@@ -83,6 +83,7 @@ class Workshop:
             "TESSERA_FAKES_LOG": str(self.folder / "log"),
             "TESSERA_FAKES_HOLD": str(self.hold),
             "TESSERA_CACHE": str(self.folder / "cache"),
+            "TESSERA_STATE": str(self.folder / "state"),
         }
 
     def start(self, *arguments: str, group: bool = False) -> subprocess.Popen[str]:

@@ -151,7 +151,9 @@ class Jobs:
             asyncio.run(tail())
 
     def wait(self, job_id: str, away_seconds: float = AWAY_SECONDS) -> Job:
-        """Wait for a job's end, also through a head that is away for a while.
+        """Wait for the end of a job that was submitted, also through a head that is away for a while.
+
+        A job that went with its head is lost.
 
         Raises:
             ClusterError: the head was away for `away_seconds`.
@@ -163,6 +165,8 @@ class Jobs:
             except ClusterError:
                 if time.monotonic() - heard > away_seconds:
                     raise
+            except UsageError:  # a head that was started again knows nothing of the jobs before
+                return Job(job_id, "FAILED", "", message="its head was started again without it")
             else:
                 heard = time.monotonic()
                 if job.over:

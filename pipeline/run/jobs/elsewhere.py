@@ -12,7 +12,7 @@ from pipeline.config.load import Pipeline, load_pipeline
 from pipeline.errors import ConfigError, UsageError
 from pipeline.paths import local_path
 from pipeline.run.tracking import absolute_uri, masked
-from pipeline.store.objects import mask
+from pipeline.store.address import mask
 
 
 def absolute(address: str) -> str:

@@ -8,7 +8,7 @@ import os
 import sys
 
 NEEDED = (
-    "boto3 cv2 filelock mlflow numpy obstore pandas PIL psutil pyarrow pydantic ray rich safetensors timm torch "
+    "boto3 cv2 filelock mlflow numpy obstore optuna pandas PIL psutil pyarrow pydantic ray rich safetensors timm torch "
     "torchvision typer yaml"
 )
 

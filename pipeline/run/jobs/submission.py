@@ -9,20 +9,26 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from pipeline.config.load import Pipeline
-from pipeline.errors import UsageError
+from pipeline.errors import ClusterError, UsageError
 from pipeline.run.jobs.elsewhere import check_same, local_paths, pipeline_text
 from pipeline.run.jobs.package import Package, make_package
 from pipeline.stage import DRIVER_CPUS
+from pipeline.sweep.space import SpaceFile
 
 if TYPE_CHECKING:
     from pipeline.run.jobs.client import Job, Jobs
 
 START = "start_tessera.py"
+SPACE = "space.yaml"
 OTHER_PYTHON = "python3"  # on a node where the submitter's own Python does not exist
 
 
@@ -37,6 +43,7 @@ class Submission:
     cpus: float  # reserved for the driver
     environment: Mapping[str, str] = field(repr=False)
     python: str | None = None
+    command: Sequence[str] = ("run",)  # of `tessera`; its options come after the pipeline file
 
     @property
     def file(self) -> str:
@@ -46,7 +53,7 @@ class Submission:
     @property
     def entrypoint(self) -> str:
         """The shell command of the job."""
-        arguments = shlex.join([START, "run", self.file, *self.options])
+        arguments = shlex.join([START, *self.command, self.file, *self.options])
         if self.python is not None:
             return f"exec {shlex.quote(self.python)} {arguments}"
         # The same Python where nodes have the submitter's files (one machine, a shared disk), else the node's own.
@@ -74,16 +81,18 @@ def make_submission(
     environment: Sequence[str] = (),
     exclude: Sequence[str] = (),
     python: str | None = None,
+    space: Path | None = None,
 ) -> Submission:
     """Make a pipeline ready to be sent.
 
     Args:
         pipeline: as loaded here, with what `--set` and `--store` changed.
-        options: of `tessera run` on the cluster.
+        options: of `tessera run`, or `tessera sweep`, on the cluster.
         cpus: to reserve for the driver.
         environment: `NAME=VALUE`, or `NAME` for this process's value.
         exclude: patterns of paths in the package that are not sent.
         python: the interpreter on the cluster.
+        space: of a sweep, which is then what the job runs.
 
     Raises:
         UsageError: a variable is not set, or the package is too large.
@@ -94,9 +103,13 @@ def make_submission(
     with tempfile.TemporaryDirectory(prefix="tessera-") as folder:
         check_same(text, Path(folder) / file, pipeline)
     start = Path(__file__).with_name(START).read_text(encoding="utf-8")
-    package = make_package({file: text, START: start}, exclude)
+    texts, command = {file: text, START: start}, ["run"]
+    if space is not None:
+        command = ["sweep", f"--space={SPACE}"]
+        texts[SPACE] = yaml.safe_dump(SpaceFile(space).plain(), sort_keys=False)
+    package = make_package(texts, exclude)
     package.check_size()
-    return Submission(pipeline, text, package, options, cpus, variables, python)
+    return Submission(pipeline, text, package, options, cpus, variables, python, command)
 
 
 def check_disks(pipeline: Pipeline, nodes: Collection[str], here: Collection[str]) -> None:
@@ -110,7 +123,7 @@ def check_disks(pipeline: Pipeline, nodes: Collection[str], here: Collection[str
     Raises:
         UsageError: a node is another machine.
     """
-    elsewhere = sorted(set(nodes) - set(here))
+    elsewhere = sorted(node for node in set(nodes) - set(here) if not ip_address(node).is_loopback)
     if elsewhere and (paths := local_paths(pipeline)):
         named = ", ".join(f"{where} ({path})" for where, path in list(paths.items())[:3])
         raise UsageError(
@@ -121,7 +134,13 @@ def check_disks(pipeline: Pipeline, nodes: Collection[str], here: Collection[str
 
 
 def run_until_over(
-    submission: Submission, jobs: Jobs, name: str | None, retries: int, say: Callable[[str], object], job_id: str
+    submission: Submission,
+    jobs: Jobs,
+    name: str | None,
+    retries: int,
+    say: Callable[[str], object],
+    job_id: str,
+    follow: Callable[[str], object] | None = None,
 ) -> Job:
     """Wait for a job, and submit it again when its driver or head was lost. What was finished is cached by then.
 
@@ -132,8 +151,12 @@ def run_until_over(
         retries: how often it is submitted again at most.
         say: told about every new submission.
         job_id: the first job.
+        follow: called for every job, to show what it prints until it ends; default: nothing is shown.
     """
     while True:
+        if follow is not None:
+            with suppress(ClusterError, UsageError):  # the head went away; whether the job did, the next line asks
+                follow(job_id)
         job = jobs.wait(job_id)
         if not job.lost or retries == 0:
             return job

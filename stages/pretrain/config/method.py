@@ -48,6 +48,7 @@ class MethodSettings(Settings):
     variant_group: ClassVar[str | None] = METHODS
     builds: ClassVar[str]  # "package.module:Class" of the method; imported when the method is built, not before
     terms: ClassVar[tuple[str, ...]]  # the names that `weights` may scale
+    shards: ClassVar[bool] = False  # every rank calls the same modules in every step, as `strategy: fsdp2` needs
     projects_views: ClassVar[bool] = False  # `Method.projection` is a module: one projection of every view
     default_weights: ClassVar[Mapping[str, float]] = {}  # the paper's weights that are not 1; a config replaces them
 

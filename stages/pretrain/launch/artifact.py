@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline.stage import Outcome
 from pipeline.store.artifact import Artifact
@@ -39,7 +40,16 @@ def write_artifact(
     Returns:
         What the stage reports: the last row's terms, how many steps, what was skipped.
     """
-    kept = {"training_state_bytes": started.keep(training.method, state, output)} if config.keep_state else {}
+    notes: dict[str, Any] = {
+        "ranks": {str(step): ranks for step, ranks in state.worlds.items()},  # from which step on how many trained
+        "checkpoints": {
+            "made": state.saves,
+            "seconds": round(state.saving_seconds, 3),
+            "of_seconds": round(state.seconds, 3),
+        },
+    }
+    if config.keep_state:
+        notes["training_state_bytes"] = started.keep(training.method, state, output)
     trained = training.method.cpu().eval().encoder()
     with tempfile.TemporaryDirectory() as folder:
         files = trained.save(Path(folder), method=config.method.name)
@@ -58,6 +68,6 @@ def write_artifact(
         metrics={**{name: last[name] for name in terms}, "images_per_s": last["images_per_s"]},
         counts={"steps": state.step, **{f"skipped: {reason}": n for reason, n in state.skipped.items()}},
         problems=[{"key": key, "reason": reason} for key, reason in state.problems.items()],
-        notes=kept,
+        notes=notes,
         preview="preview.png",
     )

@@ -13,7 +13,7 @@ from pipeline.errors import StageFailed
 from pipeline.store.artifact import Artifact
 from pipeline.store.writer import ArtifactWriter
 from stages.pretrain.config.continuing import CONTINUE
-from stages.training.checkpoint import STATE_FILES, TrainingState, read_state, write_state
+from stages.training.checkpoint import STATE_FILES, TrainingState, read_state, tensors_of, write_state
 from stages.training.loop import Checkpoints
 
 FOLDER = "training_state"  # in the artifact
@@ -59,5 +59,5 @@ class FromKeptState:
         """Put the state that the training has ended with into the artifact, on one rank; returns its bytes."""
         assert self.optimizer is not None, "a training restores before it ends"
         with tempfile.TemporaryDirectory() as folder:
-            files = write_state(Path(folder), method, self.optimizer, state)
+            files = write_state(Path(folder), tensors_of(method, self.optimizer), state)
             return sum(output.put_file(f"{FOLDER}/{file.name}", file).size for file in files)

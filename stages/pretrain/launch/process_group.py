@@ -18,17 +18,19 @@ import ray.train
 from ray.exceptions import GetTimeoutError
 from ray.train.backend import Backend, BackendConfig
 
-COLLECTIVE_LIMIT = timedelta(minutes=30)  # an operation that takes longer has lost a rank
-LEAVE_SECONDS = 30.0
+from stages.pretrain.launch.notices import listen
+
+LEAVE_SECONDS = 10.0
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class ProcessGroup(BackendConfig):
-    """Asks Ray Train to join the workers by torch.distributed; `backend` is "nccl" or "gloo"."""
+    """Asks Ray Train to join the workers by torch.distributed."""
 
-    backend: str
+    backend: str  # "nccl" or "gloo"
+    limit_minutes: float  # an exchange between the ranks that takes longer has lost one, and fails
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -42,7 +44,7 @@ class _TorchDistributed(Backend):
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         assert isinstance(backend_config, ProcessGroup)
         address, port = worker_group.execute_single(0, _free_port)
-        worker_group.execute(_join, backend_config.backend, address, port)
+        worker_group.execute(_join, backend_config.backend, address, port, backend_config.limit_minutes)
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
         try:
@@ -58,9 +60,10 @@ def _free_port() -> tuple[str, int]:
         return address, probe.getsockname()[1]
 
 
-def _join(backend: str, address: str, port: int) -> None:
+def _join(backend: str, address: str, port: int, limit_minutes: float) -> None:
     import torch.distributed as dist
 
+    listen()  # here, since this is the worker's main thread, and training runs in another
     context = ray.train.get_context()
     # The names that torchrun sets; libraries that run inside a worker look for them.
     os.environ.update(
@@ -72,7 +75,7 @@ def _join(backend: str, address: str, port: int) -> None:
         LOCAL_WORLD_SIZE=str(context.get_local_world_size()),
         NODE_RANK=str(context.get_node_rank()),
     )
-    dist.init_process_group(backend, init_method="env://", timeout=COLLECTIVE_LIMIT)
+    dist.init_process_group(backend, init_method="env://", timeout=timedelta(minutes=limit_minutes))
 
 
 def _leave() -> None:

@@ -13,28 +13,28 @@ from typing import Any
 from pipeline.errors import ClusterError, StageFailed
 from pipeline.stage import Context, Outcome, nodes
 from stages.pretrain.config.pretrain import PretrainConfig
-from stages.pretrain.fit import check_start
-from stages.pretrain.launch.relay import CurveLog, Relay, drained
+from stages.pretrain.fit import check_start, usable_counts
+from stages.pretrain.launch.interruption import fit
+from stages.pretrain.launch.relay import CurveLog, drained, start_relay
 
 
 def train_on_ray(config: PretrainConfig, context: Context, curves: CurveLog) -> Outcome:
     """Fit with Ray Train; rank 0 writes the artifact's files."""
-    import ray
-
     gpus_there, cpus_there = (sum(node.get(name, 0) for node in nodes()) for name in ("GPU", "CPU"))
     use_gpu = gpus_there > 0 if config.resources.gpus is None else config.resources.gpus > 0
-    workers = config.resources.workers or (int(gpus_there) if use_gpu else 1)
-    check_start(config, context, workers)
-    cpus = config.resources.cpus or max(1, int(cpus_there // workers))
-    if cpus * workers > cpus_there:
+    counts = config.resources.worker_counts or ((int(gpus_there) if use_gpu else 1),) * 2
+    fewest, most = counts
+    check_start(config, context, counts)
+    cpus = config.resources.cpus or max(1, int(cpus_there // most))
+    if cpus * fewest > cpus_there:
         raise ClusterError(
-            f"stages.{context.name}: {workers} workers with {cpus:g} CPUs each need {cpus * workers:g}, "
+            f"stages.{context.name}: {fewest} workers with {cpus:g} CPUs each need {cpus * fewest:g}, "
             f"the cluster has {cpus_there:g}: lower resources.workers or resources.cpus"
         )
-    relay = ray.remote(num_cpus=0)(Relay).remote()  # its process comes up while the next lines import
+    relay = start_relay()  # its process comes up while the next lines import
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+    from stages.pretrain.launch.elastic import Reporter, Trainer
     from stages.pretrain.launch.process_group import ProcessGroup
 
     job = {
@@ -46,23 +46,27 @@ def train_on_ray(config: PretrainConfig, context: Context, curves: CurveLog) -> 
         "cpus": int(cpus),
         "threads": max(1, int(cpus)),
     }
-    trainer = DataParallelTrainer(
+    trainer = Trainer(
         partial(_worker, job),
-        backend_config=ProcessGroup("nccl" if use_gpu else "gloo"),
+        counts=usable_counts(config, fewest, most),
+        relay=relay,
+        lost_rank_minutes=config.lost_rank_minutes,
+        backend_config=ProcessGroup("nccl" if use_gpu else "gloo", config.lost_rank_minutes),
         scaling_config=ScalingConfig(
-            num_workers=workers,
+            num_workers=most if fewest == most else (fewest, most),
             use_gpu=use_gpu,
             resources_per_worker={"CPU": cpus, **({"GPU": config.resources.gpus or 1} if use_gpu else {})},
         ),
         run_config=RunConfig(
             name=context.output.whole,
             storage_path=context.output.progress_address,
-            failure_config=FailureConfig(max_failures=3),
+            failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            callbacks=[Reporter(relay, config.max_failures)],
         ),
     )
-    with drained(relay, curves) as fatal:
-        result = trainer.fit()
+    with drained(relay, curves, lambda line: context.say(f"{context.name}: {line}")) as fatal:
+        result = fit(trainer, relay)
     if fatal:
         raise StageFailed(fatal[0])
     if result.return_value is None:

@@ -28,6 +28,7 @@ from pipeline.store.writer import ArtifactWriter
 from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.launch.assemble import assemble
 from stages.pretrain.methods.method import Step
+from stages.training.checkpoint import tensors_of
 from stages.training.collectives import gather, rank, world_size
 from stages.training.loop import BadStep, LeaveReplay, Training, Window, compute_gradients
 from stages.training.settings import WatchSettings
@@ -51,6 +52,7 @@ def leaver(
     def leave(bad: BadStep) -> str:
         name = f"replay-step-{bad.step:08d}.pt"
         image_ids = [gather(ids).tolist() for ids in bad.image_ids]
+        tensors = tensors_of(training.method, bad.optimizer)
         if rank() == 0:
             kept = {
                 "format": FORMAT,
@@ -60,8 +62,7 @@ def leaver(
                 "image_ids": image_ids,
                 "config": json.dumps(config.model_dump(mode="json", by_alias=True)),
                 "inputs": {path: (a.objects.address, a.kind, a.fingerprint) for path, a in inputs.items()},
-                "method": training.method.state_dict(),
-                "optimizer": bad.optimizer.state_dict(),
+                **tensors,
             }
             data = io.BytesIO()
             torch.save(kept, data)

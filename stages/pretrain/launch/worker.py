@@ -1,32 +1,31 @@
 """What each Ray Train worker runs: assemble, train, and on rank 0 write the artifact's files.
 
-Workers talk to the driver through one relay actor, so that a logged row is no barrier; `ray.train.report` is called
-for checkpoints only.
+Workers talk to the driver through one relay actor, so that a logged row is no barrier.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch
-from torch import nn
 
 from pipeline.errors import TesseraError
 from pipeline.stage import Outcome
 from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.launch.artifact import write_artifact
-from stages.pretrain.launch.assemble import assemble
+from stages.pretrain.launch.assemble import Pretraining, assemble
 from stages.pretrain.launch.continuing import FromKeptState
 from stages.pretrain.launch.loading import loader_workers
+from stages.pretrain.launch.notices import RankNotices
+from stages.pretrain.launch.ray_checkpoints import RayCheckpoints
 from stages.pretrain.launch.replay import leaver
-from stages.training.checkpoint import TrainingState, is_complete, read_checkpoint, write_checkpoint
 from stages.training.loop import train
+from stages.training.optim import build_optimizer
 
 
 def work(job: dict[str, Any]) -> tuple[Outcome, list[dict[str, float]]] | None:
@@ -56,15 +55,17 @@ def work(job: dict[str, Any]) -> tuple[Outcome, list[dict[str, float]]] | None:
             device=device,
             loader_workers=loader_workers(config, job["cpus"]),
         )
-        report: Callable[[dict[str, float]], None] = lambda row: None  # noqa: E731
-        if rank == 0:
-            relay.start.remote(training.last_step)
-            report = relay.push.remote
+        report: Callable[[dict[str, float]], None] = relay.push.remote if rank == 0 else lambda row: None
         leave_replay = leaver(config, job["inputs"], training, job["output"])
-        started = FromKeptState(RayCheckpoints(job["run"], rank), job["inputs"], training.last_step)
-        state = train(training, started, report, leave_replay)
+        checkpoints = RayCheckpoints(job["run"], rank, world_size, relay, training.last_step)
+        started = FromKeptState(checkpoints, job["inputs"], training.last_step)
+        # Some ranks may still copy images to their node: for that there is no limit, as there is for exchanges later.
+        ray.train.collective.barrier()
+        state = train(training, started, report, leave_replay, RankNotices(rank, relay))
         if rank != 0:
             return None
+        if config.strategy == "fsdp2" and world_size > 1:
+            training = reassembled(config, job, checkpoints, started)
         return write_artifact(config, job["inputs"], job["output"], training, state, started), state.curves
     except TesseraError as error:
         # Raised, so that Ray Train ends the other ranks, which may wait for this one in a collective; noted first,
@@ -73,31 +74,18 @@ def work(job: dict[str, Any]) -> tuple[Outcome, list[dict[str, float]]] | None:
         raise
 
 
-class RayCheckpoints:
-    """Checkpoints through ray.train: rank 0 writes, every rank reports, Ray Train keeps the newest two."""
+def reassembled(
+    config: PretrainConfig, job: dict[str, Any], checkpoints: RayCheckpoints, started: FromKeptState
+) -> Pretraining:
+    """On one rank the whole of a training whose ranks held a share each, from its last checkpoint.
 
-    def __init__(self, fingerprint: str, rank: int) -> None:
-        self.fingerprint, self.rank = fingerprint, rank
-
-    def save(self, method: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
-        """Write and report a checkpoint; every rank calls it at the same steps."""
-        metrics = {"step": state.step}
-        if self.rank != 0:
-            ray.train.report(metrics)
-            return
-        with tempfile.TemporaryDirectory() as parent:
-            folder = Path(parent) / "checkpoint"
-            write_checkpoint(folder, method, optimizer, state, self.fingerprint)
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-    def restore(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
-        """The newest whole checkpoint, loaded; a fresh `TrainingState` where there is none."""
-        newest = ray.train.get_checkpoint()
-        if newest is None:
-            return TrainingState()
-        older = [reported.checkpoint for reported in reversed(ray.train.get_all_reported_checkpoints())]
-        for checkpoint in [newest, *older]:
-            with checkpoint.as_directory() as folder:
-                if is_complete(Path(folder)):
-                    return read_checkpoint(Path(folder), method, optimizer, self.fingerprint)
-        return TrainingState()
+    Args:
+        config: of the stage.
+        job: see `work`.
+        checkpoints: of the training that has ended.
+        started: gets the whole optimiser, whose state may be kept.
+    """
+    training = assemble(config, job["inputs"])
+    started.optimizer = build_optimizer(training.method, config.optimizer)
+    checkpoints.newest(training.method, started.optimizer)
+    return training

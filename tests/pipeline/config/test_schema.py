@@ -85,7 +85,7 @@ def installed() -> dict[str, Any]:
 
 
 def test_the_projects_own_pipelines_pass(installed: dict[str, Any]) -> None:
-    files = list((ROOT / "configs").rglob("*.yaml"))
+    files = [file for file in (ROOT / "configs").rglob("*.yaml") if "\nspace:" not in file.read_text()]  # of a sweep
     assert files
     assert {str(file): errors(installed, file.read_text()) for file in files} == {str(file): [] for file in files}
 

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+from pydantic import field_validator
 
 from pipeline.errors import SourceError
-from pipeline.stage import Context, Feed, Input, NoFingerprint, Outcome, Source, Stage, StageConfig
+from pipeline.run import cluster
+from pipeline.share import _SHARE, Share
+from pipeline.stage import Context, Feed, Input, NoFingerprint, Outcome, Source, Stage, StageConfig, StopPoint
 from pipeline.store.artifact import Artifact
 
 PICTURE = bytes.fromhex(  # one grey pixel
@@ -112,6 +115,83 @@ class OnRay(Stage[ScaledConfig]):
         return Outcome(notes={"cwd": done[0][1]})
 
 
+class MeetingConfig(StageConfig):
+    numbers: Input["numbers"]
+    tag: str = ""  # makes it another stage than one with the same input
+    meets: Annotated[list[str], NoFingerprint] = []  # stages that must have begun, or it waits
+    after: Annotated[list[str], NoFingerprint] = []  # stages that must have ended
+    fail: Annotated[str, NoFingerprint] = ""
+    stuck: Annotated[float, NoFingerprint] = 0.0  # seconds that it waits where no interrupt reaches it
+
+
+class Meeting(Stage[MeetingConfig]):
+    """A stage on Ray as the runner sees it, which needs none: it waits for others, and notes its share."""
+
+    kind, Config = "numbers", MeetingConfig
+
+    def run(self, context: Context) -> Outcome:
+        share = _SHARE.get()
+        cpus = "all" if share is None else f"{sum(node['CPU'] for node in share.values()):g}"
+        log(f"run {context.name}")
+        log(f"share {context.name} {cpus}")
+        hold = os.environ.get("TESSERA_FAKES_HOLD")
+        lines = {f"run {name}" for name in self.config.meets} | {f"end {name}" for name in self.config.after}
+        deadline = time.monotonic() + 30
+        try:
+            time.sleep(self.config.stuck)
+            while (hold and Path(hold).exists()) or lines - set(
+                Path(os.environ["TESSERA_FAKES_LOG"]).read_text().split("\n")
+            ):
+                if time.monotonic() > deadline:
+                    raise SourceError(f"nobody came: {sorted(lines)} (start them too)")
+                time.sleep(0.02)
+        except KeyboardInterrupt:
+            log(f"interrupted {context.name}")
+            raise
+        for step in range(3):
+            context.log_metrics({"loss": float(step)}, step)
+            context.report_progress(step + 1, 3, "numbers")
+        log(f"end {context.name}")
+        if self.config.fail:
+            raise SourceError(f"{context.name} is too odd (take even ones)")
+        context.output.put_file("numbers.json", json.dumps(numbers(context)).encode())
+        return Outcome(counts={"numbers": 3})
+
+
+class Greedy(Meeting):
+    """The same as a training, which takes the whole cluster."""
+
+    whole_cluster = True
+
+
+class InDriver(Meeting):
+    """The same in the driver's process."""
+
+    uses_ray = False
+
+
+class FakeCluster(cluster.Cluster):
+    """Nodes with so many CPUs each, and no Ray."""
+
+    def there(self) -> Share:
+        return {f"node {i}": {"CPU": machine.cpus} for i, machine in enumerate(self.machines)}
+
+    def own_node(self) -> str:
+        return "node 0"
+
+
+def fake_cluster(cpus: str) -> None:
+    """In place of a local Ray: "2,1" is a node of two CPUs and one of one."""
+    machines = tuple(cluster.Machine(float(count), 0.0) for count in cpus.split(","))
+    made = FakeCluster("fake", sum(m.cpus for m in machines), 0.0, len(machines), None, machines)
+    cluster.start = lambda address=None: made  # type: ignore[assignment]
+    cluster.stop = lambda joined, keep_logs=False: None  # type: ignore[assignment]
+
+
+if cpus := os.environ.get("TESSERA_FAKES_CPUS"):
+    fake_cluster(cpus)
+
+
 class EncoderConfig(StageConfig):
     numbers: Input["numbers"]
     init: Input["encoder"] | None = None
@@ -134,6 +214,7 @@ class FakeEncoder(Stage[EncoderConfig]):
 
 class ScoreConfig(StageConfig):
     of: Input["numbers", "encoder"]
+    on: Input["numbers"] | None = None
     scale: float = 1.0
     at_least: Annotated[int, NoFingerprint] = 0  # numbers that it must be given
 
@@ -162,3 +243,63 @@ class Score(Stage[ScoreConfig]):
         metrics = {"bytes": self.config.scale * len(data)}
         context.output.put_file("metrics.json", json.dumps(metrics).encode())
         return Outcome(metrics=metrics)
+
+
+class TrainingConfig(StageConfig):
+    numbers: Input["numbers"]
+    weights: dict[str, float] = {}
+    seed: int = 0
+    steps: int = 90
+    stop_at: Annotated[int | None, StopPoint] = None
+    fail_above: float | None = None  # of the weight "near"
+    seconds: Annotated[float, NoFingerprint] = 0.0
+
+    @field_validator("weights")
+    @classmethod
+    def _positive(cls, weights: dict[str, float]) -> dict[str, float]:
+        if any(weight < 0 for weight in weights.values()):
+            raise ValueError("a weight is 0 or more")
+        return weights
+
+
+class Training(Stage[TrainingConfig]):
+    """Ends the better the nearer its weight "near" is to 3; a seed adds a hundredth; a step in 90 counts for itself."""
+
+    kind, uses_ray, Config = "encoder", False, TrainingConfig
+
+    def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
+        known = feeds["numbers"].counts
+        if known is not None and self.config.weights.get("numbers", 0) > known["numbers"]:
+            yield "weights.numbers", f"there are only {known['numbers']} numbers", "lower it"
+
+    def run(self, context: Context) -> Outcome:
+        config = self.config
+        near, end = config.weights.get("near", 1.0), config.stop_at or config.steps
+        log(f"run {context.name} near={near:g} seed={config.seed} to={end} pid={os.getpid()}")
+        hold = os.environ.get("TESSERA_FAKES_HOLD")
+        while hold and Path(hold).exists():
+            time.sleep(0.02)
+        if config.fail_above is not None and near > config.fail_above:
+            raise SourceError(f"weights.near: {near:g} is too much (take less)")
+        began = context.output.progress_folder / "steps"
+        time.sleep(config.seconds * (end - int(began.read_text() if began.exists() else 0)) / config.steps)
+        began.write_text(str(end))
+        value = (10.0 - (near - 3) ** 2 + 0.01 * config.seed) * end / config.steps
+        context.output.put_file("value.json", json.dumps(value).encode())
+        return Outcome(metrics={"total": near * value})
+
+
+class JudgeConfig(StageConfig):
+    of: Input["encoder"]
+
+
+class Judge(Stage[JudgeConfig]):
+    kind, uses_ray, Config = "metrics", False, JudgeConfig
+    shows_metrics = True
+    objectives = {"score": "max", "error": "min"}
+
+    def run(self, context: Context) -> Outcome:
+        log(f"run {context.name}")
+        value = json.loads(context.inputs["of"].read("value.json"))
+        context.output.put_file("metrics.json", json.dumps(value).encode())
+        return Outcome(metrics={"score": value, "error": 10 - value})

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import boto3
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,8 +15,11 @@ from hypothesis import strategies as st
 from pipeline.errors import SourceError
 from pipeline.plan import sources
 from pipeline.plan.sources import source_digest
+from pipeline.store import patience
+from pipeline.store.client import client_of
 from pipeline.store.objects import Objects
 from pipeline.store.store import ArtifactStore
+from tests.pipeline.store.faulty_proxy import at_random, faulty_proxy
 
 
 @pytest.fixture
@@ -277,3 +281,28 @@ def test_a_bucket_without_the_prefix_and_no_bucket(bucket: str, store: ArtifactS
         source_digest(f"{bucket}/nowhere", store)
     with pytest.raises(SourceError, match="no-such-bucket"):
         source_digest("s3://no-such-bucket/in", store)
+
+
+def test_folders_that_a_console_has_made_are_no_files(
+    bucket: str, scenes: Path, store: ArtifactStore, s3_environment: str
+) -> None:
+    name, _, prefix = bucket.removeprefix("s3://").partition("/")
+    client = boto3.client("s3", endpoint_url=s3_environment)
+    for folder in ("in/", "in/sub/", "in/nothing yet/"):
+        client.put_object(Bucket=name, Key=f"{prefix}/{folder}", Body=b"")
+    client.put_object(Bucket=name, Key=f"{prefix}/in/empty", Body=b"")
+    (scenes / "empty").write_bytes(b"")
+    assert source_digest(f"{bucket}/in", store) == source_digest(str(scenes), store)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_bucket_that_fails_now_and_then_has_the_same_digest(
+    bucket: str, scenes: Path, store: ArtifactStore, s3_environment: str, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(patience, "_LEAST_PAUSE", 0.01)
+    with faulty_proxy(s3_environment) as proxy:
+        proxy.plan = at_random(seed, 0.7)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+        client_of.cache_clear()  # the fixture has one for this address, to the server itself
+        assert source_digest(f"{bucket}/in", store) == source_digest(str(scenes), store)
+        assert proxy.shown.total() > 1

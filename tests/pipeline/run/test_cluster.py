@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -115,6 +116,77 @@ def test_an_interrupt_that_ray_gets_as_well_is_clean(
         time.sleep(0.2)
 
 
+FORK = (
+    ON_RAY
+    + """\
+  other: {{uses: fake_on_ray, numbers: numbers, factor: 3}}
+"""
+)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_an_interrupt_ends_two_stages_that_run_side_by_side_on_ray(workshop: Workshop, short: Path) -> None:
+    workshop.write(FORK)
+    workshop.hold.touch()
+    process = workshop.start("run", "p.yaml", group=True)
+    for stage in ("scaled", "other"):
+        workshop.wait_for(stage)
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "stopped; what was finished is kept" in errors
+    assert list((workshop.folder / "store/.tessera/leases").rglob("*.json")) == []
+    end = time.monotonic() + 30
+    while ray_processes(short):
+        assert time.monotonic() < end, "Ray outlives its driver"
+        time.sleep(0.2)
+
+
+IN_AN_ACTOR = """
+from pipeline.run import cluster
+
+joined = cluster.start("local")
+import ray
+
+@ray.remote(num_cpus=0)
+class Trial:
+    def run(self):
+        from pipeline.config.load import load_pipeline
+        from pipeline.plan.plan import make_plan
+        from pipeline.run.display import RunDisplay
+        from pipeline.run.runner import run
+        from pipeline.store.store import ArtifactStore
+
+        pipeline = load_pipeline("p.yaml")
+        store = ArtifactStore(pipeline.store)
+        with RunDisplay() as display:
+            result = run(pipeline, make_plan(pipeline, store), store, display)
+        return [stage.state for stage in result.stages], ray.is_initialized()
+
+print(ray.get(Trial.remote().run.remote()))
+cluster.stop(joined)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_inside_an_actor_uses_the_ray_that_is_there(workshop: Workshop, short: Path) -> None:
+    workshop.write(FORK)
+    shown = subprocess.run(
+        [sys.executable, "-c", IN_AN_ACTOR],
+        cwd=workshop.folder,
+        env={**os.environ, **workshop.environment(), **workshop.extra},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert shown.stdout.splitlines()[-1:] == ["(['done', 'done', 'done'], True)"], shown.stderr
+    assert sorted(workshop.ran) == ["numbers", "other", "scaled"]
+
+
 def test_an_address_where_nobody_answers_fails_at_once(workshop: Workshop) -> None:
     workshop.write(ON_RAY)
     with socket.socket() as taken:
@@ -169,7 +241,9 @@ def test_a_ray_too_slow_to_come_up_is_started_again(says: str, tries: int, monke
         raise RuntimeError(says)
 
     # Not the real Ray: that one reads its token when it is imported, and a later test of this process needs it.
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init, shutdown=lambda: None))
+    monkeypatch.setitem(
+        sys.modules, "ray", SimpleNamespace(init=init, shutdown=lambda: None, is_initialized=lambda: False)
+    )
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     with pytest.raises(ClusterError, match=f"a local Ray does not start: RuntimeError: {says}"):
         cluster.start("local")

@@ -27,15 +27,15 @@ def test_numbers_in_words() -> None:
 def test_without_a_terminal_progress_comes_in_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     with RunDisplay(Console(file=out)) as shown:
-        shown.begin("boxes", ["new"])
-        shown.progress(1, 10, "images")  # too early for a line
+        boxes = shown.begin("boxes", ["new"])
+        boxes.progress(1, 10, "images")  # too early for a line
         monkeypatch.setattr(display, "LINE_EVERY", 0.0)
-        shown.progress(5, 10, "images")
-        shown.figures("loss 2.31, lr 1.00e-03, 87 images/s")
-        shown.progress(6, 10, "steps")
-        shown.say("2 [unreadable] images")
+        boxes.progress(5, 10, "images")
+        boxes.figures("loss 2.31, lr 1.00e-03, 87 images/s")
+        boxes.progress(6, 10, "steps")
+        boxes.say("2 [unreadable] images")
         shown.warn("tracking is away")
-        shown.end("done in 1.0 s")
+        boxes.end("done in 1.0 s")
     lines = out.getvalue().splitlines()
     assert lines[0] == "boxes: new"
     assert lines[1].startswith("  boxes: 5 of 10 images, ")
@@ -43,17 +43,24 @@ def test_without_a_terminal_progress_comes_in_lines(monkeypatch: pytest.MonkeyPa
     assert lines[3:] == ["  boxes: 2 [unreadable] images", "warning: tracking is away", "boxes: done in 1.0 s"]
 
 
-def test_a_terminal_gets_a_bar() -> None:
+def test_a_terminal_gets_a_bar_for_each_stage_at_work() -> None:
     out = io.StringIO()
     with RunDisplay(Console(file=out, force_terminal=True, width=100)) as shown:
-        shown.begin("boxes", ["new"])
-        shown.figures("loss 2.31")
-        shown.progress(4, 10, "images")
+        boxes, superpixels = shown.begin("boxes", ["new"]), shown.begin("superpixels")
+        boxes.figures("loss 2.31")
+        boxes.progress(4, 10, "images")
+        superpixels.progress(1, 52, "images")
         assert shown._progress is not None
         shown._progress.refresh()
-        shown.end("done in 1.0 s")
+        assert len(shown._progress.tasks) == 2
+        boxes.end("done in 1.0 s")
+        boxes.progress(5, 10, "images")  # a late word
+        superpixels.say("superpixels: 1 unreadable")
+        assert [task.description for task in shown._progress.tasks] == ["superpixels"]
+        superpixels.end("done in 1.1 s")
         shown.watch("reading data", 1, 2, "files")
     assert "4/10" in out.getvalue()
+    assert "1/52" in out.getvalue()
     assert "images" in out.getvalue()
     assert "loss 2.31" in out.getvalue()
 

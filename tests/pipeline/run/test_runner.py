@@ -13,6 +13,7 @@ import pytest
 from pipeline.config.load import load_pipeline
 from pipeline.errors import ArtifactDamaged, SourceError
 from pipeline.plan.plan import make_plan
+from pipeline.run import execution
 from pipeline.run.display import RunDisplay
 from pipeline.run.failure import RunFailed, explain, explain_in, on_purpose, stopped_by
 from pipeline.run.runner import run
@@ -203,6 +204,17 @@ def test_damage_between_plan_and_use_stops_the_stage_and_names_the_file(workshop
     assert not failure.value.is_bug
     assert [stage.state for stage in failure.value.result.stages] == ["cached", "failed", "run", "run"]
     assert set(workshop.states("run", "p.yaml").values()) == {"done"}
+
+
+@pytest.mark.parametrize("maker", ["2001-01-01T00:00:00.000+00:00", "2999-01-01T00:00:00.000+00:00"])
+def test_force_replaces_whatever_the_clock_of_the_machine_that_made_it_said(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, maker: str
+) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr(execution, "now", lambda: maker)
+        workshop.tessera("run", "p.yaml")
+    assert workshop.states("run", "p.yaml", "--force", "scaled")["scaled"] == "done"
+    assert workshop.ran.count("scaled") == 2
 
 
 def test_force_computes_anew_and_replaces(workshop: Workshop) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import filelock  # noqa: F401 - the store imports these two when it first needs them
 import psutil  # noqa: F401
 
+from pipeline.store.lease import BEAT, Lease
 from pipeline.store.objects import Objects
 from pipeline.store.store import ArtifactStore
 
@@ -118,9 +119,9 @@ def races(root: Path, rounds: int) -> None:
             raise AssertionError("a committer failed")
 
 
-def hold(address: str) -> None:
+def hold(address: str, beat: float = BEAT) -> None:
     """Take a lease and keep it until killed."""
-    lease = ArtifactStore(address).lease("encoder", "abc")
+    lease = Lease(Objects(address), "encoder/abc", beat=beat)
     lease.acquire()
     print("held", flush=True)
     time.sleep(600)
@@ -145,4 +146,4 @@ if __name__ == "__main__":
     elif verb == "races":
         races(Path(target), int(rest[0]))
     else:
-        {"hold": hold, "endless": endless}[verb](target)
+        {"hold": hold, "endless": endless, "beat": lambda address: hold(address, float(rest[0]))}[verb](target)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,6 +93,29 @@ def test_a_bucket_is_downloaded_once_a_machine(
     assert artifact.local("encoder.bin") == path  # without the bucket
     assert hashed == ["encoder.bin"]
     assert not list(cache.rglob(".download-*"))
+
+
+def _fetch(artifact: Artifact, downloads: Path) -> bytes:
+    """What a rank does; notes each download, which takes long enough for the others to come."""
+    plain = local_cache._download
+
+    def noted(*given: Any) -> None:
+        with downloads.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(1)
+        plain(*given)
+
+    local_cache._download = noted  # of this process, which ends with the test
+    return artifact.local("encoder.bin").read_bytes()
+
+
+def test_ranks_of_one_machine_download_a_file_once(tmp_path: Path, s3_address: str) -> None:
+    artifact = make(ArtifactStore(s3_address))
+    downloads = tmp_path / "downloads"
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        contents = pool.starmap(_fetch, [(artifact, downloads)] * 3, chunksize=1)
+    assert contents == [b"data"] * 3
+    assert len(downloads.read_text().splitlines()) == 1
 
 
 def test_a_copy_that_went_bad_is_fetched_again(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> None:

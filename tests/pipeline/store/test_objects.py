@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StoreError
+from pipeline.store.address import mask
 from pipeline.store.failures import explain
-from pipeline.store.objects import Conflict, Objects, mask
+from pipeline.store.objects import Conflict, Objects
 from pipeline.store.store import ArtifactStore
 
 AWS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SKIP_SIGNATURE", "AWS_ENDPOINT_URL", "AWS_PROFILE")
@@ -81,7 +82,7 @@ def test_a_local_store_without_permission_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cause", "remedy"),
     [
-        (OSError(28, "No space left on device"), "its disk is full (free space"),
+        (OSError(28, "No space left on device"), "MiB free (free space"),
         (OSError(30, "Read-only file system"), "its file system is read-only (name a store"),
         (OSError(13, "Permission denied"), "this user may not write there (change its owner"),
         (Exception("Unable to open file: Permission denied (os error 13)"), "this user may not write there"),
@@ -94,6 +95,26 @@ def test_causes_on_a_disk_have_remedies(cause: Exception, remedy: str) -> None:
     assert message.startswith("store /data/store: cannot write encoder/abc/manifest.json: ")
     assert remedy in message
     assert "Debug" not in message
+
+
+@pytest.mark.parametrize(
+    ("answer", "remedy"),
+    [
+        (
+            "403 Forbidden: <Code>RequestTimeTooSkewed</Code>",
+            "this machine's clock differs from the server's by too much",
+        ),
+        ("403 Forbidden: <Code>AccessDenied</Code>", "access is denied (check AWS_ACCESS_KEY_ID"),
+        ("501 Not Implemented", "the server does not know conditional writes"),
+        ("503 Service Unavailable: <Code>SlowDown</Code>", "it asks for fewer requests, or is overloaded"),
+        ("500 Internal Server Error", "the server fails (status 5xx) (ask who runs it"),
+    ],
+)
+def test_answers_of_a_bucket_have_remedies(answer: str, remedy: str) -> None:
+    cause = Exception(
+        f"Generic S3 error: Error performing PUT http://host - Server returned non-2xx status code: {answer}"
+    )
+    assert remedy in str(explain(cause, "s3://bucket/store", "write", "encoder/abc/manifest.json"))
 
 
 def test_a_missing_bucket_is_not_an_empty_store(s3_environment: str) -> None:

@@ -52,7 +52,7 @@ def test_without_the_artifacts_lease_an_attempt_lives_as_long_as_one_of_its_own(
     for owner, beat, left_alone in (
         (mine.owner, time.time(), True),
         (Owner("another machine", "node-7", 123, "456"), time.time(), True),  # cannot be looked at from here
-        (Owner("another machine", "node-7", 123, "456"), time.time() - 3600, False),  # silent for an hour
+        (Owner("another machine", "node-7", 123, "456"), time.time() - 3 * 3600, False),  # silent for hours
     ):
         store.objects.put(lease, replace(mine, owner=owner, beat=beat).to_bytes())
         with store.lease("images", "abc"):  # holding this one is no reason to take over what lives

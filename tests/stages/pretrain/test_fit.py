@@ -47,6 +47,11 @@ def stated(splits: dict[str, int], **settings: Any) -> list[str]:
             "batch_size: a forward pass has 1 images (batch_size / accumulate), and simclr compares different images "
             "of a pass (set batch_size to 32 or more)",
         ),
+        ({"strategy": "fsdp2", "method": COTAP}, "strategy: fsdp2: cotap does not call the same modules on all ranks"),
+        (
+            {"strategy": "fsdp2", "method": {"name": "dino"}, "optimizer": {"name": "lars"}},
+            "each rank holds a part of it (set strategy: ddp, or optimizer.name to adamw or sgd)",
+        ),
         ({"batch_size": 1, "method": COTAP}, "cotap compares different images"),
         ({"batch_size": 1, "method": D3SSL}, "d3ssl compares different images"),
         (
@@ -137,12 +142,12 @@ def test_the_start_of_a_training_states_it() -> None:
     said: list[str] = []
     images = SimpleNamespace(manifest=SimpleNamespace(notes={"splits": {"train": 50}}))
     context: Any = SimpleNamespace(inputs={"images": images}, say=said.append)
-    check_start(config, context, workers=2)
+    check_start(config, context, (2, 2))
     assert [line.split(",")[0] for line in said] == [
         "method.queue: 51 entries are more than one pass over the 50 images gives (50)"
     ]
     with pytest.raises(UsageError, match="3 workers cannot share equally"):
-        check_start(config, context, workers=3)
+        check_start(config, context, (3, 3))
 
 
 def test_nothing_is_stated_about_what_is_usual() -> None:

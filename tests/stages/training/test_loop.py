@@ -15,7 +15,8 @@ from stages.pretrain.data.batch import Batch
 from stages.pretrain.methods.method import Method, Step
 from stages.pretrain.views.plan import ViewPlan, ViewSpec
 from stages.training.checkpoint import CheckpointFolder, TrainingState
-from stages.training.loop import Training, train, weighted_sum
+from stages.training.loop import Training, TrainingInterrupted, train, weighted_sum
+from stages.training.notice import Notice
 from stages.training.settings import LoopSettings
 
 IMAGES = torch.randn(64, 1, 3, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -126,6 +127,34 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path: Path) -> None:
     assert (resumed.skipped, resumed.problems) == (whole.skipped, whole.problems)
     for name, value in whole_training.method.state_dict().items():
         assert torch.equal(value, resumed_training.method.state_dict()[name]), name
+
+
+def test_a_stop_between_two_rows_leaves_no_trace_in_the_curves(tmp_path: Path) -> None:
+    settings = {"checkpoint_every": 5, "log_every": 4, "watch": {"gradients_every": 3}}
+    whole = train(make_training(**settings), CheckpointFolder(tmp_path / "whole", "f"))
+    with pytest.raises(KeyboardInterrupt):
+        train(make_training(**settings), StopAt(tmp_path / "cut", 5))
+    resumed = train(make_training(**settings), CheckpointFolder(tmp_path / "cut", "f"))
+    assert [row["step"] for row in whole.curves] == [4, 8, 12]
+    assert [row | {"images_per_s": 0} for row in resumed.curves] == [row | {"images_per_s": 0} for row in whole.curves]
+    assert (resumed.skipped, resumed.problems) == (whole.skipped, whole.problems)
+
+
+def test_the_row_of_an_early_stop_leaves_no_trace_in_what_goes_on(tmp_path: Path) -> None:
+    whole = train(make_training(log_every=4), CheckpointFolder(tmp_path / "whole", "f"))
+    stopped = train(make_training(log_every=4, stop_at=6), CheckpointFolder(tmp_path / "cut", "f"))
+    again = train(make_training(log_every=4, stop_at=6), CheckpointFolder(tmp_path / "cut", "f"))
+    assert [row["step"] for row in stopped.curves] == [row["step"] for row in again.curves] == [4, 6]
+    assert curve(train(make_training(log_every=4), CheckpointFolder(tmp_path / "cut", "f"))) == curve(whole)
+
+
+def test_a_notice_saves_at_once_and_a_last_one_stops(tmp_path: Path) -> None:
+    whole = train(make_training(), CheckpointFolder(tmp_path / "whole", "f"))
+    told = iter([Notice.NONE, Notice.SAVE, Notice.NONE, Notice.LEAVE])
+    with pytest.raises(TrainingInterrupted, match="step 4 is saved"):
+        train(make_training(), CheckpointFolder(tmp_path / "cut", "f"), notices=lambda: next(told))
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["step-00000002", "step-00000004"]
+    assert curve(train(make_training(), CheckpointFolder(tmp_path / "cut", "f"))) == curve(whole)
 
 
 def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:

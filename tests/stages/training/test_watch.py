@@ -15,7 +15,7 @@ from stages.pretrain.methods.method import Step
 from stages.training.checkpoint import CheckpointFolder
 from stages.training.loop import BadStep, train
 from stages.training.settings import WatchSettings
-from stages.training.watch import Watch, effective_rank, mean_pairwise_cosine
+from stages.training.watch import Watch, effective_rank, mean_pairwise_cosine, not_finite
 from tests.stages.training.test_loop import IMAGES, Toy, make_training
 
 
@@ -106,7 +106,9 @@ def test_no_collapse_is_looked_for_in_the_grace_or_with_a_limit_of_zero(tmp_path
 
 
 def wrong(watch: Watch, step: int, values: Tensor, norm: float, **seen: float) -> str | None:
-    return watch.wrong(step, ["term", "total"], values, torch.tensor(norm), seen)
+    norm_now = torch.tensor(norm)
+    finite = not not_finite(values, norm_now)
+    return watch.wrong(step, ["term", "total"], values, norm_now, seen, finite=finite)
 
 
 def test_entropy_has_a_limit_of_its_own_and_one_good_row_forgives() -> None:

@@ -25,6 +25,7 @@ class DinoSettings(MethodSettings):
 
     builds: ClassVar[str] = "stages.pretrain.methods.dino.method:Dino"
     terms: ClassVar[tuple[str, ...]] = ("align_image",)
+    shards: ClassVar[bool] = True
 
     name: str = "dino"
     global_crops: Crops = Crops(size=224, count=2, scale=(0.4, 1.0))

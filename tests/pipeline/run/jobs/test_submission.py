@@ -12,6 +12,7 @@ import yaml
 
 from pipeline.config.load import load_pipeline
 from pipeline.errors import ConfigError, UsageError
+from pipeline.run.jobs.client import Job, Jobs
 from pipeline.run.jobs.elsewhere import pipeline_text
 from pipeline.run.jobs.submission import check_disks, make_submission
 
@@ -63,7 +64,7 @@ def test_a_secret_in_an_address_is_refused_and_not_shown(write: Write, old: str,
 
 def test_a_folder_of_this_machine_needs_nodes_that_see_it(write: Write) -> None:
     local = load_pipeline(write(PIPELINE.replace("s3://bucket/scenes", "photos"), "local.yaml"))
-    check_disks(local, ["10.0.0.1"], {"127.0.0.1", "10.0.0.1"})
+    check_disks(local, ["10.0.0.1", "127.0.0.2"], {"127.0.0.1", "10.0.0.1"})
     with pytest.raises(UsageError, match=r"stages\.scenes\.source .*photos.*10\.0\.0\.2.*--shared-disk"):
         check_disks(local, ["10.0.0.1", "10.0.0.2"], {"127.0.0.1", "10.0.0.1"})
     check_disks(load_pipeline(write(PIPELINE, "bucket.yaml")), ["10.0.0.2"], {"10.0.0.1"})
@@ -99,3 +100,27 @@ def test_the_command_runs_the_named_python_or_the_first_that_exists(write: Write
     shown = subprocess.run(named.entrypoint, shell=True, capture_output=True, text=True, check=True)
     assert shown.stdout == "start_tessera.py run p.yaml --only=slic\n"
     assert subprocess.run(["sh", "-n", "-c", make_submission(pipeline).entrypoint], check=False).returncode == 0
+
+
+def test_a_job_that_a_new_head_does_not_know_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = Jobs.__new__(Jobs)
+
+    def get(job_id: str) -> Job:
+        raise UsageError(f"the cluster has no job {job_id}")
+
+    monkeypatch.setattr(jobs, "get", get)
+    assert jobs.wait("night-1").lost
+
+
+def test_a_sweep_is_sent_as_its_pipeline_and_one_space_file(write: Write) -> None:
+    pipeline = load_pipeline(write(PIPELINE, "p.yaml"))
+    write("objective: j.m\ntrials: 4\nspace: {stages.slic.ratio: {uniform: [0, 1]}}", "base.yaml")
+    made = make_submission(pipeline, space=write("extends: base.yaml\ntrials: 2", "s.yaml"), python="python3")
+    assert shlex.split(made.entrypoint)[2:] == ["start_tessera.py", "sweep", "--space=space.yaml", "p.yaml"]
+    sent = made.package.files["space.yaml"]
+    assert isinstance(sent, str)
+    assert yaml.safe_load(sent) == {
+        "objective": "j.m",
+        "trials": 2,
+        "space": {"stages.slic.ratio": {"uniform": [0, 1]}},
+    }

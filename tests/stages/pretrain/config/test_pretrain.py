@@ -30,6 +30,7 @@ def test_edges_of_mixed_sources_and_of_the_method_are_found() -> None:
 def test_what_cannot_change_the_encoder_is_not_fingerprinted() -> None:
     free = unfingerprinted(PretrainConfig.model_validate(COTAP))
     assert {"resources", "log_every", "checkpoint_every", "loader_workers"} <= set(free)
+    assert {"checkpoint_minutes", "max_failures", "lost_rank_minutes", "strategy"} <= set(free)
     assert not {"precision", "batch_size", "seed", "renderer"} & set(free)
 
 

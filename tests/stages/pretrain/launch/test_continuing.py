@@ -36,7 +36,7 @@ def test_40_steps_and_20_more_equal_60_where_the_schedules_are_constant(run_stag
     said: list[str] = []
     outcome, first = run_stage("b" * 24, {"steps": 40, "keep_state": True, **CONSTANT}, say=said.append)
     kept = sum(entry.size for entry in first.manifest.files if entry.name.startswith("training_state/"))
-    assert outcome.notes == {"training_state_bytes": kept}
+    assert outcome.notes["training_state_bytes"] == kept
     assert said == [f"keeps the state of the training in the artifact: {kept / 2**20:.1f} MiB"]
     said.clear()
     settings = {"steps": 60, "continue": "first", **CONSTANT}
