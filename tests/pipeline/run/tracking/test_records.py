@@ -93,7 +93,10 @@ def test_a_mirror_that_fails_in_two_stages_at_once_is_told_once() -> None:
     assert len(warnings) == 1
 
 
-def test_records_hold_no_secret_and_survive_a_line_cut_by_a_kill(tmp_path: Path) -> None:
+def test_records_hold_no_secret_and_survive_a_line_cut_by_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TESSERA_STATE", str(tmp_path))
     from pipeline.run.tracking.journal import Journal
 
     journal = Journal.create("http://me:hush-hush@host:5000", "p")

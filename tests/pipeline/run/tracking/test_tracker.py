@@ -174,7 +174,7 @@ def test_processes_started_together_make_one_database_and_one_experiment(tmp_pat
     address = f"sqlite:///{tmp_path}/new/mlflow.db"
     code = (
         "from pipeline.run.tracking.tracker import Tracker; import sys\n"
-        f"t = Tracker('{address}', 'p', sys.exit); t.start('p', {{}})\n"
+        f"t = Tracker('{address}', 'p', lambda text: print(text, file=sys.stderr)); t.start('p', {{}})\n"
         "t.finish('FINISHED', {}); print(t.run_id)"
     )
     started = [
