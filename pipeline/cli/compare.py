@@ -35,11 +35,14 @@ def compare(
     from pipeline.cli.run import planned
     from pipeline.compare import render, table
     from pipeline.compare.grouping import group
+    from pipeline.config.load import load_pipeline
     from pipeline.run import runner
     from pipeline.run.display import RunDisplay, results_only_on_stdout
     from pipeline.run.failure import StagesFailed
 
-    pipeline, opened, plan = planned(config, overrides, None, None, None, store)
+    stages = load_pipeline(config, overrides or (), store).stages
+    evaluations = [name for name, entry in stages.items() if entry.stage.shows_metrics]
+    pipeline, opened, plan = planned(config, overrides, None, evaluations, None, store)  # and what they need
     rows, columns = group(pipeline, plan)
     failed: StagesFailed | None = None
     with results_only_on_stdout(), RunDisplay() as display:

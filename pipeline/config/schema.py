@@ -91,6 +91,13 @@ def pipeline_schema(stage_types: Mapping[str, type[Stage[Any]]] | None = None) -
                 "type": "object",
                 "description": "the steps, by name",
                 "propertyNames": {"pattern": f"^(({STAGE_NAME.pattern})|({VARIABLE.pattern}))+$"},
+                # A repeated stage has variables in place of numbers: only `tessera plan` can check those.
+                "patternProperties": {
+                    VARIABLE.pattern: {
+                        "type": ["object", "null"],
+                        "properties": {"uses": {"enum": sorted(types)}},
+                    }
+                },
                 "additionalProperties": {"oneOf": [stage, {"type": "null"}]},
             },
         },

@@ -112,6 +112,12 @@ def test_another_encoder_computes_its_row_only(compared: Workshop) -> None:
     assert compared.ran[before:] == ["other", "times1_other", "times2_other"]
 
 
+def test_what_no_evaluation_needs_is_not_computed(compared: Workshop) -> None:
+    compared.write(PIPELINE + "  apart: {{uses: fake_encoder, numbers: few, width: 11}}\n")
+    compared.tessera("compare", "p.yaml")
+    assert "apart" not in compared.ran
+
+
 def test_a_failed_cell_leaves_the_others(compared: Workshop) -> None:
     extra = """\
   broken: {{uses: fake_scaled, numbers: few, fail: purpose}}

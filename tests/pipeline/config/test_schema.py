@@ -137,3 +137,9 @@ def test_the_schema_says_what_paths_are_relative_to() -> None:
     assert "relative to the file that holds this key" in keys["extends"]["description"]
     assert "relative to the working folder, also in --set" in keys["store"]["description"]
     assert "a path (from the working folder) or" in json.dumps(schema["$defs"])
+
+
+def test_a_repeated_stage_may_have_variables_for_numbers(schema: dict[str, Any]) -> None:
+    text = '{{for_each: {{n: [8, 9]}}, stages: {{"slic_{{n}}": {{uses: {}, images: s, region_size: "{{n}}"}}}}}}'
+    assert errors(schema, text.format("superpixels")) == []
+    assert errors(schema, text.format("superpixel")) != []
