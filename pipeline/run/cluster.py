@@ -26,6 +26,7 @@ from typing import Any
 from pipeline.errors import ClusterError
 from pipeline.run import head
 from pipeline.run.capacity import Demand, Machine, Place
+from pipeline.run.head_watch import HeadWatch
 from pipeline.share import Share, nodes, nodes_by_id, own_node
 
 GIB = 1 << 30
@@ -76,6 +77,7 @@ class Cluster:
     machines: tuple[Machine, ...] = ()
     most: Machine | None = None  # what an autoscaling cluster can grow to; None for one that does not grow
     borrowed: bool = False  # this process was connected before: it stays so
+    watch: HeadWatch | None = None  # of a cluster that was joined
 
     def __str__(self) -> str:
         return f"{self.where} with {self.cpus:g} CPUs and {self.gpus:g} GPUs"
@@ -155,7 +157,11 @@ def start(address: str | None = None) -> Cluster:
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     cpus, gpus = sum(machine.cpus for machine in machines), sum(machine.gpus or 0.0 for machine in machines)
-    return Cluster(address, cpus, gpus, len(machines), session, machines, most)
+    watch = None
+    if address != "local":
+        watch = HeadWatch(context.address_info["gcs_address"])
+        watch.start()
+    return Cluster(address, cpus, gpus, len(machines), session, machines, most, watch=watch)
 
 
 def _connected() -> Cluster | None:
@@ -209,6 +215,8 @@ def stop(cluster: Cluster, *, keep_logs: bool = False) -> None:
         return
     import ray
 
+    if cluster.watch is not None:
+        cluster.watch.stop()
     ray.shutdown()
     if cluster.session is not None and not keep_logs:
         shutil.rmtree(cluster.session, ignore_errors=True)
