@@ -25,6 +25,7 @@ RETRY_SECONDS = (1.0, 5.0, 15.0, 30.0, 60.0)  # after the first, second, ... fai
 REFUSED_SECONDS = 300.0  # a password does not become right by asking often
 END_SECONDS = 20.0  # without any record arriving, at the end of a run
 DATABASE_SECONDS = 180.0  # the same for a database file: nobody is away, and a busy machine makes its tables slowly
+DATABASE_TRIES = 20  # of a database file that others write too; a second apart
 LEFTOVER_SECONDS = 60.0  # for records of earlier runs, at the end of a run
 TOLD_SECONDS = 60.0  # a warning at the end repeats what was said so recently only when it was longer ago
 
@@ -45,6 +46,7 @@ class Sender(threading.Thread):
         self._warn = warn
         self._wake, self._progress = threading.Event(), threading.Condition()
         self._failures, self._arrived = 0, 0
+        self._most_failures = 1 if is_server(server.uri) else DATABASE_TRIES  # in a row, when the run has ended
         self._told: float | None = None
         self._has_told_rejected = self._is_closing = self._is_drained = False
 
@@ -79,7 +81,7 @@ class Sender(threading.Thread):
             except Exception as error:
                 refused = self._server.failure(error) == "refused"
                 self._note_failure(error, closing, refused)
-                if closing and (refused or self._failures > 1):
+                if closing and (refused or self._failures > self._most_failures):
                     return
                 self._wait(REFUSED_SECONDS if refused else RETRY_SECONDS[min(self._failures, len(RETRY_SECONDS)) - 1])
                 continue
@@ -138,7 +140,7 @@ class Sender(threading.Thread):
         self._failures += 1
         with self._progress:
             self._progress.notify_all()
-        if refused or self._failures > 1:
+        if refused or self._failures > self._most_failures:
             self._say_away(error, closing)
 
     def _wait(self, seconds: float) -> None:

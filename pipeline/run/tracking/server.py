@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import TesseraError
 from pipeline.run.tracking.address import CREDENTIALS, database_file, is_server, masked, probe, scrubbed
@@ -55,7 +55,8 @@ class Server:
             import_mlflow()
             import mlflow
 
-            self._client = mlflow.MlflowClient(self.uri)
+            with self._locked():  # it makes the tables of a new database, and two at once would leave it half-made
+                self._client = mlflow.MlflowClient(self.uri)
         return self._client
 
     def experiment(self, name: str) -> str:
@@ -65,13 +66,8 @@ class Server:
         return self._experiments[name]
 
     def _find_experiment(self, name: str) -> str:
-        from filelock import FileLock
-
-        database = database_file(self.uri)
-        if database is not None:
-            database.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{database}.lock") if database is not None else contextlib.nullcontext():
-            client = self.client()
+        client, database = self.client(), database_file(self.uri)
+        with self._locked():
             found = client.get_experiment_by_name(name)
             if found is not None:
                 return str(found.experiment_id)
@@ -88,6 +84,16 @@ class Server:
                 if found is None:
                     raise
                 return str(found.experiment_id)
+
+    def _locked(self) -> contextlib.AbstractContextManager[Any]:
+        """Of a database file: one process of this machine at a time. Not to be nested."""
+        from filelock import FileLock
+
+        database = database_file(self.uri)
+        if database is None:
+            return contextlib.nullcontext()
+        database.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(f"{database}.lock")
 
     def failure(self, error: Exception) -> Failure:
         """What an error of the client's means."""
