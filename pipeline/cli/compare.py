@@ -32,7 +32,7 @@ def compare(
 ) -> None:
     """Compute what is not cached, then show all encoders in all evaluations, with intervals."""
     from pipeline.cli.printing import print_table
-    from pipeline.cli.run import planned
+    from pipeline.cli.run import plan_of
     from pipeline.compare import render, table
     from pipeline.compare.grouping import group
     from pipeline.config.load import load_pipeline
@@ -40,9 +40,9 @@ def compare(
     from pipeline.run.display import RunDisplay, results_only_on_stdout
     from pipeline.run.failure import StagesFailed
 
-    stages = load_pipeline(config, overrides or (), store).stages
-    evaluations = [name for name, entry in stages.items() if entry.stage.shows_metrics]
-    pipeline, opened, plan = planned(config, overrides, None, evaluations, None, store)  # and what they need
+    pipeline = load_pipeline(config, overrides or (), store)
+    evaluations = [name for name, entry in pipeline.stages.items() if entry.stage.shows_metrics]
+    opened, plan = plan_of(pipeline, from_=evaluations)  # and what they need
     rows, columns = group(pipeline, plan)
     failed: StagesFailed | None = None
     with results_only_on_stdout(), RunDisplay() as display:

@@ -44,7 +44,7 @@ def run(
     from pipeline.run.display import RunDisplay, results_only_on_stdout
     from pipeline.run.failure import RunFailed, StagesFailed
 
-    pipeline, opened, plan = planned(config, overrides, only, from_, force, store)
+    pipeline, opened, plan = _planned(config, overrides, only, from_, force, store)
     try:
         with results_only_on_stdout(), RunDisplay() as display:
             result = runner.run(
@@ -76,7 +76,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say which stages are cached, which must run, and why."""
-    _, _, made = planned(config, overrides, only, from_, force, store)
+    _, _, made = _planned(config, overrides, only, from_, force, store)
     if as_json:
         print_json(made.to_json())
     else:
@@ -85,7 +85,7 @@ def plan(
         print_plan(made.to_json())
 
 
-def planned(
+def _planned(
     config: str,
     overrides: list[str] | None,
     only: list[str] | None,
@@ -95,11 +95,26 @@ def planned(
 ) -> tuple[Pipeline, ArtifactStore, Plan]:
     """The pipeline of a command's arguments, its store, and the plan of what they select."""
     from pipeline.config.load import load_pipeline
+
+    pipeline = load_pipeline(config, overrides or (), store)
+    return (pipeline, *plan_of(pipeline, only, from_, force))
+
+
+def plan_of(
+    pipeline: Pipeline, only: list[str] | None = None, from_: list[str] | None = None, force: list[str] | None = None
+) -> tuple[ArtifactStore, Plan]:
+    """A pipeline's store, and the plan of what options select; shows sources that have to be read.
+
+    Args:
+        pipeline: as loaded.
+        only: values of `--only`.
+        from_: values of `--from`.
+        force: values of `--force`.
+    """
     from pipeline.plan.plan import make_plan
     from pipeline.run.display import RunDisplay
     from pipeline.store.store import ArtifactStore
 
-    pipeline = load_pipeline(config, overrides or (), store)
     opened = ArtifactStore(pipeline.store)
     with RunDisplay() as display:
         made = make_plan(
@@ -110,4 +125,4 @@ def planned(
             split_names(force),
             lambda source, *progress: display.watch(f"reading {source}", *progress),
         )
-    return pipeline, opened, made
+    return opened, made

@@ -76,12 +76,21 @@ def iter_rows(
     `ids` keeps those images only: shards that hold none of them are read no further than their ids.
     Raises: ArtifactDamaged.
     """
-    for shard in artifact.shards():
-        if ids is None:
+    if ids is None:
+        for shard in artifact.shards():
             yield from slice_rows(artifact, shard, columns, 0, shard.rows or 0)
-        else:
-            held = read_shard(artifact, shard, ["image_id"])["image_id"].to_pylist()
-            yield from _rows_at(artifact, shard, columns, [row for row, image_id in enumerate(held) if image_id in ids])
+    else:
+        yield from (one.to_pylist()[0] for one in iter_single(artifact, columns, ids))
+
+
+def iter_single(artifact: Artifact, columns: Sequence[str], ids: Collection[int]) -> Iterator[pa.RecordBatch]:
+    """The rows of these images as `iter_rows` gives them, each a batch of one row: without a Python object a number.
+
+    Raises: ArtifactDamaged.
+    """
+    for shard in artifact.shards():
+        held = read_shard(artifact, shard, ["image_id"])["image_id"].to_pylist()
+        yield from _single_at(artifact, shard, columns, [row for row, image_id in enumerate(held) if image_id in ids])
 
 
 def slice_rows(
@@ -101,12 +110,12 @@ def sample_rows(artifact: Readable, count: int, columns: Sequence[str]) -> Itera
     wanted = np.unique(np.linspace(0, ends[-1] - 1, min(count, ends[-1])).astype(int))
     for index, shard in enumerate(artifact.shards()):
         inside = wanted[(wanted >= ends[index]) & (wanted < ends[index + 1])] - ends[index]
-        yield from _rows_at(artifact, shard, columns, inside.tolist())
+        yield from (one.to_pylist()[0] for one in _single_at(artifact, shard, columns, inside.tolist()))
 
 
-def _rows_at(
+def _single_at(
     artifact: Readable, shard: FileEntry, columns: Sequence[str], rows: Sequence[int]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[pa.RecordBatch]:
     """These rows of a shard, in rising order, in one pass over the rows between the first and the last."""
     if not rows:
         return
@@ -114,7 +123,7 @@ def _rows_at(
     for batch in iter_batches(artifact, shard, names, start=rows[0], stop=rows[-1] + 1):
         for row in range(at, at + batch.num_rows):
             if row in left:
-                yield batch.slice(row - at, 1).to_pylist()[0]
+                yield batch.slice(row - at, 1)
         at += batch.num_rows
 
 

@@ -79,7 +79,7 @@ class ClassifyBoxes(FrozenStage[ClassifyBoxesConfig]):
 
         from stages.data.rows import iter_rows
         from stages.evaluate.bbox_knn_votes import object_patches
-        from stages.evaluate.stored_features import iter_features
+        from stages.evaluate.stored_features import NO_FEATURES, iter_features
 
         rows = {
             row["image_id"]: row
@@ -108,8 +108,7 @@ class ClassifyBoxes(FrozenStage[ClassifyBoxesConfig]):
             tokens.append(image.map.reshape(-1, image.map.shape[-1])[found[1]])
             labels.append(row["label_id"])
             keys.append(str(row["key"]))
-        reason = "it has no features (see the problems of their stage)"
-        problems += [{"key": str(row["key"]), "reason": reason} for row in rows.values()]
+        problems += [{"key": str(row["key"]), "reason": NO_FEATURES} for row in rows.values()]
         if not tokens:
             raise SourceError(
                 f"{context.name}: no image of split {split!r} has a label, a box in its middle and features"

@@ -10,17 +10,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.errors import SourceError
-from pipeline.stage import Context, Feed, Outcome, Stage
+from pipeline.stage import Context, Feed, Outcome
 from stages.evaluate.classify_knn_settings import ClassifyKnnConfig
+from stages.evaluate.frozen import Evaluation
 from stages.evaluate.requirements import lacking, split_counts
 from stages.models.planned import backbone_of, undivided
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from pipeline.store.artifact import Artifact
     from stages.evaluate.classify_knn_vectors import SplitVectors, Votes
 
@@ -28,14 +27,11 @@ _SHOWN_IMAGES, _SHOWN_NEIGHBORS = 6, 5
 _SHOWN_NAMES = 3
 
 
-class ClassifyKnn(Stage[ClassifyKnnConfig]):
+class ClassifyKnn(Evaluation[ClassifyKnnConfig]):
     """images + encoder -> metrics top1, top5 in per cent (and top1_random, top5_random), one row a test image."""
 
-    kind = "metrics"
     version = 3
     packages = ("timm",)
-    uses_ray = False
-    shows_metrics = True
     units = dict.fromkeys(("top1", "top5"), "%")
     objectives = dict.fromkeys(("top1", "top5"), "max")
     Config = ClassifyKnnConfig
@@ -112,13 +108,6 @@ class ClassifyKnn(Stage[ClassifyKnnConfig]):
             problems=problems,
             preview="preview.png",
         )
-
-    @classmethod
-    def resampled(cls, artifact: Artifact, draws: int, seed: int) -> dict[str, NDArray[Any]]:
-        """The metrics again on bootstrap samples of the test images."""
-        from stages.evaluate.units import resample
-
-        return resample(artifact, draws, seed)
 
     def _labelled(self, stage: str, images: Artifact) -> tuple[dict[int, int], dict[int, int]]:
         """{image_id: label_id} of the train and of the test split. Raises SourceError for a split without labels."""

@@ -53,7 +53,7 @@ class DiscoverObjects(FeatureStage[DiscoverObjectsConfig]):
         from stages.data.pictures import draw_boxes, grid
         from stages.data.rows import iter_rows
         from stages.evaluate.seed_expansion import discover
-        from stages.evaluate.stored_features import iter_features
+        from stages.evaluate.stored_features import NO_FEATURES, iter_features
         from stages.evaluate.units import Units, write
 
         config, images = self.config, context.inputs["images"]
@@ -77,8 +77,7 @@ class DiscoverObjects(FeatureStage[DiscoverObjectsConfig]):
             which = f" of split {config.split!r}" if config.split else ""
             raise SourceError(f"{context.name}: no image{which} has object boxes and features")
         with_features = {row["image_id"] for row in rows}
-        reason = "it has no features (see the problems of their stage)"
-        problems = [{"key": there[i][0], "reason": reason} for i in sorted(there.keys() - with_features)]
+        problems = [{"key": there[i][0], "reason": NO_FEATURES} for i in sorted(there.keys() - with_features)]
         context.output.put_table(0, pa.Table.from_pylist(rows))
         write(context.output, config, found.metrics(), found)
         picked = rows[:: max(1, len(rows) // _SHOWN)][:_SHOWN]

@@ -1,4 +1,4 @@
-"""What evaluations on stored features have in common: their settings, and what a plan checks. Free of torch.
+"""What evaluations have in common, and those on stored features: settings, and what a plan checks. Free of torch.
 
 One `features` artifact serves every evaluation that can use it: the encoder runs once over the images.
 """
@@ -34,16 +34,29 @@ class FrozenConfig(FeatureConfig):
     seed: int = Field(0, ge=0, description="of everything drawn at random")
 
 
+E = TypeVar("E", bound=StageConfig)
 F = TypeVar("F", bound=FeatureConfig)
 C = TypeVar("C", bound=FrozenConfig)
 
 
-class FeatureStage(Stage[F]):
-    """An evaluation on stored features: an artifact of kind `metrics`."""
+class Evaluation(Stage[E]):
+    """Writes an artifact of kind `metrics` that keeps its test units (units.py)."""
 
     kind = "metrics"
     uses_ray = False
     shows_metrics = True
+
+    @classmethod
+    def resampled(cls, artifact: Artifact, draws: int, seed: int) -> dict[str, NDArray[Any]]:
+        """The metrics again on bootstrap samples of the test's units."""
+        from stages.evaluate.units import resample
+
+        return resample(artifact, draws, seed)
+
+
+class FeatureStage(Evaluation[F]):
+    """An evaluation on stored features."""
+
     whole_images: ClassVar[bool] = False  # it cannot use features of the central square
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[Mismatch]:
@@ -62,13 +75,6 @@ class FeatureStage(Stage[F]):
                 f"{features.stage} has fit: centre, so that the borders of the images have no features",
                 "name features with fit: squeeze or aspect",
             )
-
-    @classmethod
-    def resampled(cls, artifact: Artifact, draws: int, seed: int) -> dict[str, NDArray[Any]]:
-        """The metrics again on bootstrap samples of the test's units (`units.py`)."""
-        from stages.evaluate.units import resample
-
-        return resample(artifact, draws, seed)
 
 
 class FrozenStage(FeatureStage[C]):

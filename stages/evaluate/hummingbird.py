@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from stages.evaluate.mask_classes import MaskClasses, MaskLabels
 
-_CELL = 16  # pixels on a side in which a patch's labels are counted
-
 
 class HummingbirdConfig(FrozenConfig):
     """The protocol's numbers; defaults are the paper's."""
@@ -97,16 +95,10 @@ class Hummingbird(FrozenStage[HummingbirdConfig]):
         return torch.cat(kept), torch.cat(shares)
 
     def _shares(self, labels_HW: MaskLabels, grid: tuple[int, ...], classes: int) -> Tensor:
-        import cv2
-        import numpy as np
-        import torch
+        from stages.evaluate.in_context import CELL, cell_labels, class_shares
 
-        from stages.evaluate.in_context import class_shares
-
-        size = (grid[1] * _CELL, grid[0] * _CELL)
-        resized = cv2.resize(np.ascontiguousarray(labels_HW), size, interpolation=cv2.INTER_NEAREST_EXACT)
         background = self.config.void_as_background
-        return class_shares(torch.from_numpy(resized), _CELL, classes, void_as_background=background)
+        return class_shares(cell_labels(labels_HW, *grid), CELL, classes, void_as_background=background)
 
 
 def _unit(map_hwD: object) -> Tensor:

@@ -8,11 +8,14 @@ patches, H = h P and W = w P sides of a mask.
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
+
+CELL = 16  # pixels on a side in which a patch's labels are counted
 
 
 def class_shares(labels_HW: Tensor, patch: int, classes: int, *, void_as_background: bool = False) -> Tensor:
@@ -34,6 +37,12 @@ def class_shares(labels_HW: Tensor, patch: int, classes: int, *, void_as_backgro
     counts_hwC.scatter_add_(2, patches_hwS + 1, torch.ones(1).expand(patches_hwS.shape))
     counts_hwC = counts_hwC[..., 1:]
     return counts_hwC / counts_hwC.sum(dim=2, keepdim=True).clamp(min=1)
+
+
+def cell_labels(labels_HW: NDArray[np.int16], height: int, width: int) -> Tensor:
+    """A mask at `CELL` pixels a patch, for a grid of height x width patches; negative stays void."""
+    size = (width * CELL, height * CELL)
+    return torch.from_numpy(cv2.resize(np.ascontiguousarray(labels_HW), size, interpolation=cv2.INTER_NEAREST_EXACT))
 
 
 def rare_first(shares_NC: Tensor, draws_N: NDArray[np.float64], quota: int) -> Tensor:

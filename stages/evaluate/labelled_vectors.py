@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.stage import Context
 from stages.data.rows import iter_rows
 from stages.evaluate.features import split_error
-from stages.evaluate.stored_features import iter_features, require_some
+from stages.evaluate.stored_features import NO_FEATURES, iter_features, require_some
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
@@ -53,18 +53,37 @@ def read_splits(context: Context, train_split: str, test_split: str, pooling: Po
 
     Raises: SourceError for a split without usable labelled images.
     """
-    images = context.inputs["images"]
     problems: list[dict[str, str]] = []
-    found = []
-    for option, split in (("train_split", train_split), ("test_split", test_split)):
-        labels, keys = _labels(context.name, images, option, split)
-        found.append(_vectors(context, labels, keys, pooling, problems))
-        require_some(context.name, len(found[-1].keys), f"{len(labels)} labelled images of split {split!r}", problems)
-    train, test = found
-    classes = [str(name) for name in images.manifest.notes.get("classes", ())]
-    count = 1 + max(int(split.labels.max()) for split in found)
-    classes += [str(number) for number in range(len(classes), count)]
-    return LabelledSplits(train, test, classes, problems)
+    train = read_split(context, "train_split", train_split, pooling, problems)
+    test = read_split(context, "test_split", test_split, pooling, problems)
+    return LabelledSplits(train, test, class_names(context.inputs["images"], train, test), problems)
+
+
+def read_split(
+    context: Context, option: str, split: str, pooling: Pooling, problems: list[dict[str, str]]
+) -> LabelledVectors:
+    """The labelled images of one split.
+
+    Args:
+        context: of the stage; its inputs are `images` and `features`.
+        option: of the stage, which names the split.
+        split: of the images.
+        pooling: see `read_splits`.
+        problems: grows by an entry for each image without features.
+
+    Raises: SourceError for a split without usable labelled images.
+    """
+    labels, keys = _labels(context.name, context.inputs["images"], option, split)
+    found = _vectors(context, labels, keys, pooling, problems)
+    require_some(context.name, len(found.keys), f"{len(labels)} labelled images of split {split!r}", problems)
+    return found
+
+
+def class_names(images: Artifact, *splits: LabelledVectors) -> list[str]:
+    """Names of the classes; those that nothing names are called by their number."""
+    names = [str(name) for name in images.manifest.notes.get("classes", ())]
+    count = 1 + max(int(split.labels.max()) for split in splits)
+    return names + [str(number) for number in range(len(names), count)]
 
 
 def _labels(stage: str, images: Artifact, option: str, split: str) -> tuple[dict[int, int], dict[int, str]]:
@@ -88,7 +107,6 @@ def _vectors(
     for image in iter_features(context.inputs["features"], labels.keys(), patches=pooling == "mean"):
         ids.append(image.image_id)
         vectors.append(image.vector if image.map is None else image.map.mean(axis=(0, 1)))
-    reason = "it has no features (see the problems of their stage)"
-    problems += [{"key": keys[missing], "reason": reason} for missing in sorted(labels.keys() - set(ids))]
+    problems += [{"key": keys[missing], "reason": NO_FEATURES} for missing in sorted(labels.keys() - set(ids))]
     stacked = torch.from_numpy(np.stack(vectors)) if vectors else torch.empty(0, 0)
     return LabelledVectors([keys[i] for i in ids], stacked, torch.tensor([labels[i] for i in ids], dtype=torch.int64))

@@ -37,30 +37,31 @@ class MeasureClasses(FrozenStage[MeasureClassesConfig]):
         import torch
 
         from stages.evaluate.class_separation import class_separation
-        from stages.evaluate.labelled_vectors import read_splits
+        from stages.evaluate.labelled_vectors import class_names, read_split
         from stages.evaluate.units import Units, write
 
         config = self.config
-        splits = read_splits(context, config.test_split, config.test_split, config.pooling)
-        labels = splits.test.labels
+        problems: list[dict[str, str]] = []
+        test = read_split(context, "test_split", config.test_split, config.pooling, problems)
+        classes, labels = class_names(context.inputs["images"], test), test.labels
         present = torch.unique(labels).tolist()
         if len(present) < 2:
             raise SourceError(
                 f"{context.name}: all labelled images of split {config.test_split!r} are of one class, "
-                f"{splits.classes[present[0]]}: name another split"
+                f"{classes[present[0]]}: name another split"
             )
-        found = class_separation(splits.test.vectors, labels)
+        found = class_separation(test.vectors, labels)
         distance, variance = found.inter_class_distance.item(), found.intra_class_variance.item()
         metrics = {
             "separation": distance / max(variance, 1e-12) ** 0.5,
             "inter_class_distance": distance,
             "intra_class_variance": variance,
         }
-        names = [splits.classes[label] for label in present]
+        names = [classes[label] for label in present]
         context.output.put_table(0, pa.table({"class": names, "variance": found.variances.tolist()}))
         write(context.output, config, metrics, Units())
         return Outcome(
             metrics=metrics,
-            counts={"test": len(labels), "classes": len(present), "unusable": len(splits.problems)},
-            problems=splits.problems,
+            counts={"test": len(labels), "classes": len(present), "unusable": len(problems)},
+            problems=problems,
         )

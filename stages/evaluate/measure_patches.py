@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from pipeline.errors import SourceError
 from pipeline.stage import Context, Outcome
 from stages.evaluate.frozen import FrozenConfig, FrozenStage
 
@@ -66,7 +67,10 @@ class MeasurePatches(FrozenStage[MeasurePatchesConfig]):
                 same_bins += np.histogram(alike.numpy(), config.bins, (-1, 1))[0]
                 other_bins += np.histogram(apart.numpy(), config.bins, (-1, 1))[0]
             context.report_progress(image + 1, len(keys), "images")
-        require_some(context.name, len(found.names), "test images' patches: all are of one class, of", problems)
+        if not found.names:
+            raise SourceError(
+                f"{context.name}: all patches that one class covers are of the same class: nothing compares"
+            )
         edges = np.linspace(-1, 1, config.bins + 1)
         share = same_bins / np.maximum(same_bins + other_bins, 1)
         table = {"from": edges[:-1], "to": edges[1:], "same": same_bins, "other": other_bins, "share": share}

@@ -5,18 +5,15 @@ Source: docs/methods.md#similarity-of-patches.
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
 from pipeline.stage import Context
-from stages.evaluate.in_context import class_shares
+from stages.evaluate.in_context import CELL, cell_labels, class_shares
 from stages.evaluate.mask_classes import MaskClasses
 from stages.evaluate.stored_features import iter_masked, masked_ids
-
-_CELL = 16  # pixels on a side in which a patch's labels are counted
 
 
 def drawn_patches(
@@ -38,9 +35,9 @@ def drawn_patches(
     keys, patches, labels = [], [], []
     for image in iter_masked(images, features, classes, set(ids), problems):
         height, width = image.map.shape[:2]
-        resized = cv2.resize(image.labels, (width * _CELL, height * _CELL), interpolation=cv2.INTER_NEAREST_EXACT)
-        void = torch.from_numpy(resized.reshape(height, _CELL, width, _CELL) < 0).float().mean(dim=(1, 3))
-        shares = class_shares(torch.from_numpy(resized), _CELL, len(classes.names)) * (1 - void)[..., None]
+        resized = cell_labels(image.labels, height, width)
+        void = (resized.reshape(height, CELL, width, CELL) < 0).float().mean(dim=(1, 3))
+        shares = class_shares(resized, CELL, len(classes.names)) * (1 - void)[..., None]
         most, label = shares.flatten(0, 1).max(dim=1)
         covered = torch.nonzero(most >= cover).flatten().numpy()
         if not len(covered):

@@ -8,33 +8,26 @@ Reading order: this file wires, `segment_linear_steps.py` encodes, trains and sc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-from pipeline.stage import Context, Feed, Outcome, Stage
+from pipeline.stage import Context, Feed, Outcome
+from stages.evaluate.frozen import Evaluation
 from stages.evaluate.requirements import lacking, single_class
 from stages.evaluate.segment_linear_settings import SegmentLinearConfig
 from stages.models.planned import backbone_of, undivided
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from pipeline.store.artifact import Artifact
-    from stages.evaluate.confusion import Scores
-    from stages.evaluate.mask_classes import MaskClasses
-    from stages.evaluate.segment_linear_steps import ShownImage
+    pass
 
 _SHOWN_IMAGES = 6
 
 
-class SegmentLinear(Stage[SegmentLinearConfig]):
+class SegmentLinear(Evaluation[SegmentLinearConfig]):
     """images + encoder -> metrics miou, pixel_accuracy, mean_accuracy in per cent (and *_random), one row a class."""
 
-    kind = "metrics"
     version = 3
     packages = ("timm",)
-    uses_ray = False
-    shows_metrics = True
     units = dict.fromkeys(("miou", "pixel_accuracy", "mean_accuracy"), "%")
     objectives = dict.fromkeys(("miou", "pixel_accuracy", "mean_accuracy"), "max")
     Config = SegmentLinearConfig
@@ -56,13 +49,16 @@ class SegmentLinear(Stage[SegmentLinearConfig]):
         from stages.evaluate.confusion import scores
         from stages.evaluate.mask_classes import MaskClasses
         from stages.evaluate.segment_linear_steps import LinearSegmentation
+        from stages.evaluate.segmentation import class_table, picture
+        from stages.evaluate.stored_features import masked_ids
         from stages.evaluate.units import Units, write
         from stages.models.encoder import Encoder
         from stages.models.inference import Inference, require_size
 
         config, images = self.config, context.inputs["images"]
         classes = MaskClasses.of(images)
-        train_ids, test_ids = self._masked(context.name, images)
+        splits = {"train_split": config.train_split, "test_split": config.test_split}
+        train_ids, test_ids = masked_ids(context.name, images, splits).values()
         encoder = Encoder.load(context.inputs["encoder"])
         require_size(encoder, config.train_size, f"stages.{context.name}.train_size")
         require_size(encoder, config.test_size, f"stages.{context.name}.test_size")
@@ -71,7 +67,7 @@ class SegmentLinear(Stage[SegmentLinearConfig]):
             inferences["_random"] = Inference(encoder.untrained_twin(config.seed), precision=config.precision)
 
         problems: list[dict[str, str]] = []
-        units = Units()
+        units = Units(absent=config.absent)
         evaluation = LinearSegmentation(context, config, classes, inferences, problems, units)
         cache = evaluation.cache_train(train_ids)
         probes = {name: evaluation.train(cache, name) for name in inferences}
@@ -79,9 +75,9 @@ class SegmentLinear(Stage[SegmentLinearConfig]):
 
         results = {name: scores(matrix, config.absent) for name, matrix in matrices.items()}
         metrics = {key: value for name, result in results.items() for key, value in result.metrics(name).items()}
-        self._write(context, classes, results, matrices[""].sum(axis=1))
+        context.output.put_table(0, class_table(classes, results, matrices[""].sum(axis=1)))
         write(context.output, config, metrics, units)
-        self._preview(context, classes, shown)
+        context.output.put_file("preview.png", picture(shown, classes))
         return Outcome(
             metrics=metrics,
             counts={
@@ -94,57 +90,3 @@ class SegmentLinear(Stage[SegmentLinearConfig]):
             notes={"lr" + name: trained.lr for name, trained in probes.items()},
             preview="preview.png",
         )
-
-    @classmethod
-    def resampled(cls, artifact: Artifact, draws: int, seed: int) -> dict[str, NDArray[Any]]:
-        """The metrics again on bootstrap samples of the test images."""
-        from stages.evaluate.units import resample
-
-        return resample(artifact, draws, seed)
-
-    def _masked(self, stage: str, images: Artifact) -> tuple[list[int], list[int]]:
-        """Ids of the train and of the test images that have a mask. Raises SourceError for a split without masks."""
-        from stages.data.rows import iter_rows
-        from stages.evaluate.features import split_error
-
-        splits = {"train": self.config.train_split, "test": self.config.test_split}
-        with_mask: dict[str, list[int]] = {split: [] for split in splits.values()}
-        for row in iter_rows(images, ["split", "mask"]):
-            if row["split"] in with_mask and row["mask"] is not None:
-                with_mask[row["split"]].append(row["image_id"])
-        for role, split in splits.items():
-            if not with_mask[split]:
-                remedy = f"set stages.{stage}.{role}_split to a split that has, or ingest with a layout that has masks"
-                raise split_error(stage, images, split, "a mask", remedy)
-        return with_mask[splits["train"]], with_mask[splits["test"]]
-
-    def _write(
-        self,
-        context: Context,
-        classes: MaskClasses,
-        results: Mapping[str, Scores],
-        pixels: Any,  # of each class, in all test masks
-    ) -> None:
-        import pyarrow as pa
-
-        columns: dict[str, Any] = {"class": classes.names, "index": classes.values, "pixels": pixels}
-        for name, result in results.items():
-            # null where the class is in neither truth nor prediction
-            columns["iou" + name] = pa.array(result.iou, from_pandas=True)
-            columns["accuracy" + name] = pa.array(result.accuracy, from_pandas=True)
-        context.output.put_table(0, pa.table(columns))
-
-    def _preview(self, context: Context, classes: MaskClasses, shown: Sequence[ShownImage]) -> None:
-        """A line for each test image: the photograph, the truth, the prediction."""
-        from stages.data.pictures import class_colours, colour_mask, grid
-
-        pictures = []
-        for pixels, truth, prediction in shown:
-            pictures += [pixels, colour_mask(truth, classes.names), colour_mask(prediction, classes.names)]
-        sheet = grid(
-            pictures,
-            columns=3,
-            captions=["image", "truth (black: void)", "prediction"] * len(shown),
-            legend=list(zip(classes.names, class_colours(len(classes.names)), strict=True)),
-        )
-        context.output.put_file("preview.png", sheet)

@@ -27,6 +27,7 @@ from stages.evaluate.features import prepared
 from stages.evaluate.linear_probe import LinearProbe, fit, held_out
 from stages.evaluate.mask_classes import MaskClasses, MaskLabels
 from stages.evaluate.segment_linear_settings import SegmentLinearConfig
+from stages.evaluate.segmentation import require_classes
 from stages.evaluate.units import Units
 from stages.models.inference import RGB, Inference, squeeze
 
@@ -103,7 +104,7 @@ class LinearSegmentation:
                 f"{context.name}: none of the {len(chosen)} train images can be used; "
                 f"the first is {first['key']}: {first['reason']}"
             )
-        self._require_classes(pixels[1:], f"train images ({config.train_split})")
+        require_classes(context.name, f"train images ({config.train_split})", pixels[1:], self.classes)
         device = next(iter(self.inferences.values())).device
         return TrainCache({name: stored[:done] for name, stored in maps.items()}, labels[:done], device)
 
@@ -182,17 +183,8 @@ class LinearSegmentation:
                 f"({len(self.problems)} unreadable): check ignore_index ({self.classes.ignore_index}) and the masks"
             )
         truth = next(iter(matrices.values())).sum(axis=1)
-        self._require_classes(truth, f"test images ({config.test_split})")
+        require_classes(context.name, f"test images ({config.test_split})", truth, self.classes)
         return matrices, shown
-
-    def _require_classes(self, pixels: NDArray[np.int64], which: str) -> None:
-        """Raises SourceError where all pixels are of one class: every encoder would get mIoU 100."""
-        present = [name for name, count in zip(self.classes.names, pixels, strict=True) if count]
-        if len(present) == 1:
-            raise SourceError(
-                f"{self.context.name}: every pixel of the {which} that counts is of one class, {present[0]}: every "
-                "encoder would get the same score (see the preview.png of the images, and the options of their masks)"
-            )
 
 
 def _score_cached(probe: LinearProbe, cache: TrainCache, name: str, rows: NDArray[np.int64], classes: int) -> Matrix:

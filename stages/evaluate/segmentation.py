@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,10 @@ from pipeline.stage import Context, Outcome, StageConfig
 from stages.data.images import decode
 from stages.data.pictures import class_colours, colour_mask, grid
 from stages.data.rows import iter_rows
-from stages.evaluate.confusion import Matrix, confusion, scores
+from stages.evaluate.confusion import Matrix, Scores, confusion, scores
 from stages.evaluate.mask_classes import MaskClasses, MaskLabels
 from stages.evaluate.units import Units, write
+from stages.models.inference import RGB
 
 _SHOWN_IMAGES = 6
 
@@ -68,48 +69,74 @@ class SegmentedTest:
         """
         self._require_classes(context.name, problems)
         result = scores(self.matrix)
-        columns: dict[str, Any] = {
-            "class": self.classes.names,
-            "index": self.classes.values,
-            "pixels": self.matrix.sum(axis=1),
-            "iou": pa.array(result.iou, from_pandas=True),  # null: in neither truth nor prediction
-            "accuracy": pa.array(result.accuracy, from_pandas=True),
-        }
-        context.output.put_table(0, pa.table(columns))
+        pixels = self.matrix.sum(axis=1)
+        context.output.put_table(0, class_table(self.classes, {"": result}, pixels))
         write(context.output, config, result.metrics(), self.units)
         context.output.put_file("preview.png", self._picture(context))
         return Outcome(
             metrics=result.metrics(),
-            counts={**counts, "test": len(self.units.names), "classes": len(columns["class"])}
-            | {"unusable": len(problems)},
+            counts={**counts, "test": len(self.units.names), "classes": len(pixels)} | {"unusable": len(problems)},
             problems=problems,
             notes=notes or {},
             preview="preview.png",
         )
 
     def _require_classes(self, stage: str, problems: list[dict[str, str]]) -> None:
-        present = np.flatnonzero(self.matrix.sum(axis=1)).tolist() if self.units.names else []
-        if len(present) == 0:
+        if not self.units.names or not self.matrix.any():
             raise SourceError(
                 f"{stage}: no pixel of the test images has a class, all is void or unusable ({len(problems)} "
                 f"unusable): check ignore_index ({self.classes.ignore_index}) and the masks"
             )
-        if len(present) == 1:
-            raise SourceError(
-                f"{stage}: every pixel of the test images that counts is of one class, "
-                f"{self.classes.names[present[0]]}: every encoder would get the same score"
-            )
+        require_classes(stage, "test images", self.matrix.sum(axis=1), self.classes)
 
     def _picture(self, context: Context) -> bytes:
-        """A line for each test image: the photograph, the truth, the prediction."""
-        pictures = []
-        for row in iter_rows(context.inputs["images"], ["image"], ids=self._shown.keys()):
-            truth, prediction = self._shown[row["image_id"]]
-            masks = (colour_mask(labels, self.classes.names) for labels in (truth, prediction))
-            pictures += [decode(row["image"]), *masks]
-        return grid(
-            pictures,
-            columns=3,
-            captions=["image", "truth (black: void)", "prediction"] * len(self._shown),
-            legend=list(zip(self.classes.names, class_colours(len(self.classes.names)), strict=True)),
+        rows = iter_rows(context.inputs["images"], ["image"], ids=self._shown.keys())
+        return picture([(decode(row["image"]), *self._shown[row["image_id"]]) for row in rows], self.classes)
+
+
+def require_classes(stage: str, which: str, pixels: NDArray[np.int64], classes: MaskClasses) -> None:
+    """Refuse masks of one class: every encoder would get mIoU 100.
+
+    Args:
+        stage: its name in the pipeline.
+        which: whose masks they are, for the error.
+        pixels: of each class, (C,).
+        classes: of the masks.
+
+    Raises: SourceError.
+    """
+    present = [name for name, count in zip(classes.names, pixels, strict=True) if count]
+    if len(present) == 1:
+        raise SourceError(
+            f"{stage}: every pixel of the {which} that counts is of one class, {present[0]}: every encoder would get "
+            "the same score (see the preview.png of the images, and the options of their masks)"
         )
+
+
+def class_table(classes: MaskClasses, results: Mapping[str, Scores], pixels: NDArray[np.int64]) -> pa.Table:
+    """A row a class.
+
+    Args:
+        classes: of the masks.
+        results: scores by the suffix of their columns.
+        pixels: of each class in all test masks, (C,).
+    """
+    columns: dict[str, Any] = {"class": classes.names, "index": classes.values, "pixels": pixels}
+    for name, result in results.items():
+        # null where the class is in neither truth nor prediction
+        columns["iou" + name] = pa.array(result.iou, from_pandas=True)
+        columns["accuracy" + name] = pa.array(result.accuracy, from_pandas=True)
+    return pa.table(columns)
+
+
+def picture(shown: Sequence[tuple[RGB, MaskLabels, NDArray[np.int64]]], classes: MaskClasses) -> bytes:
+    """A line for each test image: the photograph, the truth, the prediction."""
+    pictures = []
+    for pixels, truth, prediction in shown:
+        pictures += [pixels, colour_mask(truth, classes.names), colour_mask(prediction, classes.names)]
+    return grid(
+        pictures,
+        columns=3,
+        captions=["image", "truth (black: void)", "prediction"] * len(shown),
+        legend=list(zip(classes.names, class_colours(len(classes.names)), strict=True)),
+    )

@@ -6,19 +6,21 @@ Shape legend: D width, h w grid of an image's patches, H W sides of its mask.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
 from stages.data.images import ImageError
-from stages.data.rows import iter_batches, iter_rows, read_shard
+from stages.data.rows import iter_rows, iter_single
 from stages.evaluate.features import split_error
 from stages.evaluate.mask_classes import MaskClasses, MaskLabels
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
+
+NO_FEATURES = "it has no features (see the problems of their stage)"  # why an image could not be used
 
 
 class ImageFeatures(NamedTuple):
@@ -30,40 +32,24 @@ class ImageFeatures(NamedTuple):
     map: NDArray[np.float32] | None  # (h, w, D); None where patches were not asked for
 
 
-def iter_features(
-    features: Artifact, ids: Collection[int], *, patches: bool = True, batch_rows: int = 8
-) -> Iterator[ImageFeatures]:
+def iter_features(features: Artifact, ids: Collection[int], *, patches: bool = True) -> Iterator[ImageFeatures]:
     """The features of these images, in the order of their ids; images that have none are left out.
 
     Args:
         features: an artifact of kind `features`.
         ids: of the images.
         patches: read the maps too, which are most of the bytes.
-        batch_rows: rows read at once.
 
     Raises: ArtifactDamaged.
     """
-    columns = ["image_id", "key", "vector", *(("patches", "grid_height", "grid_width") if patches else ())]
-    for shard in features.shards():
-        held = read_shard(features, shard, ["image_id"])["image_id"].to_pylist()
-        rows = [row for row, image_id in enumerate(held) if image_id in ids]
-        if not rows:
-            continue
-        at = rows[0]
-        for batch in iter_batches(features, shard, columns, start=at, stop=rows[-1] + 1, batch_rows=batch_rows):
-            for row in range(batch.num_rows):
-                if held[at + row] in ids:
-                    yield _image(batch, row, patches=patches)
-            at += batch.num_rows
-
-
-def _image(batch: Any, row: int, *, patches: bool) -> ImageFeatures:
-    vector = batch["vector"][row].values.to_numpy().astype(np.float32)
-    map_hwD = None
-    if patches:
-        grid = batch["grid_height"][row].as_py(), batch["grid_width"][row].as_py()
-        map_hwD = batch["patches"][row].values.to_numpy().astype(np.float32).reshape(*grid, -1)
-    return ImageFeatures(batch["image_id"][row].as_py(), batch["key"][row].as_py(), vector, map_hwD)
+    columns = ["key", "vector", *(("patches", "grid_height", "grid_width") if patches else ())]
+    for row in iter_single(features, columns, ids):
+        [image_id], [key] = row["image_id"].to_pylist(), row["key"].to_pylist()
+        map_hwD = None
+        if patches:
+            [height], [width] = row["grid_height"].to_pylist(), row["grid_width"].to_pylist()
+            map_hwD = row["patches"][0].values.to_numpy().astype(np.float32).reshape(height, width, -1)
+        yield ImageFeatures(image_id, key, row["vector"][0].values.to_numpy().astype(np.float32), map_hwD)
 
 
 class MaskedImage(NamedTuple):
@@ -120,7 +106,7 @@ def iter_masked(
         while image is not None and image.image_id < row["image_id"]:
             image = next(found, None)
         if image is None or image.image_id != row["image_id"]:
-            problems.append({"key": str(row["key"]), "reason": "it has no features (see the problems of their stage)"})
+            problems.append({"key": str(row["key"]), "reason": NO_FEATURES})
             continue
         try:
             labels_HW = classes.labels(row["mask"], (row["height"], row["width"]))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -32,9 +32,13 @@ class Units:
     """Collects the units of one evaluation, in the order of the test.
 
     A metric is the mean of its units' values, or a score of the sum of their confusion matrices.
+
+    Args:
+        absent: see `confusion.scores`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, absent: Literal["skip", "zero"] = "skip") -> None:
+        self.absent = absent
         self.names: list[str] = []
         self.values: dict[str, list[float]] = {}
         self.weights: list[float] = []
@@ -64,7 +68,7 @@ class Units:
         Raises: ValueError where no pixel of any unit has a class.
         """
         if self.matrices:
-            return scores(np.sum(self.matrices, axis=0)).metrics()
+            return scores(np.sum(self.matrices, axis=0), self.absent).metrics()
         weights = np.asarray(self.weights)
         return {name: float(np.average(values, weights=weights)) for name, values in self.values.items()}
 
@@ -78,8 +82,8 @@ class Units:
                 [matrix.ravel()[pairs] for matrix, pairs in zip(self.matrices, sparse, strict=True)],
                 pa.list_(pa.int64()),
             )
-            classes = str(len(self.matrices[0]))
-            return pa.table(columns).replace_schema_metadata({"classes": classes})
+            about = {"classes": str(len(self.matrices[0])), "absent": self.absent}
+            return pa.table(columns).replace_schema_metadata(about)
         columns["weight"] = self.weights
         return pa.table(columns | self.values)
 
@@ -136,12 +140,12 @@ def resample(artifact: Artifact, draws: int, seed: int) -> dict[str, NDArray[np.
 def _resampled_matrices(table: pa.Table, times_RN: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
     from scipy.sparse import csr_matrix
 
-    classes = int(table.schema.metadata[b"classes"])
+    classes, absent = int(table.schema.metadata[b"classes"]), table.schema.metadata[b"absent"].decode()
     pairs, pixels = (table[name].combine_chunks() for name in ("pairs", "pixels"))
     shape = (len(table), classes * classes)
     counts = csr_matrix((pixels.flatten().to_numpy(), pairs.flatten().to_numpy(), pairs.offsets.to_numpy()), shape)
     sums = np.asarray(times_RN @ counts)
-    drawn = [scores(one.reshape(classes, classes)).metrics() for one in sums]
+    drawn = [scores(one.reshape(classes, classes), absent).metrics() for one in sums]
     return {name: np.array([one[name] for one in drawn]) for name in drawn[0]}
 
 

@@ -74,3 +74,17 @@ def test_an_artifact_that_keeps_no_units_gives_nothing(store: ArtifactStore) -> 
     artifact = writer.commit(metrics={"top1": 50.0})
     assert resample(artifact, 10, seed=0) == {}
     assert keys_of(artifact) == []
+
+
+def test_a_class_that_is_absent_counts_in_the_draws_as_in_the_score(stored: Store) -> None:
+    matrix = np.array([[8, 2, 0], [1, 9, 0], [0, 0, 0]])
+    drawn = {}
+    for absent in ("skip", "zero"):
+        units = Units(absent)  # type: ignore[arg-type]
+        for i in range(3):
+            units.add_matrix(f"{i}.png", matrix)
+        artifact = stored(absent, units)
+        assert artifact.manifest.metrics["miou"] == pytest.approx(scores(matrix, absent).miou)  # type: ignore[arg-type]
+        drawn[absent] = resample(artifact, 3, seed=0)["miou"]
+        assert drawn[absent] == pytest.approx(artifact.manifest.metrics["miou"])
+    assert drawn["zero"][0] == pytest.approx(drawn["skip"][0] * 2 / 3)
