@@ -17,6 +17,7 @@ from tests.faults.runs import Run
 KINDS = ("driver", "data worker", "training worker", "raylet", "head", "store", "tracking")
 MORE = ("data worker", "store")  # kills beyond a tenth of each kind are of these
 QUICK = (*MORE, "tracking")  # little is computed again after one of these
+RARE = ("training worker",)  # there only while a training runs, and a run that is often disturbed seldom gets so far
 DATA_WORKERS = ("MapBatches", "MapWorker", "_check_remote", "put_numbered")
 TRAINING_WORKER = "TrainWorker"
 
