@@ -6,6 +6,7 @@ result. Runs are named by an id of our own (`run`), models by the fingerprint of
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pipeline.config import registry
+from pipeline.errors import StoreError
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
@@ -110,12 +112,35 @@ def is_model(artifact: Artifact) -> bool:
     return made_by is not None and made_by.tracked_as == "model"
 
 
-def measured(made: Artifact, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+def models_read(inputs: Mapping[str, Artifact]) -> list[Artifact]:
+    """The models among what a stage reads; where there are none, those that its inputs were made with.
+
+    So what is computed from an encoder's stored features is about the encoder.
+    """
+    models = [artifact for artifact in inputs.values() if is_model(artifact)]
+    return models or [model for artifact in inputs.values() for model in _models_behind(artifact)]
+
+
+def _models_behind(artifact: Artifact) -> list[Artifact]:
+    found = []
+    for name in artifact.manifest.inputs.values():
+        kind, _, fingerprint = name.partition("/")
+        with contextlib.suppress(StoreError):  # an artifact stays whole when what it was made from is deleted
+            found.append(type(artifact).open(artifact.objects.address, kind, fingerprint))
+    return [made_with for made_with in found if is_model(made_with)]
+
+
+def measured(made: Artifact, inputs: Mapping[str, Artifact], models: Iterable[Artifact]) -> dict[str, Any]:
     """What a stage's results are about: the model that it makes or reads, and the first dataset that it reads, if any.
 
     Nothing where there is no such model or more than one: then it cannot be said whose results they are.
+
+    Args:
+        made: by the stage.
+        inputs: dotted field path -> artifact.
+        models: those of `models_read`.
     """
-    models = [made] if is_model(made) else [artifact for artifact in inputs.values() if is_model(artifact)]
+    models = [made] if is_model(made) else list(models)
     datasets = [artifact for artifact in inputs.values() if not is_model(artifact)]
     if len({artifact.fingerprint for artifact in models}) != 1:
         return {}

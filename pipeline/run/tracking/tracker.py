@@ -176,6 +176,7 @@ class StageTracker:
     def __init__(self, tracker: Tracker, pages: StagePages, run: str | None) -> None:
         self._tracker, self._pages, self._run = tracker, pages, run
         self._inputs: dict[str, Artifact] = {}
+        self._models: list[Artifact] = []
 
     @property
     def run_id(self) -> str | None:
@@ -202,12 +203,8 @@ class StageTracker:
             inputs: dotted field path -> artifact.
             sources: dotted field path -> (address, content digest).
         """
-        self._inputs = dict(inputs)
-        models = [
-            records.model_of(artifact, artifact.manifest.stage)
-            for artifact in inputs.values()
-            if records.is_model(artifact)
-        ]
+        self._inputs, self._models = dict(inputs), records.models_read(inputs)
+        models = [records.model_of(artifact, artifact.manifest.stage) for artifact in self._models]
         datasets = [
             records.dataset_of(artifact, path) for path, artifact in inputs.items() if not records.is_model(artifact)
         ]
@@ -232,7 +229,7 @@ class StageTracker:
         else:
             self._tell(lambda run: records.reads(run, [records.dataset_of(artifact, "output")], []))
         if manifest.metrics:
-            about = records.measured(artifact, self._inputs)
+            about = records.measured(artifact, self._inputs, self._models)
             self._tell(lambda run: records.metrics(run, manifest.metrics, 0, about))
         if counts:
             self._tell(lambda run: records.metrics(run, counts, 0))

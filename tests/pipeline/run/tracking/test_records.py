@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.run.mirrors import Mirrors
 from pipeline.run.tracking import address, records
 from pipeline.run.tracking.journal import Journal, leftovers
+from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from tests.pipeline.run.tracking.servers import everything_below
 from tests.pipeline.workshop import PIPELINE, Workshop
@@ -25,10 +27,19 @@ def test_results_belong_to_the_one_model_and_the_first_dataset(workshop: Worksho
     numbers, encoder, wide, score = (found[name] for name in ("numbers", "encoder", "wide", "score"))
     assert numbers is not None and encoder is not None and wide is not None and score is not None  # noqa: PT018
     on = {"dataset": ["numbers", numbers.fingerprint[:36]]}
-    assert records.measured(score, {"of": encoder, "on": numbers}) == {"model": encoder.fingerprint, **on}
-    assert records.measured(score, {"of": encoder}) == {"model": encoder.fingerprint}
-    assert records.measured(score, {"of": encoder, "than": wide, "on": numbers}) == {}
-    assert records.measured(wide, {"init": encoder, "images": numbers}) == {"model": wide.fingerprint, **on}
+
+    def about(made: Artifact, **inputs: Artifact) -> dict[str, Any]:
+        return records.measured(made, inputs, records.models_read(inputs))
+
+    assert about(score, of=encoder, on=numbers) == {"model": encoder.fingerprint, **on}
+    assert about(score, of=encoder) == {"model": encoder.fingerprint}
+    assert about(score, of=encoder, than=wide, on=numbers) == {}
+    assert about(wide, init=encoder, images=numbers) == {"model": wide.fingerprint, **on}
+    # The score was made with the encoder, so what reads the score is about the encoder; the encoder may be deleted.
+    made_with = {"numbers": numbers, "features": score}
+    assert about(score, **made_with) == {"model": encoder.fingerprint, **on}
+    store.discard(encoder.kind, encoder.fingerprint)
+    assert about(score, **made_with) == {}
 
 
 def test_what_mlflow_would_store_as_zero_is_not_tied_to_a_model() -> None:
