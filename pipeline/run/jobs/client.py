@@ -114,8 +114,14 @@ class Jobs:
                         entrypoint_num_cpus=cpus,
                     )
             except ClusterError as error:
-                if "available agent" not in str(error) or time.monotonic() > end:
+                if "available agent" not in str(error):
                     raise
+                if time.monotonic() > end:
+                    raise ClusterError(
+                        f"the cluster at {self.address} has no agent that starts jobs: its head is still starting, or "
+                        "another Ray on the head's machine holds the agent's port (start the head with "
+                        "--dashboard-agent-listen-port=PORT)"
+                    ) from error
                 time.sleep(POLL_SECONDS)
 
     def all(self) -> list[Job]:

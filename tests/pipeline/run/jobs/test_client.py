@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import psutil
 import pytest
 
+from pipeline.errors import ClusterError
+from pipeline.run.jobs import client
 from tests.pipeline.run.jobs.heads import TOKEN, Head, started_head
 from tests.pipeline.workshop import Workshop
 
@@ -108,3 +113,35 @@ def test_what_is_wrong_with_an_address_is_one_line(
     shown = submitting.outside("status", code=code)
     assert words in shown.stderr
     assert len(shown.stderr.strip().split("\n")) == 1
+
+
+class WithoutAgent(BaseHTTPRequestHandler):
+    """A job server whose head has no agent: it has every package, and starts no job."""
+
+    def do_GET(self) -> None:
+        self._answer(200, json.dumps({"version": "4", "ray_version": "2.60.0", "ray_commit": "x"}))
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self._answer(500, "No available agent to submit job, please try again later.")
+
+    def _answer(self, code: int, text: str) -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        return
+
+
+def test_an_agent_that_never_comes_is_said_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "AGENT_SECONDS", 1.5)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
+    (tmp_path / "p.yaml").write_text("stages: {}")
+    with ThreadingHTTPServer(("127.0.0.1", 0), WithoutAgent) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        jobs = client.Jobs(f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(ClusterError, match="no agent that starts jobs.*--dashboard-agent-listen-port"):
+            jobs.submit(tmp_path, "true", "job-1", "p", 1, {})
+        server.shutdown()
