@@ -142,6 +142,6 @@ def test_an_agent_that_never_comes_is_said_with_the_remedy(tmp_path: Path, monke
     with ThreadingHTTPServer(("127.0.0.1", 0), WithoutAgent) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         jobs = client.Jobs(f"http://127.0.0.1:{server.server_port}")
-        with pytest.raises(ClusterError, match="no agent that starts jobs.*--dashboard-agent-listen-port"):
+        with pytest.raises(ClusterError, match=r"no agent that starts jobs.*--dashboard-agent-listen-port"):
             jobs.submit(tmp_path, "true", "job-1", "p", 1, {})
         server.shutdown()
