@@ -76,19 +76,20 @@ class ClassifyKnn(Evaluation[ClassifyKnnConfig]):
         problems: list[dict[str, str]] = []
         total = len(train_labels) + len(test_labels)
 
-        def encode(labels: Mapping[int, int], before: int) -> SplitVectors:
+        def encode(role: str, labels: Mapping[int, int], before: int) -> SplitVectors:
             return encode_split(
                 images,
                 labels,
                 encoders,
                 config,
+                folder=context.output.scratch / role,
                 batch_size=context.resources.batch_size or 64,
                 problems=problems,
                 report=partial(_report, context, before, total),
             )
 
-        train = encode(train_labels, 0)
-        test = encode(test_labels, len(train.ids))
+        train = encode("train", train_labels, 0)
+        test = encode("test", test_labels, len(train.ids))
         self._require_voters(context.name, train, test)
         count = max(len(classes), 1 + max(int(split.labels.max()) for split in (train, test)))
         judged = {
