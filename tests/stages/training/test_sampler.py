@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.pretrain.data.sampler import Sampler
+from stages.training.sampler import Sampler
 
 
 def test_an_epoch_is_a_permutation() -> None:

@@ -1,7 +1,7 @@
 """Ray Train's trainer with what it lacks for long trainings.
 
 Numbers of workers that divide a batch, a checkpoint before a resize, a line for the user when training starts again.
-Knows nothing of pre-training. Reaches into Ray Train's inner modules, as its own interface has no place for a scaling
+Reaches into Ray Train's inner modules, as its own interface has no place for a scaling
 policy: requirements.lock holds the version that this was written against.
 """
 

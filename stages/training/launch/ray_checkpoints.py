@@ -1,7 +1,4 @@
-"""Checkpoints through Ray Train: rank 0 writes, every rank reports, Ray Train copies them to the store and keeps two.
-
-Knows nothing of pre-training: whatever trains with stages/training/loop.py may use it.
-"""
+"""Checkpoints through Ray Train: rank 0 writes, all ranks report, Ray Train copies them to the store and keeps two."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The driver's wait for a training on Ray Train: when the run is interrupted, it asks for a checkpoint first.
 
-Knows nothing of pre-training, and imports no torch.
+Imports no torch.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import ray.train
 from ray.exceptions import GetTimeoutError
 from ray.train.backend import Backend, BackendConfig
 
-from stages.pretrain.launch.notices import listen
+from stages.training.launch.notices import listen
 
 LEAVE_SECONDS = 10.0
 

@@ -12,19 +12,20 @@ from typing import Any
 
 from pipeline.errors import ClusterError, StageFailed
 from pipeline.stage import Context, Outcome, nodes
-from stages.pretrain.config.pretrain import PretrainConfig
-from stages.pretrain.fit import check_start, usable_counts
-from stages.pretrain.launch.interruption import fit
-from stages.pretrain.launch.relay import CurveLog, drained, start_relay
+from stages.training.launch.interruption import fit
+from stages.training.launch.relay import CurveLog, drained, start_relay
+from stages.training.launch.work import Launch
+from stages.training.settings import LoopSettings
 
 
-def train_on_ray(config: PretrainConfig, context: Context, curves: CurveLog) -> Outcome:
+def train_on_ray(launch: Launch, context: Context, curves: CurveLog) -> Outcome:
     """Fit with Ray Train; rank 0 writes the artifact's files."""
+    config = launch.config
     gpus_there, cpus_there = (sum(node.get(name, 0) for node in nodes()) for name in ("GPU", "CPU"))
     use_gpu = gpus_there > 0 if config.resources.gpus is None else config.resources.gpus > 0
     counts = config.resources.worker_counts or ((int(gpus_there) if use_gpu else 1),) * 2
     fewest, most = counts
-    check_start(config, context, counts)
+    launch.check_start(context, counts)
     cpus = config.resources.cpus or max(1, int(cpus_there // most))
     if cpus * fewest > cpus_there:
         raise ClusterError(
@@ -34,10 +35,12 @@ def train_on_ray(config: PretrainConfig, context: Context, curves: CurveLog) -> 
     relay = start_relay()  # its process comes up while the next lines import
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 
-    from stages.pretrain.launch.elastic import Reporter, Trainer
-    from stages.pretrain.launch.process_group import ProcessGroup
+    from stages.training.launch.elastic import Reporter, Trainer
+    from stages.training.launch.process_group import ProcessGroup
 
     job = {
+        "work": launch.work,
+        "loader": launch.loader,
         "config": config.model_dump(mode="json", by_alias=True),
         "inputs": dict(context.inputs),
         "output": context.output,
@@ -48,7 +51,7 @@ def train_on_ray(config: PretrainConfig, context: Context, curves: CurveLog) -> 
     }
     trainer = Trainer(
         partial(_worker, job),
-        counts=usable_counts(config, fewest, most),
+        counts=launch.usable_counts(fewest, most),
         relay=relay,
         lost_rank_minutes=config.lost_rank_minutes,
         backend_config=ProcessGroup("nccl" if use_gpu else "gloo", config.lost_rank_minutes),
@@ -78,9 +81,10 @@ def train_on_ray(config: PretrainConfig, context: Context, curves: CurveLog) -> 
 
 
 def _worker(job: dict[str, Any]) -> tuple[Outcome, list[dict[str, float]]] | None:
-    from stages.pretrain.launch.loading import loader_workers, start_ahead
+    from stages.training.launch.loading import loader_workers, start_ahead
 
-    start_ahead(loader_workers(PretrainConfig.model_validate(job["config"]), job["cpus"]))
-    from stages.pretrain.launch.worker import work
+    asked = {"loader_workers": job["config"]["loader_workers"], "steps": 1}
+    start_ahead(loader_workers(LoopSettings.model_validate(asked), job["cpus"]), job["loader"])
+    from stages.training.launch.worker import work
 
     return work(job)

@@ -1,7 +1,4 @@
-"""What a rank is told about its end: by SIGTERM, by Ray when it drains a node, by the driver.
-
-Knows nothing of pre-training: whatever trains with stages/training/loop.py may use it.
-"""
+"""What a rank is told about its end: by SIGTERM, by Ray when it drains a node, by the driver."""
 
 from __future__ import annotations
 

@@ -10,11 +10,11 @@ import sys
 
 import torch
 
-from stages.pretrain.config.pretrain import PretrainConfig
-from stages.pretrain.data import loader
+from stages.training import loader
+from stages.training.settings import LoopSettings
 
 
-def loader_workers(config: PretrainConfig, cpus: int) -> int:
+def loader_workers(config: LoopSettings, cpus: int) -> int:
     """Loader processes a worker: on a CPU one is enough to hide the decoding, on a GPU all cores feed it."""
     if config.loader_workers is not None:
         return config.loader_workers
@@ -23,8 +23,13 @@ def loader_workers(config: PretrainConfig, cpus: int) -> int:
     return 1 if cpus > 1 else 0
 
 
-def start_ahead(workers: int) -> None:
-    """Start the server that loader processes are forked from: it imports torch for some seconds before the first."""
+def start_ahead(workers: int, module: str) -> None:
+    """Start the server that loader processes are forked from: it imports torch for some seconds before the first.
+
+    Args:
+        workers: how many loader processes there will be.
+        module: what they run, which imports torch.
+    """
     if workers and sys.platform == "linux":
-        loader.worker_context()
+        loader.worker_context(module)
         multiprocessing.forkserver.ensure_running()

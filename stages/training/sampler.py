@@ -63,6 +63,19 @@ class Sampler:
         return slots
 
 
+def generator(seed: int, epoch: int, source: int, image_id: int, stream: int = 0) -> np.random.Generator:
+    """The random generator of one image in one epoch.
+
+    Args:
+        seed: of the training.
+        epoch: 0-based.
+        source: number of the image's source.
+        image_id: within that source.
+        stream: tells apart what is drawn for the same image in the same epoch more than once, or for another purpose.
+    """
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, source, image_id, stream])))
+
+
 def apportion(weights: Sequence[float], total: int) -> tuple[int, ...]:
     """Images of each source in a batch of `total`."""
     shares = [weight / sum(weights) * total for weight in weights]
