@@ -15,7 +15,7 @@ from stages.evaluate.frozen import FrozenConfig, FrozenStage
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.evaluate.mask_classes import MaskClasses, MaskLabels
+    from stages.data.mask_classes import MaskClasses, MaskLabels
 
 
 class HummingbirdConfig(FrozenConfig):
@@ -43,9 +43,9 @@ class Hummingbird(FrozenStage[HummingbirdConfig]):
 
         Raises: SourceError for a split without usable masks, or with pixels of one class only.
         """
+        from stages.data.mask_classes import MaskClasses
+        from stages.data.segmented_test import SegmentedTest
         from stages.evaluate.in_context import recall_shares, segment
-        from stages.evaluate.mask_classes import MaskClasses
-        from stages.evaluate.segmentation import SegmentedTest
         from stages.evaluate.stored_features import iter_masked, masked_ids
         from stages.evaluate.weighted_knn import nearest
 

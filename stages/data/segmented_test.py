@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
 from pipeline.stage import Context, Outcome, StageConfig
+from stages.data.confusion import Matrix, Scores, confusion, scores
 from stages.data.images import decode
-from stages.data.pictures import class_colours, colour_mask, grid
+from stages.data.mask_classes import MaskClasses, MaskLabels
+from stages.data.pictures import RGB, class_colours, colour_mask, grid
 from stages.data.rows import iter_rows
-from stages.evaluate.confusion import Matrix, Scores, confusion, scores
-from stages.evaluate.mask_classes import MaskClasses, MaskLabels
-from stages.evaluate.units import Units, write
-from stages.models.inference import RGB
+from stages.data.units import Units, write
+
+if TYPE_CHECKING:
+    from pipeline.store.artifact import Artifact
 
 _SHOWN_IMAGES = 6
 
@@ -28,11 +30,14 @@ class SegmentedTest:
     Args:
         classes: of the masks.
         image_ids: of the test images, in the order in which they come.
+        absent: see `confusion.scores`.
     """
 
-    def __init__(self, classes: MaskClasses, image_ids: Sequence[int]) -> None:
+    def __init__(
+        self, classes: MaskClasses, image_ids: Sequence[int], absent: Literal["skip", "zero"] = "skip"
+    ) -> None:
         self.classes = classes
-        self.units = Units()
+        self.units = Units(absent)
         self._picked = {image_ids[int(i)] for i in np.linspace(0, len(image_ids) - 1, _SHOWN_IMAGES)}
         self._shown: dict[int, tuple[MaskLabels, NDArray[np.int64]]] = {}
 
@@ -67,12 +72,12 @@ class SegmentedTest:
 
         Raises: SourceError where no pixel has a class, or all have the same.
         """
-        self._require_classes(context.name, problems)
+        self.require_classes(context.name, problems)
         result = scores(self.matrix)
         pixels = self.matrix.sum(axis=1)
         context.output.put_table(0, class_table(self.classes, {"": result}, pixels))
         write(context.output, config, result.metrics(), self.units)
-        context.output.put_file("preview.png", self._picture(context))
+        context.output.put_file("preview.png", self.picture(context.inputs["images"]))
         return Outcome(
             metrics=result.metrics(),
             counts={**counts, "test": len(self.units.names), "classes": len(pixels)} | {"unusable": len(problems)},
@@ -81,7 +86,11 @@ class SegmentedTest:
             preview="preview.png",
         )
 
-    def _require_classes(self, stage: str, problems: list[dict[str, str]]) -> None:
+    def require_classes(self, stage: str, problems: list[dict[str, str]]) -> None:
+        """Refuse a test without pixels of two classes.
+
+        Raises: SourceError.
+        """
         if not self.units.names or not self.matrix.any():
             raise SourceError(
                 f"{stage}: no pixel of the test images has a class, all is void or unusable ({len(problems)} "
@@ -89,8 +98,9 @@ class SegmentedTest:
             )
         require_classes(stage, "test images", self.matrix.sum(axis=1), self.classes)
 
-    def _picture(self, context: Context) -> bytes:
-        rows = iter_rows(context.inputs["images"], ["image"], ids=self._shown.keys())
+    def picture(self, images: Artifact) -> bytes:
+        """Some test images, spread over the test, with truth and prediction."""
+        rows = iter_rows(images, ["image"], ids=self._shown.keys())
         return picture([(decode(row["image"]), *self._shown[row["image_id"]]) for row in rows], self.classes)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_jaccard_index
 
-from stages.evaluate.confusion import confusion, scores
+from stages.data.confusion import confusion, scores
 
 
 def test_counts_and_miou_equal_torchmetrics() -> None:

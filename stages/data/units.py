@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from stages.evaluate.confusion import Matrix, scores
+from stages.data.confusion import Matrix, scores
 
 if TYPE_CHECKING:
     from pipeline.stage import StageConfig

@@ -11,8 +11,8 @@ import pytest
 from pipeline.stage import StageConfig
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
-from stages.evaluate.confusion import scores
-from stages.evaluate.units import Units, keys_of, resample, write
+from stages.data.confusion import scores
+from stages.data.units import Units, keys_of, resample, write
 
 Store = Callable[[str, Units], Artifact]
 
