@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import SourceError
 from pipeline.stage import Context, Feed, Outcome
+from stages.data.requirements import lacking, split_counts
 from stages.evaluate.classify_knn_settings import ClassifyKnnConfig
 from stages.evaluate.frozen import Evaluation
-from stages.evaluate.requirements import lacking, split_counts
 from stages.models.planned import backbone_of, undivided
 
 if TYPE_CHECKING:
@@ -112,8 +112,8 @@ class ClassifyKnn(Evaluation[ClassifyKnnConfig]):
 
     def _labelled(self, stage: str, images: Artifact) -> tuple[dict[int, int], dict[int, int]]:
         """{image_id: label_id} of the train and of the test split. Raises SourceError for a split without labels."""
+        from stages.data.prepared import split_error
         from stages.data.rows import iter_rows
-        from stages.evaluate.features import split_error
 
         splits = {"train": self.config.train_split, "test": self.config.test_split}
         labels: dict[str, dict[int, int]] = {role: {} for role in splits}
@@ -179,7 +179,7 @@ class ClassifyKnn(Evaluation[ClassifyKnnConfig]):
     ) -> None:
         import pyarrow as pa
 
-        from stages.evaluate.units import hits, write
+        from stages.data.units import hits, write
 
         votes = judged[""]
         table = {

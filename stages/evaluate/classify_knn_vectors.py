@@ -15,8 +15,8 @@ from torch import Tensor
 
 from stages.data.ahead import in_batches
 from stages.data.images import decode
+from stages.data.prepared import prepared
 from stages.evaluate.classify_knn_settings import ClassifyKnnConfig
-from stages.evaluate.features import prepared
 from stages.evaluate.vector_bank import VectorBank
 from stages.evaluate.weighted_knn import accuracy, ranks, votes
 from stages.models.encoder import Encoder

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from pydantic import Field
 
 from pipeline.stage import Feed, Input, Stage, StageConfig
-from stages.evaluate.requirements import Holding, Mismatch, lacking, single_class
+from stages.data.requirements import Holding, Mismatch, lacking, single_class
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,7 +49,7 @@ class Evaluation(Stage[E]):
     @classmethod
     def resampled(cls, artifact: Artifact, draws: int, seed: int) -> dict[str, NDArray[Any]]:
         """The metrics again on bootstrap samples of the test's units."""
-        from stages.evaluate.units import resample
+        from stages.data.units import resample
 
         return resample(artifact, draws, seed)
 

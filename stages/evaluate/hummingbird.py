@@ -15,7 +15,7 @@ from stages.evaluate.frozen import FrozenConfig, FrozenStage
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.evaluate.mask_classes import MaskClasses, MaskLabels
+    from stages.data.mask_classes import MaskClasses, MaskLabels
     from stages.evaluate.vector_bank import VectorBank
 
 IMAGES = 8  # test images that are looked up together
@@ -49,9 +49,9 @@ class Hummingbird(FrozenStage[HummingbirdConfig]):
         import torch
 
         from stages.data.ahead import in_batches
+        from stages.data.mask_classes import MaskClasses
+        from stages.data.segmented_test import SegmentedTest
         from stages.evaluate.in_context import recall_shares, segment
-        from stages.evaluate.mask_classes import MaskClasses
-        from stages.evaluate.segmentation import SegmentedTest
         from stages.evaluate.stored_features import iter_masked, masked_ids
 
         config, images, features = self.config, context.inputs["images"], context.inputs["features"]

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from pipeline.stage import Context, Feed, Outcome
+from stages.data.requirements import lacking, single_class
 from stages.evaluate.frozen import Evaluation
-from stages.evaluate.requirements import lacking, single_class
 from stages.evaluate.segment_linear_settings import SegmentLinearConfig
 from stages.models.planned import backbone_of, undivided
 
@@ -46,12 +46,12 @@ class SegmentLinear(Evaluation[SegmentLinearConfig]):
         Raises: SourceError for a split without masks, or without pixels of two classes, UsageError for a size that
             does not split into patches.
         """
-        from stages.evaluate.confusion import scores
-        from stages.evaluate.mask_classes import MaskClasses
+        from stages.data.confusion import scores
+        from stages.data.mask_classes import MaskClasses
+        from stages.data.segmented_test import class_table, picture
+        from stages.data.units import Units, write
         from stages.evaluate.segment_linear_steps import LinearSegmentation
-        from stages.evaluate.segmentation import class_table, picture
         from stages.evaluate.stored_features import masked_ids
-        from stages.evaluate.units import Units, write
         from stages.models.encoder import Encoder
         from stages.models.inference import Inference, require_size
 

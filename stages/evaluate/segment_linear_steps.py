@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from pipeline.errors import SourceError
 from pipeline.stage import Context
 from stages.data.ahead import in_batches
+from stages.data.confusion import Matrix, confusion, scores
 from stages.data.images import decode
-from stages.evaluate.confusion import Matrix, confusion, scores
-from stages.evaluate.features import prepared
+from stages.data.mask_classes import MaskClasses, MaskLabels
+from stages.data.prepared import prepared
+from stages.data.segmented_test import require_classes
+from stages.data.units import Units
 from stages.evaluate.linear_probe import LinearProbe, fit, held_out
-from stages.evaluate.mask_classes import MaskClasses, MaskLabels
 from stages.evaluate.segment_linear_settings import SegmentLinearConfig
-from stages.evaluate.segmentation import require_classes
-from stages.evaluate.units import Units
 from stages.models.inference import RGB, Inference, squeeze
 
 _COLUMNS = ("key", "image", "mask")

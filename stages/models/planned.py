@@ -15,7 +15,9 @@ def backbone_of(feed: Feed | None) -> Backbone | None:
     own = getattr(feed.config, "backbone", None)
     if isinstance(own, Backbone):
         return own
-    return backbone_of(feed.inputs.get("init") or feed.inputs.get("continue") or feed.inputs.get("like"))
+    return backbone_of(
+        next((feed.inputs[path] for path in ("init", "continue", "like", "encoder") if path in feed.inputs), None)
+    )
 
 
 def undivided(backbone: Backbone | None, sizes: Mapping[str, int]) -> Iterator[tuple[str, str, str]]:

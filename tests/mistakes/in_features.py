@@ -28,4 +28,7 @@ IN_FEATURES = [
         "size: 100 pixels do not split into patches of 8",
         "set it to 96 or 104",
     ),
+    _size("16f", "finetune_classification", "encoder: warmup, steps: 1, size: 100", "size: 100", "set it to 96 or 112"),
+    _size("16g", "finetune_segmentation", "encoder: warmup, steps: 1, size: 90", "size: 90 pixels", "set it to 80 or"),
+    _size("16h", "finetune_detection", "encoder: warmup, steps: 1, square: 90", "square: 90", "set it to 80 or 96"),
 ]
