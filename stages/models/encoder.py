@@ -104,7 +104,7 @@ class Encoder(FeatureExtractor):
         """Channels of the maps that `levels` gives by default."""
         if self.is_pyramid:
             return [int(level["num_chs"]) for level in self.level_facts[-self.depth :]]
-        return [int(self.level_facts[-1]["num_chs"])] * 4
+        return [int(self.level_facts[-1]["num_chs"])] * 3 + [int(self.model.num_features)]
 
     def _vit_levels(self, image_B3HW: Tensor, taps: Sequence[int]) -> dict[int, Tensor]:
         tokens, (h, w) = self.embed_patches(image_B3HW)

@@ -220,17 +220,17 @@ class FeatureExtractor(nn.Module):
     def _resnet(self, image_B3HW: Tensor) -> Features:
         c4 = self.stem_to_c4(image_B3HW)
         c5 = self.c5(c4)
-        return Features(c5.mean(dim=(2, 3)), c5 if self._level is None else c4)
+        return Features(c5.mean(dim=(2, 3)), c4 if self._level else c5)
 
     def _other(self, image_B3HW: Tensor) -> Features:
         """Any other timm model whose features are a map or tokens (ConvNeXt, Swin, Eva, ...)."""
         if self._level is None:
             return self._last(self.model.forward_features(image_B3HW), image_B3HW)
-        out, [map_BDhw] = self.model.forward_intermediates(image_B3HW, indices=[self._level], output_fmt="NCHW")
+        wanted = [self._level, len(self.level_facts) - 1]  # some models end at the last level they are asked for
+        out, (map_BDhw, _) = self.model.forward_intermediates(image_B3HW, indices=wanted, output_fmt="NCHW")
         return Features(self._last(out, image_B3HW).vector, map_BDhw)
 
     def _last(self, out: Any, image_B3HW: Tensor) -> Features:
-        """What a model ends with, as vector and map."""
         if isinstance(out, Tensor) and out.ndim == 3:
             has_class_token = getattr(self.model, "cls_token", None) is not None
             prefix = getattr(self.model, "num_prefix_tokens", None)

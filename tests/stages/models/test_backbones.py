@@ -51,6 +51,16 @@ KINDS = {
     ),
     "maxvit": Kind({"name": "test_maxvit", "img_size": 64}, (2, 4, 8, 16, 32), False),
     "coatnet": Kind({"name": "test_coatnet", "img_size": 64}, (2, 4, 8, 16, 32), False),
+    "hiera": Kind(
+        {
+            "name": "hiera_tiny_224",
+            "img_size": 64,
+            "kwargs": {"embed_dim": 24, "num_heads": 1, "stages": [1, 1, 1, 1]},
+        },
+        (4, 8, 16, 32),
+        False,
+    ),
+    "sam": Kind({"name": "samvit_base_patch16", "img_size": 64, "kwargs": TOKENS}, (16,), True),
     "vit_hybrid": Kind(
         {"name": "vit_tiny_r_s16_p8_224", "img_size": 64, "kwargs": TOKENS},
         (32,),
