@@ -53,6 +53,8 @@ def pca_sheet(encoder: Encoder, images: Table) -> bytes | None:
         return None
     # A grid of at least 14 cells a side, however small the views it was trained on.
     side = max(14, round(encoder.image_size / encoder.stride)) * encoder.stride
+    if encoder.refuses(side) is not None:
+        side = encoder.image_size
     squares = [squeeze(photo, side, side) for photo in photos]
     features = Inference(encoder)(squares)
     colours = pictures.pca_colours(features.map.float().cpu().numpy(), side=side)
