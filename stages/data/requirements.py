@@ -14,11 +14,11 @@ from pipeline.stage import Feed
 Holding = Literal["masks", "labels", "objects"]
 Mismatch = tuple[str, str, str]  # field path, what is wrong, what to do
 
-_ONE = {"masks": "a mask", "labels": "a label", "objects": "a box"}
+_ONE = {"masks": "a mask", "labels": "a label", "objects": "an object box"}
 _REMEDY = {
-    "objects": "ingest with a layout that has boxes (coco, voc), or name another images stage",
     "masks": "ingest with a layout that has masks, or with masks_from, or name another images stage",
     "labels": "ingest class folders, or with label: largest_object where there are objects, or name another stage",
+    "objects": "ingest with a layout that has boxes (coco, voc), or name another images stage",
 }
 
 
