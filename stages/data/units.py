@@ -123,7 +123,17 @@ def resample(artifact: Artifact, draws: int, seed: int) -> dict[str, NDArray[np.
     """
     if all(entry.name != FILE for entry in artifact.manifest.files):
         return {}
-    table = pq.read_table(artifact.local(FILE))
+    return drawn_again(pq.read_table(artifact.local(FILE)), draws, seed)
+
+
+def drawn_again(table: pa.Table, draws: int, seed: int) -> dict[str, NDArray[np.float64]]:
+    """Every metric on bootstrap samples of the rows of a `Units.table`, (R,) each; nothing where it has no row.
+
+    Args:
+        table: of units.
+        draws: R.
+        seed: of the draws.
+    """
     count = len(table)
     if not count:
         return {}
