@@ -22,7 +22,7 @@ from stages.data.units import Units
 
 if TYPE_CHECKING:
     from stages.data.mask_classes import MaskClasses
-    from stages.evaluate.label_efficiency import LabelEfficiencyConfig
+    from stages.evaluate.label_efficiency_settings import LabelEfficiencyConfig
 
 ITERATIONS = 200  # of L-BFGS, at most
 FOLDS = 3

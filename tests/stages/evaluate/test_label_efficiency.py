@@ -20,7 +20,8 @@ from stages.data.rows import read_shard
 from stages.data.units import Units
 from stages.evaluate.few_label_classifiers import regression
 from stages.evaluate.label_curves import LabelCurves, draw_images, verdict
-from stages.evaluate.label_efficiency import LabelEfficiency, LabelEfficiencyConfig
+from stages.evaluate.label_efficiency import LabelEfficiency
+from stages.evaluate.label_efficiency_settings import LabelEfficiencyConfig
 
 Run = Callable[..., tuple[Outcome, Artifact]]
 ENCODERS = [{"name": "good", "features": "of_good"}, {"name": "noise", "features": "of_noise"}]
