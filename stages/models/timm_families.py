@@ -113,6 +113,11 @@ DILATED = frozenset(
 UNPADDED = frozenset({"convnext"})  # whose stages halve a map without padding: an image has a cell of the last level
 
 
+def files() -> set[str]:
+    """All files of timm of whose models something is known here."""
+    return {*_STRIDES, *COLUMNS, *_OWN_SIZE, *DILATED, *UNPADDED}
+
+
 def pyramid(name: str, module: str) -> tuple[int, ...] | None:
     """Strides of the levels of a model without patches for tokens, from the finest; None where it is not known."""
     if module not in _STRIDES:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.errors import UsageError
-from stages.models import planned
+from stages.models import planned, timm_catalogue, timm_families
 from stages.models.decoders import build_decoder
 from stages.models.encoder import Encoder
 from stages.models.inference import require_size
@@ -168,6 +168,41 @@ def test_levels_are_timms_own(encoders: dict[str, Encoder]) -> None:
         torch.testing.assert_close(at(encoder, stride)(image).map, map_BDhw)
     for ours, theirs in zip(encoder.levels(image), timms(image)[1:], strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_every_file_of_the_families_is_timms() -> None:
+    known = {model.module for name in timm_catalogue.names() if (model := timm_catalogue.look_up(name))}
+    listed = timm_families.files()
+    assert listed <= known, "a name that timm does not have"
+    unknown = {"convmixer", "crossvit", "deepseek_vit", "efficientvim", "mobilenetv5", "pit", "vitamin"}
+    assert known - listed == unknown | {"vision_transformer_hybrid"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cspdarknet53",
+        "fastvit_mci3",
+        "levit_conv_384_s8",
+        "selecsls42",
+        "vgg11",
+        "sequencer2d_s",
+        "volo_d1_224",
+        "nest_tiny",
+        "shvit_s1",
+        "csatv2",
+        "xcit_nano_12_p8_224",
+        "mixer_b32_224",
+        "visformer_tiny",
+        "dla34",
+        "pvt_v2_b0",
+    ],
+)
+def test_a_plan_knows_unusual_strides(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    real = tuple(int(level["reduction"]) for level in model.feature_info)
+    assert Backbone(name=name).strides == (real if len(set(real)) > 1 else real[:1])
 
 
 @pytest.mark.skipif(not PRETRAINED.is_file(), reason="needs data/pretrained")
