@@ -39,12 +39,11 @@ SMALL = {
 OF_HEAD = ("loss_classifier", "loss_box_reg")
 OF_BOXES = {"loss_objectness", "loss_rpn_box_reg", *OF_HEAD}
 KINDS = {
-    "faster_fpn": ({"neck": "fpn"}, "resnet"),
     "mask_fpn": ({"masks": True}, "resnet"),
+    "faster_c4": ({"neck": "c4", "anchors": [16, 32]}, "resnet"),
     "mask_c4": ({"neck": "c4", "masks": True, "anchors": [16, 32, 64]}, "resnet"),
-    "mask_simple": ({"masks": True, "layer_decay": 0.7}, "vit"),
+    "mask_simple": ({"masks": True, "square": 64, "scale": [0.5, 2.0], "layer_decay": 0.7}, "vit"),
     "cascade_mask": ({"cascade": True, "masks": True}, "resnet"),
-    "faster_square": ({"square": 64, "scale": [0.5, 2.0]}, "vit"),
 }
 
 
