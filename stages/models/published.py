@@ -1,11 +1,13 @@
 """Weights as other projects publish them: whose release a file is, told by the names of its tensors; and timm's names.
 
 Understood are timm's own names, also under the prefixes of training scripts; the releases of DINO, iBOT, DINOv2 (whole
-or in chunks of blocks) and MoCo v1 to v3; and what timm itself converts for the model at hand (DINOv3, Swin, ...).
+or in chunks of blocks), DINOv3 and MoCo v1 to v3; and what timm itself converts for the model at hand (Swin, ...).
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import sys
 from collections.abc import Collection, Mapping
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-UNDERSTOOD = "timm's names, and the files of DINO, iBOT, DINOv2, MoCo v1 to v3 and of the model's own authors"
+UNDERSTOOD = "timm's names, and the files of DINO, iBOT, DINOv2, DINOv3, MoCo v1 to v3 and of the model's own authors"
 
 # Keys under which training scripts keep the network, in the order of preference: papers evaluate the teacher.
 _WRAPPERS = ("teacher", "state_dict", "model", "student", "encoder")
@@ -75,6 +77,8 @@ def release(weights: Collection[str]) -> str | None:
         return "MoCo v3"
     if any("encoder_q." in key for key in weights):
         return "MoCo v1 or v2"
+    if "storage_tokens" in bare:
+        return "DINOv3"
     if "register_tokens" in bare:
         return "DINOv2 with registers"
     if "mask_token" in bare and any(key.endswith("ls1.gamma") for key in bare):
@@ -96,7 +100,8 @@ def timm_names(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     if "register_tokens" in given:
         given.setdefault("mask_token", torch.empty(0))  # by which timm knows DINOv2
     try:
-        converted = convert(given, model)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each bias that it leaves out
+            converted = convert(given, model)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return weights  # it expects another file
     return converted if len(own.keys() & converted.keys()) > len(own.keys() & weights.keys()) else weights

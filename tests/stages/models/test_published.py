@@ -103,6 +103,18 @@ def dinov2_training(weights: Weights) -> Any:
     return {"teacher": under("backbone.", chunked) | {"dino_head.mlp.0.weight": torch.zeros(3, 3)}}
 
 
+def dinov3(weights: Weights) -> Weights:
+    """dinov3_vits16_pretrain_*.pth: keys of queries, keys and values have a bias of zeros, which timm does without."""
+    names = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma", "reg_token": "storage_tokens"}
+    renamed = {}
+    for key, value in weights.items():
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        renamed[key] = value
+    biases = {f"blocks.{i}.attn.qkv.{name}": torch.zeros(3 * 48) for i in range(4) for name in ("bias", "bias_mask")}
+    return renamed | biases | {"mask_token": torch.zeros(1, 48), "rope_embed.periods": torch.ones(4)}
+
+
 LAYOUTS: dict[str, tuple[Backbone, Callable[[Weights], Any], str | None]] = {
     "dino_backbone": (VIT, dict, None),
     "dino_full": (VIT, dino, "DINO"),
@@ -114,6 +126,7 @@ LAYOUTS: dict[str, tuple[Backbone, Callable[[Weights], Any], str | None]] = {
     "dinov2": (DINOV2, dinov2, "DINOv2"),
     "dinov2_registers": (REGISTERS, dinov2_registers, "DINOv2 with registers"),
     "dinov2_giant": (GIANT, dinov2_giant, "DINOv2"),
+    "dinov3": (DINOV3, dinov3, "DINOv3"),
     "dinov2_training": (REGISTERS, dinov2_training, "DINOv2 with registers"),
 }
 
@@ -179,7 +192,12 @@ def test_a_table_of_other_images_is_resampled_as_timm_does(tmp_path: Path) -> No
             "4 blocks.*5 blocks.*blocks.4.norm1.weight",
         ),
         (moco_v3, VIT, RESNET, "none of its"),
-        (dino, RESNET, VIT, "none of its .*understood are timm's names, and the files of DINO, iBOT, DINOv2, MoCo"),
+        (
+            dino,
+            RESNET,
+            VIT,
+            "none of its .*understood are timm's names, and the files of DINO, iBOT, DINOv2, DINOv3, MoCo",
+        ),
     ],
     ids=["registers", "layer_scale", "depth", "vit_into_resnet", "resnet_into_vit"],
 )
