@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
@@ -15,6 +17,7 @@ from stages.evaluate.segment_linear import SegmentLinear
 from stages.evaluate.segment_linear_settings import ProbeTraining, SegmentLinearConfig
 from stages.evaluate.segment_linear_views import ScoredImage, joined, square_crop, window_corners
 from stages.evaluate.segmentation_decoders import draws, fit, make_decoder, rate_factor
+from tests.conftest import ROOT
 
 from .conftest import RunStage
 from .test_segment_linear import SMALL
@@ -66,6 +69,19 @@ def test_options_that_are_not_set_are_in_no_fingerprint() -> None:
         "slide": 9,
     }
     assert new & set(settings(**chosen, score_size=5).model_dump()) == new
+
+
+def test_the_documented_variants_are_configs() -> None:
+    page = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    block = page.split("Variants, each a few options", 1)[1].split("```")[1].removeprefix("yaml")
+    written = [yaml.safe_load("{" + one) for one in re.sub(r"(?m)^#.*$", "", block).split("\n{")[1:]]
+    variants = [settings(**options) for options in written]
+    assert [variant.decoder for variant in variants] == ["fcn", "linear", "batch_norm"]
+    assert [variant.training.optimizer for variant in variants if variant.training] == ["adam", "sgd", "adamw"]
+    ade20k = variants[2]
+    assert ade20k.samples == 40_000 * ade20k.batch_size
+    assert ade20k.training is not None
+    assert ade20k.training.warmup == 1500 * ade20k.batch_size
 
 
 def test_logits_of_enlarged_features_are_enlarged_logits() -> None:
