@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import FeaturePyramidNetwork
 
-from stages.finetune.levels import is_pyramid, level_widths
+from stages.finetune.levels import four_widths
 from stages.models.encoder import Encoder
 
 POOLED = (1, 2, 3, 6)  # cells a side of UPerNet's pooling pyramid (PSPNet's)
@@ -21,7 +21,7 @@ POOLED = (1, 2, 3, 6)  # cells a side of UPerNet's pooling pyramid (PSPNet's)
 class FourMaps(nn.Module):
     """Four maps of an encoder whose strides double from one to the next.
 
-    A ResNet's stages have such strides. The maps of a ViT are of one stride P: the first is enlarged four times by two
+    The stages of a ResNet, and of other CNNs and Swin, have such strides. The maps of a ViT are of one stride P: the first is enlarged four times by two
     transposed convolutions, the second twice by one, the third stays, the fourth is halved by max pooling, as BEiT and
     iBOT do.
 
@@ -32,11 +32,11 @@ class FourMaps(nn.Module):
 
     def __init__(self, encoder: Encoder, taps: Sequence[int] | None) -> None:
         super().__init__()
-        widths = level_widths(encoder)
+        widths = four_widths(encoder)
         self.taps = taps
-        self.widths = [widths[tap - 1] for tap in taps] if taps and is_pyramid(encoder) else widths
+        self.widths = [widths[tap - 1] for tap in taps] if taps and encoder.is_pyramid else widths
         self.scale: nn.ModuleList | None = None
-        if not is_pyramid(encoder):
+        if not encoder.is_pyramid:
             width = self.widths[0]
             self.scale = nn.ModuleList(
                 [

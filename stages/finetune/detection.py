@@ -32,8 +32,8 @@ class DetectionConfig(FinetuneConfig):
     cascade: bool = Field(False, description="Cascade R-CNN's three heads in a row; not with neck c4")
     neck: Literal["fpn", "c4", "simple"] | None = Field(
         None,
-        description="fpn: a ResNet's four maps; c4: a ResNet's C4 map, and its last stage on every region; simple: a "
-        "ViT's last map at four scales; default: fpn or simple, as the encoder is",
+        description="fpn: four maps of doubling strides; c4: a ResNet's C4 map, and its last stage on every region; "
+        "simple: a ViT's last map at four scales; default: fpn or simple, as the encoder is",
     )
     short: Range = Field((480, 800), description="a training image's short side in pixels, any multiple of 32 of these")
     long: int = Field(1333, gt=0, description="its longest side at most, in pixels")

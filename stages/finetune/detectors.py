@@ -23,7 +23,7 @@ from pipeline.errors import UsageError
 from stages.finetune.cascade import CascadeHeads
 from stages.finetune.data.examples import LabelledBatch
 from stages.finetune.detection import DetectionConfig
-from stages.finetune.levels import is_pyramid, level_widths
+from stages.finetune.levels import four_widths
 from stages.finetune.model import FinetunedModel
 from stages.models.encoder import Encoder
 
@@ -42,7 +42,7 @@ class Detector(FinetunedModel):
 
     def __init__(self, encoder: Encoder, classes: int, config: DetectionConfig) -> None:
         super().__init__(encoder, layer_decay=config.layer_decay, batch_norm=config.batch_norm)
-        kind = config.neck or ("fpn" if is_pyramid(encoder) else "simple")
+        kind = config.neck or ("fpn" if encoder.is_pyramid else "simple")
         _require_kind(encoder, kind)
         necks: dict[str, type[Pyramid | C4 | SimplePyramid]] = {"fpn": Pyramid, "c4": C4, "simple": SimplePyramid}
         self.neck = necks[kind](encoder)
@@ -119,13 +119,13 @@ def _masks(target: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Pyramid(nn.Module):
-    """A ResNet's four maps -> five levels of 256 channels (Lin et al. 2017)."""
+    """Four maps of doubling strides -> five levels of 256 channels (Lin et al. 2017)."""
 
     out_channels = PYRAMID
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
-        self.fpn = FeaturePyramidNetwork(level_widths(encoder), PYRAMID, extra_blocks=LastLevelMaxPool())
+        self.fpn = FeaturePyramidNetwork(four_widths(encoder), PYRAMID, extra_blocks=LastLevelMaxPool())
 
     def forward(self, encoder: Encoder, images_B3HW: Tensor) -> OrderedDict[str, Tensor]:
         """Levels "0" to "3" and "pool"."""
@@ -177,7 +177,7 @@ class C4(nn.Module):
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
-        self.out_channels = level_widths(encoder)[2]
+        self.out_channels = four_widths(encoder)[2]
 
     def forward(self, encoder: Encoder, images_B3HW: Tensor) -> OrderedDict[str, Tensor]:
         """One level, "0"."""
@@ -218,7 +218,7 @@ def _pyramid_parts(classes: int, config: DetectionConfig) -> dict[str, Any]:
 
 
 def _c4_parts(encoder: Encoder, classes: int, config: DetectionConfig) -> dict[str, Any]:
-    deep = level_widths(encoder)[3]
+    deep = four_widths(encoder)[3]
     parts: dict[str, Any] = {
         "rpn_anchor_generator": AnchorGenerator((tuple(config.anchors),), (RATIOS,)),
         "box_roi_pool": MultiScaleRoIAlign(["0"], output_size=14, sampling_ratio=2),
@@ -234,9 +234,9 @@ def _c4_parts(encoder: Encoder, classes: int, config: DetectionConfig) -> dict[s
 
 def _require_kind(encoder: Encoder, kind: str) -> None:
     name = encoder.backbone.name
-    if kind == "simple" and is_pyramid(encoder):
+    if kind == "simple" and encoder.is_pyramid:
         raise UsageError(f"neck: simple is for ViTs, and {name} has maps of several strides: name fpn")
     if kind == "c4" and not encoder.is_resnet:
         raise UsageError(f"neck: c4 is for ResNets, and {name} is none: name another")
-    if kind == "fpn" and not is_pyramid(encoder):
+    if kind == "fpn" and not encoder.is_pyramid:
         raise UsageError(f"neck: fpn needs maps of several strides, and those of {name} have one: name simple")

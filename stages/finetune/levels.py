@@ -1,4 +1,4 @@
-"""The four maps of an encoder that decoders and necks read: whether their strides differ, and their widths."""
+"""The four maps of an encoder that decoders and necks read."""
 
 from __future__ import annotations
 
@@ -6,22 +6,15 @@ from pipeline.errors import UsageError
 from stages.models.encoder import Encoder
 
 
-def is_pyramid(encoder: Encoder) -> bool:
-    """Whether the strides of its maps double from one to the next, as a ResNet's do; a ViT's are all the same."""
-    return encoder.is_resnet
-
-
-def level_widths(encoder: Encoder) -> list[int]:
+def four_widths(encoder: Encoder) -> list[int]:
     """Channels of the maps of `Encoder.levels`, from fine to coarse.
 
     Raises:
-        UsageError: for a backbone that gives other maps.
+        UsageError: for a backbone that gives fewer maps.
     """
-    if encoder.is_resnet:
-        return [int(stage["num_chs"]) for stage in encoder.model.feature_info[1:5]]
-    if encoder.is_vit:
-        return [int(encoder.model.num_features)] * 4
-    raise UsageError(
-        f"backbone {encoder.backbone.name}: four maps exist for ViTs and ResNets only (choose one of those, or a "
-        "decoder that reads the encoder's own map)"
-    )
+    if len(encoder.level_widths) != 4:
+        raise UsageError(
+            f"backbone {encoder.backbone.name}: it has maps at {len(encoder.level_widths)} levels, and this needs four "
+            "(choose another backbone, or a decoder that reads the encoder's own map)"
+        )
+    return encoder.level_widths
