@@ -21,9 +21,9 @@ POOLED = (1, 2, 3, 6)  # cells a side of UPerNet's pooling pyramid (PSPNet's)
 class FourMaps(nn.Module):
     """Four maps of an encoder whose strides double from one to the next.
 
-    The stages of a ResNet, and of other CNNs and Swin, have such strides. The maps of a ViT are of one stride P: the first is enlarged four times by two
-    transposed convolutions, the second twice by one, the third stays, the fourth is halved by max pooling, as BEiT and
-    iBOT do.
+    The stages of a ResNet, and of other CNNs and Swin, have such strides. The maps of a ViT are of one stride P: the
+    first is enlarged four times by two transposed convolutions, the second twice by one, the third stays, the fourth is
+    halved by max pooling, as BEiT and iBOT do.
 
     Args:
         encoder: whose maps these are; it is not part of this module.

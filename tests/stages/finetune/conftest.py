@@ -96,6 +96,12 @@ def resnet(store: ArtifactStore) -> Artifact:
     return write_encoder(store, "a2" * 12, name="resnet18", kwargs=kwargs)
 
 
+@pytest.fixture
+def mobilenet(store: ArtifactStore) -> Artifact:
+    """A network that is neither a ResNet nor a ViT, and has maps at five strides."""
+    return write_encoder(store, "a4" * 12, name="mobilenetv3_small_050", kwargs={})
+
+
 Tune = Callable[..., tuple[Outcome, Artifact]]
 
 

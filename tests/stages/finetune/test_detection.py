@@ -40,6 +40,7 @@ OF_HEAD = ("loss_classifier", "loss_box_reg")
 OF_BOXES = {"loss_objectness", "loss_rpn_box_reg", *OF_HEAD}
 KINDS = {
     "mask_fpn": ({"masks": True}, "resnet"),
+    "faster_other": ({}, "mobilenet"),
     "faster_c4": ({"neck": "c4", "anchors": [16, 32]}, "resnet"),
     "mask_c4": ({"neck": "c4", "masks": True, "anchors": [16, 32, 64]}, "resnet"),
     "mask_simple": ({"masks": True, "square": 64, "scale": [0.5, 2.0], "layer_decay": 0.7}, "vit"),

@@ -50,6 +50,13 @@ def test_each_decoder_reads_a_vit(tune: Tune, vit: Artifact, decoder: str) -> No
     assert row["total"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("decoder", ["fpn", "upernet"])
+def test_each_decoder_reads_other_networks(tune: Tune, mobilenet: Artifact, decoder: str) -> None:
+    settings = {**SMALL, "decoder": decoder, **DECODERS[decoder], "steps": 2}
+    outcome, _ = tune(FinetuneSegmentation, "c" * 24, settings, encoder=mobilenet)
+    assert 0 <= outcome.metrics["miou"] <= 100
+
+
 def test_a_training_cut_short_goes_on_to_the_same_decoder(tune: Tune, resnet: Artifact) -> None:
     class Killed(Exception):
         pass
