@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from stages.data.images import decode
 from stages.data.mask_classes import MaskClasses, MaskLabels
+from stages.data.windows import window_corners
 from stages.evaluate.segment_linear_settings import SegmentLinearConfig
 from stages.models.inference import RGB, squeeze
 
@@ -111,16 +112,6 @@ def scored_image(row: Mapping[str, Any], *, classes: MaskClasses, config: Segmen
     if config.score_size is not None:
         truth = _resized(truth, config.score_size)
     return ScoredImage(row["image_id"], str(row["key"]), windows, corners, seen.shape[:2], pixels, truth)
-
-
-def window_corners(height: int, width: int, side: int, stride: int) -> list[tuple[int, int]]:
-    """Top left corners of windows that cover an image, `stride` apart; the last ones end at its borders."""
-
-    def starts(length: int) -> list[int]:
-        steps = max(0, -(-(length - side) // stride))
-        return [min(step * stride, length - side) for step in range(steps + 1)]
-
-    return [(top, left) for top in starts(height) for left in starts(width)]
 
 
 def joined(logits_NKhw: Tensor, image: ScoredImage, side: int) -> Tensor:

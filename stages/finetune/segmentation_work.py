@@ -22,6 +22,7 @@ from stages.data.pictures import RGB
 from stages.data.prepared import prepared, split_error
 from stages.data.rows import iter_rows
 from stages.data.segmented_test import SegmentedTest, class_table
+from stages.data.windows import window_corners
 from stages.finetune.data.examples import Example, LabelledBatch, normalised
 from stages.finetune.data.placement import Pixels, jittered, mirrored, scaled_crop
 from stages.finetune.decoders import FourMaps, SemanticFPN, UPerNet, auxiliary_head, linear_decoder
@@ -205,7 +206,7 @@ def _slide(model: Segmenter, image_13HW: Tensor, config: SegmentationConfig) -> 
     """Mean of the windows' logits, (1, C, H, W); the last window of a row or column ends at the border."""
     size, stride = config.size, config.test_stride or max(1, config.size * 2 // 3)
     height, width = image_13HW.shape[2:]
-    corners = [(y, x) for y in _starts(height, size, stride) for x in _starts(width, size, stride)]
+    corners = window_corners(height, width, size, stride)
     total: Tensor | None = None
     times = image_13HW.new_zeros(1, 1, height, width)
     for first in range(0, len(corners), WINDOWS):
@@ -220,10 +221,6 @@ def _slide(model: Segmenter, image_13HW: Tensor, config: SegmentationConfig) -> 
             times[..., y : y + size, x : x + size] += 1
     assert total is not None
     return total / times
-
-
-def _starts(side: int, size: int, stride: int) -> list[int]:
-    return [*range(0, side - size, stride), side - size]
 
 
 def _enlarged(image_13HW: Tensor, least: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from stages.evaluate.segment_linear import SegmentLinear
 from stages.evaluate.segment_linear_settings import ProbeTraining, SegmentLinearConfig
-from stages.evaluate.segment_linear_views import ScoredImage, joined, square_crop, window_corners
+from stages.evaluate.segment_linear_views import ScoredImage, joined, square_crop
 from stages.evaluate.segmentation_decoders import draws, fit, make_decoder, rate_factor
 from tests.conftest import ROOT
 
@@ -154,18 +154,6 @@ def test_epochs_are_passes_over_the_crops(run: RunStage) -> None:
     by_epochs, _ = run(SegmentLinear, **few, epochs=3)
     by_samples, _ = run(SegmentLinear, fingerprint="m2", **few, samples=60)
     assert by_epochs.metrics == by_samples.metrics, "20 train images, 3 times"
-
-
-@given(st.integers(8, 40), st.integers(8, 40), st.integers(1, 8))
-def test_windows_cover_the_image_and_end_at_its_borders(height: int, width: int, stride: int) -> None:
-    corners = window_corners(height, width, 8, stride)
-    covered = np.zeros((height, width), int)
-    for top, left in corners:
-        assert 0 <= top <= height - 8
-        assert 0 <= left <= width - 8
-        covered[top : top + 8, left : left + 8] += 1
-    assert covered.min() >= 1
-    assert len(set(corners)) == len(corners)
 
 
 def test_windows_are_averaged_where_they_meet() -> None:

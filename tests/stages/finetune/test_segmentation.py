@@ -19,7 +19,7 @@ from stages.data.images import decode, decode_mask
 from stages.data.rows import iter_rows
 from stages.data.units import resample
 from stages.finetune.segmentation import FinetuneSegmentation, SegmentationConfig
-from stages.finetune.segmentation_work import Segmenter, _starts, predict
+from stages.finetune.segmentation_work import Segmenter, predict
 from stages.models.encoder import Encoder
 from tests.stages.finetune.conftest import ALONE, Tune, curve
 
@@ -90,17 +90,6 @@ def test_the_score_is_that_of_torchmetrics(tune: Tune, squares: Artifact, resnet
     metric = MulticlassJaccardIndex(4, average="macro", ignore_index=255)
     expected = metric(torch.from_numpy(np.stack(seen)), torch.from_numpy(np.stack(truth).astype(np.int64)))
     assert outcome.metrics["miou"] == pytest.approx(100 * float(expected), abs=1e-3)
-
-
-@pytest.mark.parametrize(("side", "size", "stride"), [(100, 32, 21), (32, 32, 21), (53, 32, 21), (54, 32, 21)])
-def test_windows_cover_every_pixel_and_none_lies_outside(side: int, size: int, stride: int) -> None:
-    starts = _starts(side, size, stride)
-    seen = np.zeros(side)
-    for start in starts:
-        assert 0 <= start <= side - size
-        seen[start : start + size] += 1
-    assert seen.min() >= 1
-    assert len(starts) == len(set(starts))
 
 
 def test_sliding_over_an_image_of_one_window_is_the_image_at_once(squares: Artifact, resnet: Artifact) -> None:
