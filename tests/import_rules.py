@@ -25,7 +25,7 @@ FACE_NAMES = {"pipeline.store.manifest.FileEntry"}  # the type of what Artifact.
 LONGEST = 400
 EMPTY_NAMES = {"common", "helper", "helpers", "misc", "util", "utils"}
 METHODS = ("stages", "pretrain", "methods")
-WITHOUT_RAY = {"data", "models", "pretrain", "training"}
+WITHOUT_RAY = {"data", "finetune", "models", "pretrain", "training"}
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _ray(imports: list[Import]) -> Iterator[str]:
     for found in imports:
         without = found.file.parts[0] == "stages" and _room(found.file) in WITHOUT_RAY
         if without and found.file.parts[2] != "launch" and found.name.split(".")[0] == "ray":
-            yield found.breaks("training and what it uses know no Ray; stages/pretrain/launch does")
+            yield found.breaks("training and what it uses know no Ray; their launch folders do")
 
 
 def _files(root: Path) -> Iterator[str]:

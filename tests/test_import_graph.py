@@ -11,7 +11,8 @@ The rules, for every import in pipeline/ and stages/, inside functions and for t
 - A file in a `losses` folder imports torch, the standard library and other losses.
 - A method's folder in stages/pretrain/methods is imported by itself and by a method that extends it, which its name
   says: dino_dense is dino with one more loss, so it may import dino. What several methods need lies in methods/shared.
-- Ray is imported in pre-training by launch/ only, and not by data, models and training: a training loop runs without.
+- Ray is imported in pre-training, fine-tuning and training by a launch folder only, and not by data and models: a
+  training loop runs without.
 - A file has at most 400 lines, and no file or folder is called utils, helpers, common or misc.
 """
 

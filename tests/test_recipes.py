@@ -10,6 +10,7 @@ from pipeline.config.load import load_pipeline
 from pipeline.plan.plan import make_plan
 from pipeline.store.store import ArtifactStore
 from stages.pretrain.config.pretrain import PretrainConfig
+from stages.training.settings import TrainingConfig
 
 ROOT = Path(__file__).parents[1]
 SPACES = {path for path in (ROOT / "configs").rglob("*.yaml") if "\nspace:" in path.read_text()}  # of sweeps
@@ -28,10 +29,11 @@ NEEDS = {
 def test_a_recipe_is_a_valid_pipeline_with_a_header(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     pipeline = load_pipeline(recipe)
-    trainings = [stage.stage.config for stage in pipeline.stages.values() if stage.uses == "pretrain"]
+    configs = [stage.stage.config for stage in pipeline.stages.values()]
+    trainings = [config for config in configs if isinstance(config, TrainingConfig)]
     assert trainings
     for config in trainings:  # Ray's workers and replays get their settings like this
-        assert PretrainConfig.model_validate(config.model_dump(mode="json", by_alias=True)) == config
+        assert type(config).model_validate(config.model_dump(mode="json", by_alias=True)) == config
     header = (ROOT / recipe).read_text().split("\n\n")[0]
     assert header.startswith("# ")
 

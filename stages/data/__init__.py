@@ -1,4 +1,4 @@
-"""What every stage may use: the tables that stages exchange, readers of their rows, pixels, and pictures of them.
+"""What every stage may use: tables and readers of their rows, pixels and pictures; what tests are scored by, and units.
 
-Imports no other folder of `stages`, and of `pipeline` only the errors and the store's two faces.
+Imports no other folder of `stages`, and of `pipeline` the contract, the errors and the store's two faces.
 """

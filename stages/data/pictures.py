@@ -172,6 +172,40 @@ def histograms(samples: Mapping[str, NDArray[np.floating[Any]]], *, title: str, 
     return _figure_png(figure)
 
 
+def intervals(
+    series: Mapping[str, Sequence[tuple[float, float, float, float]]], *, title: str, x: str, y: str
+) -> bytes:
+    """One line a name over a logarithmic axis, with a bar from low to high at every point.
+
+    Args:
+        series: points by name: (place, value, low, high).
+        title: above the panel.
+        x: what the places are.
+        y: what the values are.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.2), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    places = sorted({point[0] for points in series.values() for point in points})
+    for number, (name, points) in enumerate(series.items()):
+        place, value, low, high = np.array(points, float).reshape(-1, 4).T
+        shifted = place * (1 + 0.02 * (number - (len(series) - 1) / 2))  # bars of several lines beside each other
+        bars = np.clip([value - low, high - value], 0, None)
+        axes.errorbar(shifted, value, bars, label=name, linewidth=1.5, marker="o", markersize=4, capsize=3)
+    axes.set_xscale("log")
+    axes.set_xticks(places, [f"{place:g}" for place in places])
+    axes.minorticks_off()
+    axes.set_title(title, fontsize=12, loc="left")
+    axes.set_xlabel(x, fontsize=9)
+    axes.set_ylabel(y, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="#e9ecef", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=9, frameon=False)
+    return _figure_png(figure)
+
+
 def _figure_png(figure: Figure) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

@@ -15,7 +15,7 @@ from pipeline.errors import UsageError
 from pipeline.stage import Context, Feed, Outcome, Stage, nodes
 from stages.embeddings.settings import FeaturesConfig
 from stages.models import weights
-from stages.models.planned import undivided
+from stages.models.planned import no_layer, undivided
 
 if TYPE_CHECKING:
     from stages.embeddings.embedder import DenseEmbedder
@@ -35,9 +35,15 @@ class DenseFeatures(Stage[FeaturesConfig]):
     Config = FeaturesConfig
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
-        """A size that the encoder cannot cut into patches."""
+        """Sizes that the encoder cannot take, and a layer that it does not have."""
+        backbone = self.config.whose(feeds)
         if self.config.fit != "aspect":  # which takes whole patches
-            yield from undivided(self.config.whose(feeds), {"size": self.config.size})
+            yield from undivided(backbone, {"size": self.config.size})
+        elif backbone is not None and (side := backbone.only_size or backbone.size_step):
+            what = f"aspect gives images of many sizes, and {backbone.name} takes those of {side} pixels"
+            yield "fit", what, f"set it to squeeze or centre, and size to {side}"
+        if (missing := no_layer(backbone, self.config.layer)) is not None:
+            yield "layer", *missing
 
     def obstacles(self, say: Callable[[str], None]) -> Iterator[tuple[str, str, str]]:
         """Weights of its own backbone that cannot be had."""
@@ -95,8 +101,8 @@ class DenseFeatures(Stage[FeaturesConfig]):
             [one] = embedder([{"key": "", "pixels": np.zeros((side, side, 3), np.uint8)}])
         except (IndexError, KeyError) as error:
             raise UsageError(
-                f"stages.{stage}.layer: the encoder has no layer {config.layer} (a ViT's are its blocks, from 0; a "
-                "ResNet's are 1 to 4)"
+                f"stages.{stage}.layer: the encoder has no layer {config.layer} (a ViT's are its blocks, from 0; "
+                "those of models with levels of several strides are 1 to 4)"
             ) from error
         if isinstance(one, Exception):
             raise UsageError(f"stages.{stage}: even a black image has features out of range: {one}") from one

@@ -59,6 +59,6 @@ class FeaturesConfig(FrozenEncoderConfig):
     layer: int | None = Field(
         None,
         ge=0,
-        description="the map of one block (ViT, from 0) or stage (ResNet, 1 to 4), without the filter, and its mean; "
-        "default: what evaluations see",
+        description="the map of one block (ViT, from 0) or level (ResNet, Swin and others with levels of several "
+        "strides, 1 to 4), without the filter, and its mean; default: what evaluations see",
     )

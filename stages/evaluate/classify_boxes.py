@@ -12,8 +12,8 @@ from pydantic import Field
 
 from pipeline.errors import SourceError, UsageError
 from pipeline.stage import Context, Feed, Outcome
+from stages.data.requirements import Mismatch
 from stages.evaluate.frozen import FrozenConfig, FrozenStage
-from stages.evaluate.requirements import Mismatch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,8 +49,8 @@ class ClassifyBoxes(FrozenStage[ClassifyBoxesConfig]):
 
         Raises: SourceError for a split without usable boxes, UsageError for fewer train tokens than `k`.
         """
+        from stages.data.units import hits, write
         from stages.evaluate.bbox_knn_votes import best_places
-        from stages.evaluate.units import hits, write
 
         config, problems = self.config, list[dict[str, str]]()
         train, train_labels, _ = self._tokens(context, config.train_split, problems)

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from pipeline.errors import SourceError
 from pipeline.stage import Context, Feed, Outcome
+from stages.data.requirements import Mismatch, split_counts
 from stages.evaluate.frozen import FrozenConfig, FrozenStage
-from stages.evaluate.requirements import Mismatch, split_counts
 
 if TYPE_CHECKING:
     from stages.evaluate.labelled_vectors import LabelledVectors
@@ -52,8 +52,8 @@ class ClassifyFewShot(FrozenStage[ClassifyFewShotConfig]):
         import numpy as np
         import torch
 
+        from stages.data.units import Units, write
         from stages.evaluate.labelled_vectors import read_splits
-        from stages.evaluate.units import Units, write
 
         config = self.config
         splits = read_splits(context, config.train_split, config.test_split, config.pooling)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import SourceError
 from pipeline.stage import Context, Feed, Outcome
+from stages.data.requirements import lacking, split_counts
 from stages.evaluate.classify_knn_settings import ClassifyKnnConfig
 from stages.evaluate.frozen import Evaluation
-from stages.evaluate.requirements import lacking, split_counts
 from stages.models.planned import backbone_of, undivided
 
 if TYPE_CHECKING:
@@ -76,19 +76,20 @@ class ClassifyKnn(Evaluation[ClassifyKnnConfig]):
         problems: list[dict[str, str]] = []
         total = len(train_labels) + len(test_labels)
 
-        def encode(labels: Mapping[int, int], before: int) -> SplitVectors:
+        def encode(role: str, labels: Mapping[int, int], before: int) -> SplitVectors:
             return encode_split(
                 images,
                 labels,
                 encoders,
                 config,
+                folder=context.output.scratch / role,
                 batch_size=context.resources.batch_size or 64,
                 problems=problems,
                 report=partial(_report, context, before, total),
             )
 
-        train = encode(train_labels, 0)
-        test = encode(test_labels, len(train.ids))
+        train = encode("train", train_labels, 0)
+        test = encode("test", test_labels, len(train.ids))
         self._require_voters(context.name, train, test)
         count = max(len(classes), 1 + max(int(split.labels.max()) for split in (train, test)))
         judged = {
@@ -111,8 +112,8 @@ class ClassifyKnn(Evaluation[ClassifyKnnConfig]):
 
     def _labelled(self, stage: str, images: Artifact) -> tuple[dict[int, int], dict[int, int]]:
         """{image_id: label_id} of the train and of the test split. Raises SourceError for a split without labels."""
+        from stages.data.prepared import split_error
         from stages.data.rows import iter_rows
-        from stages.evaluate.features import split_error
 
         splits = {"train": self.config.train_split, "test": self.config.test_split}
         labels: dict[str, dict[int, int]] = {role: {} for role in splits}
@@ -178,7 +179,7 @@ class ClassifyKnn(Evaluation[ClassifyKnnConfig]):
     ) -> None:
         import pyarrow as pa
 
-        from stages.evaluate.units import hits, write
+        from stages.data.units import hits, write
 
         votes = judged[""]
         table = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,14 +15,17 @@ from torch import Tensor
 
 from stages.data.ahead import in_batches
 from stages.data.images import decode
+from stages.data.prepared import prepared
 from stages.evaluate.classify_knn_settings import ClassifyKnnConfig
-from stages.evaluate.features import prepared
-from stages.evaluate.weighted_knn import accuracy, nearest, ranks, votes
+from stages.evaluate.vector_bank import VectorBank
+from stages.evaluate.weighted_knn import accuracy, ranks, votes
 from stages.models.encoder import Encoder
-from stages.models.inference import RGB, Inference, centre_square
+from stages.models.inference import RGB, Inference, centre_square, default_device
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact
+
+TEST_BLOCK = 4096  # test images that are looked up together: a search reads all train vectors
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class SplitVectors:
     ids: list[int]
     keys: list[str]
     labels: Tensor  # (N,) int64
-    by_encoder: dict[str, Tensor]  # the suffix of the encoder's metrics -> (N, D) float32, L2-normalised
+    by_encoder: dict[str, VectorBank]  # the suffix of the encoder's metrics -> (N, D), L2-normalised
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ def encode_split(
     encoders: Mapping[str, Encoder],
     config: ClassifyKnnConfig,
     *,
+    folder: Path,
     batch_size: int,
     problems: list[dict[str, str]],
     report: Callable[[int], None],
@@ -64,6 +69,7 @@ def encode_split(
         labels: image_id -> label_id; the images of the split.
         encoders: by the suffix of their metrics.
         config: says the crop, the pooling and the precision.
+        folder: for the files of the vectors; made here.
         batch_size: images of one forward pass.
         problems: grows by an entry for each image that cannot be decoded; that image is left out.
         report: called with the number of images encoded so far.
@@ -75,15 +81,14 @@ def encode_split(
     inferences = {name: Inference(encoder, precision=config.precision) for name, encoder in encoders.items()}
     ids: list[int] = []
     keys: list[str] = []
-    found: dict[str, list[Tensor]] = {name: [] for name in encoders}
+    folder.mkdir()
+    vectors = {name: VectorBank(folder / f"vectors{name}") for name in encoders}
     for batch in in_batches(prepared(images, ["key", "image"], prepare, set(labels), problems=problems), batch_size):
         ids += [image_id for image_id, _, _ in batch]
         keys += [key for _, key, _ in batch]
         for name, inference in inferences.items():
-            found[name].append(inference.pooled([pixels for _, _, pixels in batch], config.pooling))
+            vectors[name].append(inference.pooled([pixels for _, _, pixels in batch], config.pooling))
         report(len(ids))
-    empty = torch.empty(0, 0)
-    vectors = {name: torch.cat(batches) if batches else empty for name, batches in found.items()}
     return SplitVectors(ids, keys, torch.tensor([labels[image_id] for image_id in ids], dtype=torch.int64), vectors)
 
 
@@ -100,8 +105,13 @@ def judge(train: SplitVectors, test: SplitVectors, encoder: str, classes: int, *
 
     Raises: ValueError if there are fewer than k train images.
     """
-    similarity, rows = nearest(train.by_encoder[encoder], test.by_encoder[encoder], k)
-    given = votes(similarity, train.labels.to(rows.device)[rows], classes, temperature).cpu()
-    # The same order as in `ranks`: where classes tie, the predicted one is the one of rank 0.
-    predictions = given.argsort(dim=1, descending=True, stable=True)[:, 0]
-    return Votes(rows.cpu(), predictions, ranks(given, test.labels))
+    bank, device = train.by_encoder[encoder], default_device()
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for start, vectors_MD in test.by_encoder[encoder].blocks(TEST_BLOCK):
+        similarity, rows = bank.nearest(vectors_MD.to(device), k)
+        given = votes(similarity, train.labels.to(device)[rows], classes, temperature).cpu()
+        # The same order as in `ranks`: where classes tie, the predicted one is the one of rank 0.
+        predictions = given.argsort(dim=1, descending=True, stable=True)[:, 0]
+        found.append((rows.cpu(), predictions, ranks(given, test.labels[start : start + len(given)])))
+    neighbors, predictions, places = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Votes(neighbors, predictions, places)

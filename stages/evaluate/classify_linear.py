@@ -92,7 +92,7 @@ def write_ranks(
     """
     import pyarrow as pa
 
-    from stages.evaluate.units import hits, write
+    from stages.data.units import hits, write
 
     found = hits(splits.test.keys, ranks)
     labels = [splits.classes[label] for label in splits.test.labels.tolist()]

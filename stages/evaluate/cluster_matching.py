@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from stages.evaluate.confusion import Matrix
+from stages.data.confusion import Matrix
 
 Counts = NDArray[np.int64]  # (C, K)
 ClusterClasses = NDArray[np.int64]  # (K,) the class of each cluster

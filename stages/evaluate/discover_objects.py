@@ -11,8 +11,8 @@ from pydantic import Field
 
 from pipeline.errors import SourceError
 from pipeline.stage import Context, Feed, Outcome
+from stages.data.requirements import Mismatch
 from stages.evaluate.frozen import FeatureConfig, FeatureStage
-from stages.evaluate.requirements import Mismatch
 
 _SHOWN = 12
 
@@ -52,9 +52,9 @@ class DiscoverObjects(FeatureStage[DiscoverObjectsConfig]):
         from stages.data.images import decode
         from stages.data.pictures import draw_boxes, grid
         from stages.data.rows import iter_rows
+        from stages.data.units import Units, write
         from stages.evaluate.seed_expansion import discover
         from stages.evaluate.stored_features import NO_FEATURES, iter_features
-        from stages.evaluate.units import Units, write
 
         config, images = self.config, context.inputs["images"]
         there = {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from pydantic import Field
 
 from pipeline.stage import Feed, Input, Stage, StageConfig
-from stages.evaluate.requirements import Holding, Mismatch, lacking, single_class
+from stages.data.requirements import Holding, Mismatch, lacking, single_class
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,7 +49,7 @@ class Evaluation(Stage[E]):
     @classmethod
     def resampled(cls, artifact: Artifact, draws: int, seed: int) -> dict[str, NDArray[Any]]:
         """The metrics again on bootstrap samples of the test's units."""
-        from stages.evaluate.units import resample
+        from stages.data.units import resample
 
         return resample(artifact, draws, seed)
 
@@ -61,20 +61,31 @@ class FeatureStage(Evaluation[F]):
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[Mismatch]:
         """Features of other images, or of the images' middle where all of them is needed."""
-        images, features = feeds["images"], feeds["features"]
-        described = features.inputs.get("images")
-        if described is not None and described.fingerprint != images.fingerprint:
-            yield (
-                "features",
-                f"{features.stage} holds the features of {described.stage}, and this stage evaluates on {images.stage}",
-                f"name a features stage of {images.stage}",
-            )
-        if self.whole_images and getattr(features.config, "fit", None) == "centre":
-            yield (
-                "features",
-                f"{features.stage} has fit: centre, so that the borders of the images have no features",
-                "name features with fit: squeeze or aspect",
-            )
+        yield from unfit("features", feeds["features"], feeds["images"], whole=self.whole_images)
+
+
+def unfit(path: str, features: Feed, images: Feed, *, whole: bool) -> Iterator[Mismatch]:
+    """Why features cannot be used with these images.
+
+    Args:
+        path: of the field that names the features.
+        features: of some images.
+        images: that are evaluated on.
+        whole: features of the central square do not do.
+    """
+    described = features.inputs.get("images")
+    if described is not None and described.fingerprint != images.fingerprint:
+        yield (
+            path,
+            f"{features.stage} holds the features of {described.stage}, and this stage evaluates on {images.stage}",
+            f"name a features stage of {images.stage}",
+        )
+    if whole and getattr(features.config, "fit", None) == "centre":
+        yield (
+            path,
+            f"{features.stage} has fit: centre, so that the borders of the images have no features",
+            "name features with fit: squeeze or aspect",
+        )
 
 
 class FrozenStage(FeatureStage[C]):

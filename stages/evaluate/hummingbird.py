@@ -15,7 +15,10 @@ from stages.evaluate.frozen import FrozenConfig, FrozenStage
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.evaluate.mask_classes import MaskClasses, MaskLabels
+    from stages.data.mask_classes import MaskClasses, MaskLabels
+    from stages.evaluate.vector_bank import VectorBank
+
+IMAGES = 8  # test images that are looked up together
 
 
 class HummingbirdConfig(FrozenConfig):
@@ -43,44 +46,50 @@ class Hummingbird(FrozenStage[HummingbirdConfig]):
 
         Raises: SourceError for a split without usable masks, or with pixels of one class only.
         """
+        import torch
+
+        from stages.data.ahead import in_batches
+        from stages.data.mask_classes import MaskClasses
+        from stages.data.segmented_test import SegmentedTest
         from stages.evaluate.in_context import recall_shares, segment
-        from stages.evaluate.mask_classes import MaskClasses
-        from stages.evaluate.segmentation import SegmentedTest
         from stages.evaluate.stored_features import iter_masked, masked_ids
-        from stages.evaluate.weighted_knn import nearest
 
         config, images, features = self.config, context.inputs["images"], context.inputs["features"]
         classes = MaskClasses.of(images)
         splits = {"train_split": config.train_split, "test_split": config.test_split}
         ids = masked_ids(context.name, images, splits)
         problems: list[dict[str, str]] = []
-        memory_MD, shares_MC = self._memory(context, classes, ids["train_split"], problems)
+        memory, shares = self._memory(context, classes, ids["train_split"], problems)
         test = SegmentedTest(classes, ids["test_split"])
-        k = min(config.k, len(memory_MD))
-        wanted = set(ids["test_split"])
-        for done, image in enumerate(iter_masked(images, features, classes, wanted, problems), 1):
-            similarity, rows = nearest(memory_MD, _unit(image.map), k)
-            shares = recall_shares(similarity, shares_MC[rows], config.temperature)
-            found = segment(shares.reshape(*image.map.shape[:2], -1), *image.labels.shape)
-            test.add(image.image_id, image.key, image.labels, found.numpy())
-            context.report_progress(done, len(wanted), "test images")
-        counts = {"train": len(ids["train_split"]), "memory": len(memory_MD)}
+        k, wanted = min(config.k, len(memory)), set(ids["test_split"])
+        # Several images at a time, because a search reads the whole memory.
+        for images_B in in_batches(iter_masked(images, features, classes, wanted, problems), IMAGES):
+            similarity, rows = memory.nearest(torch.cat([_unit(image.map) for image in images_B]), k)
+            sizes = [image.map.shape[0] * image.map.shape[1] for image in images_B]
+            for image, near, which in zip(
+                images_B, torch.split(similarity, sizes), torch.split(rows, sizes), strict=True
+            ):
+                recalled = recall_shares(near, shares.gather(which), config.temperature)
+                found = segment(recalled.reshape(*image.map.shape[:2], -1), *image.labels.shape)
+                test.add(image.image_id, image.key, image.labels, found.numpy())
+            context.report_progress(len(test.units.names), len(wanted), "test images")
+        counts = {"train": len(ids["train_split"]), "memory": len(memory)}
         return test.finish(context, config, problems, counts)
 
     def _memory(
         self, context: Context, classes: MaskClasses, ids: list[int], problems: list[dict[str, str]]
-    ) -> tuple[Tensor, Tensor]:
-        """Unit features and class shares of the memory's patches, (M, D) and (M, C)."""
+    ) -> tuple[VectorBank, VectorBank]:
+        """Unit features and class shares of the memory's patches."""
         import numpy as np
         import torch
 
         from stages.evaluate.in_context import rare_first
         from stages.evaluate.stored_features import iter_masked, require_some
+        from stages.evaluate.vector_bank import VectorBank
 
-        config = self.config
+        config, scratch = self.config, context.output.scratch
         quota = max(1, config.memory // len(ids))
-        kept: list[Tensor] = []
-        shares: list[Tensor] = []
+        memory, shares = VectorBank(scratch / "memory"), VectorBank(scratch / "shares")
         source = iter_masked(context.inputs["images"], context.inputs["features"], classes, set(ids), problems)
         for done, image in enumerate(source, 1):
             cells_NC = self._shares(image.labels, image.map.shape[:2], len(classes.names)).flatten(0, 1)
@@ -88,11 +97,11 @@ class Hummingbird(FrozenStage[HummingbirdConfig]):
             if len(rows) > quota:
                 draws = np.random.default_rng((config.seed, image.image_id)).random(len(cells_NC))
                 rows = rare_first(cells_NC, draws, quota)
-            kept.append(_unit(image.map)[rows])
+            memory.append(_unit(image.map)[rows])
             shares.append(cells_NC[rows])
             context.report_progress(done, len(ids), "train images")
-        require_some(context.name, sum(len(rows) for rows in kept), f"{len(ids)} train", problems)
-        return torch.cat(kept), torch.cat(shares)
+        require_some(context.name, len(memory), f"{len(ids)} train", problems)
+        return memory, shares
 
     def _shares(self, labels_HW: MaskLabels, grid: tuple[int, ...], classes: int) -> Tensor:
         from stages.evaluate.in_context import CELL, cell_labels, class_shares

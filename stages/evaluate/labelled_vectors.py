@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pipeline.stage import Context
+from stages.data.prepared import split_error
 from stages.data.rows import iter_rows
-from stages.evaluate.features import split_error
 from stages.evaluate.stored_features import NO_FEATURES, iter_features, require_some
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stages.evaluate.linear_probe import held_out
+from stages.evaluate.held_out import held_out
 
 
 def fit(

@@ -36,9 +36,9 @@ class MeasureClasses(FrozenStage[MeasureClassesConfig]):
         import pyarrow as pa
         import torch
 
+        from stages.data.units import Units, write
         from stages.evaluate.class_separation import class_separation
         from stages.evaluate.labelled_vectors import class_names, read_split
-        from stages.evaluate.units import Units, write
 
         config = self.config
         problems: list[dict[str, str]] = []

@@ -43,9 +43,9 @@ class MeasurePatches(FrozenStage[MeasurePatchesConfig]):
         import torch
 
         from stages.data.pictures import histograms
+        from stages.data.units import Units, write
         from stages.evaluate.patch_pairs import auroc, drawn_patches
         from stages.evaluate.stored_features import require_some
-        from stages.evaluate.units import Units, write
 
         config, problems = self.config, list[dict[str, str]]()
         keys, patches, labels = drawn_patches(

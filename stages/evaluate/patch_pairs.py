@@ -11,8 +11,8 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from pipeline.stage import Context
+from stages.data.mask_classes import MaskClasses
 from stages.evaluate.in_context import CELL, cell_labels, class_shares
-from stages.evaluate.mask_classes import MaskClasses
 from stages.evaluate.stored_features import iter_masked, masked_ids
 
 

@@ -45,10 +45,10 @@ class SegmentClusters(FrozenStage[SegmentClustersConfig]):
         import numpy as np
         import torch
 
+        from stages.data.mask_classes import MaskClasses
+        from stages.data.segmented_test import SegmentedTest
         from stages.evaluate.cluster_matching import count_overlaps, match_greedily, match_one_to_one
-        from stages.evaluate.mask_classes import MaskClasses
         from stages.evaluate.patch_clusters import fit, sample_patches
-        from stages.evaluate.segmentation import SegmentedTest
         from stages.evaluate.stored_features import iter_masked, masked_ids
 
         config, images, features = self.config, context.inputs["images"], context.inputs["features"]

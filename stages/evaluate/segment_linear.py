@@ -1,24 +1,20 @@
-"""The `segment_linear` stage: a linear layer on frozen patch features, scored by mIoU.
+"""The `segment_linear` stage: a linear layer, or a small decoder, on frozen patch features, scored by mIoU.
 
 Source: docs/methods.md#linear-segmentation.
 
-Reading order: this file wires, `segment_linear_steps.py` encodes, trains and scores, `linear_probe.py` is the layer,
-`confusion.py` the scores.
+Reading order: this file wires, `segment_linear_steps.py` encodes, trains and scores, `segment_linear_views.py` cuts the
+images, `segmentation_decoders.py` has the decoders and their training, `confusion.py` the scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from pipeline.stage import Context, Feed, Outcome
+from stages.data.requirements import lacking, single_class
 from stages.evaluate.frozen import Evaluation
-from stages.evaluate.requirements import lacking, single_class
 from stages.evaluate.segment_linear_settings import SegmentLinearConfig
 from stages.models.planned import backbone_of, undivided
-
-if TYPE_CHECKING:
-    pass
 
 _SHOWN_IMAGES = 6
 
@@ -46,12 +42,12 @@ class SegmentLinear(Evaluation[SegmentLinearConfig]):
         Raises: SourceError for a split without masks, or without pixels of two classes, UsageError for a size that
             does not split into patches.
         """
-        from stages.evaluate.confusion import scores
-        from stages.evaluate.mask_classes import MaskClasses
+        from stages.data.confusion import scores
+        from stages.data.mask_classes import MaskClasses
+        from stages.data.segmented_test import class_table, picture
+        from stages.data.units import Units, write
         from stages.evaluate.segment_linear_steps import LinearSegmentation
-        from stages.evaluate.segmentation import class_table, picture
         from stages.evaluate.stored_features import masked_ids
-        from stages.evaluate.units import Units, write
         from stages.models.encoder import Encoder
         from stages.models.inference import Inference, require_size
 

@@ -1,4 +1,4 @@
-"""The three steps of `segment_linear`: encode and cache the train crops, train a linear layer, score the test images.
+"""The three steps of `segment_linear`: encode and cache the train crops, train a decoder, score the test images.
 
 Features are extracted once and cached in the stage's scratch folder as float16, so that training reads memory instead
 of running the encoder again. Every image is decoded once, however many encoders are compared.
@@ -8,12 +8,11 @@ Shape legend: n cached crops, D width, h w grid of the features, S side of the t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -21,15 +20,16 @@ from numpy.typing import NDArray
 from pipeline.errors import SourceError
 from pipeline.stage import Context
 from stages.data.ahead import in_batches
-from stages.data.images import decode
-from stages.evaluate.confusion import Matrix, confusion, scores
-from stages.evaluate.features import prepared
-from stages.evaluate.linear_probe import LinearProbe, fit, held_out
-from stages.evaluate.mask_classes import MaskClasses, MaskLabels
+from stages.data.confusion import Matrix, confusion, scores
+from stages.data.mask_classes import MaskClasses, MaskLabels
+from stages.data.prepared import prepared
+from stages.data.segmented_test import require_classes
+from stages.data.units import Units
+from stages.evaluate.held_out import held_out
 from stages.evaluate.segment_linear_settings import SegmentLinearConfig
-from stages.evaluate.segmentation import require_classes
-from stages.evaluate.units import Units
-from stages.models.inference import RGB, Inference, squeeze
+from stages.evaluate.segment_linear_views import ScoredImage, joined, scored_image, train_crops
+from stages.evaluate.segmentation_decoders import SegmentationDecoder, fit, largest, total_samples
+from stages.models.inference import RGB, Inference
 
 _COLUMNS = ("key", "image", "mask")
 
@@ -40,13 +40,13 @@ class TrainCache:
 
     maps: dict[str, NDArray[np.float16]]  # (n, D, h, w)
     labels: MaskLabels  # (n, S, S)
-    device: torch.device  # where the encoders are, and the linear layer trains
+    device: torch.device  # where the encoders are, and the decoder trains
 
 
 class TrainedProbe(NamedTuple):
-    """A linear layer and the learning rate it was trained with."""
+    """A decoder and the learning rate it was trained with."""
 
-    probe: LinearProbe
+    decoder: SegmentationDecoder
     lr: float
 
 
@@ -74,7 +74,8 @@ class LinearSegmentation:
         config, context = self.config, self.context
         views = max(1, config.crops)
         generator = np.random.default_rng(config.seed)
-        most = max(1, config.samples // views)  # images that will never be drawn need no features
+        # Images that will never be drawn need no features.
+        most = len(image_ids) if config.epochs is not None else max(1, config.samples // views)
         chosen = image_ids
         if len(image_ids) > most:
             chosen = sorted(generator.choice(image_ids, most, replace=False).tolist())
@@ -84,7 +85,7 @@ class LinearSegmentation:
             folder / "labels.npy", "w+", np.int16, (len(chosen) * views, config.label_size, config.label_size)
         )
         done, pixels = 0, np.zeros(len(self.classes.names) + 1, np.int64)  # the first: void
-        prepare = partial(_train_crops, classes=self.classes, config=config)
+        prepare = partial(train_crops, classes=self.classes, config=config)
         source = prepared(context.inputs["images"], _COLUMNS, prepare, set(chosen), problems=self.problems)
         for batch in in_batches(source, max(1, (context.resources.batch_size or 32) // views)):
             crops = [crop for crops_of_image in batch for crop in crops_of_image]
@@ -109,7 +110,7 @@ class LinearSegmentation:
         return TrainCache({name: stored[:done] for name, stored in maps.items()}, labels[:done], device)
 
     def train(self, cache: TrainCache, name: str) -> TrainedProbe:
-        """The linear layer on one encoder's features; of several learning rates, the best on a held-out fifth.
+        """The decoder on one encoder's features; of several learning rates, the best on a held-out fifth.
 
         Args:
             cache: what `cache_train` gave.
@@ -117,18 +118,17 @@ class LinearSegmentation:
         """
         config, rates = self.config, self.config.learning_rates
         maps, labels, classes = cache.maps[name], cache.labels, len(self.classes.names)
-        total = config.samples * (len(rates) + 1 if len(rates) > 1 else 1)
+        samples = total_samples(config, len(labels))
+        total = samples * (len(rates) + 1 if len(rates) > 1 else 1)
 
-        def train_on(rows: NDArray[np.int64], lr: float, before: int) -> LinearProbe:
+        def train_on(rows: NDArray[np.int64], lr: float, before: int) -> SegmentationDecoder:
             return fit(
                 maps,
                 labels,
                 rows,
                 classes,
                 lr=lr,
-                samples=config.samples,
-                batch_size=config.batch_size,
-                seed=config.seed,
+                config=config,
                 device=cache.device,
                 report=lambda done: self.context.report_progress(before + done, total, f"samples{name}"),
             )
@@ -139,10 +139,10 @@ class LinearSegmentation:
         rest, held = held_out(len(labels), config.seed)
         reached: list[float] = []
         for i, lr in enumerate(rates):
-            matrix = _score_cached(train_on(rest, lr, i * config.samples), cache, name, held, classes)
+            matrix = _score_cached(train_on(rest, lr, i * samples), cache, name, held, classes)
             reached.append(scores(matrix, config.absent).miou if matrix.sum() else 0.0)
         best = rates[int(np.argmax(reached))]
-        return TrainedProbe(train_on(everything, best, len(rates) * config.samples), best)
+        return TrainedProbe(train_on(everything, best, len(rates) * samples), best)
 
     def test(
         self, image_ids: Sequence[int], probes: Mapping[str, TrainedProbe], *, show: int
@@ -161,14 +161,13 @@ class LinearSegmentation:
         matrices = {name: np.zeros((classes, classes), np.int64) for name in self.inferences}
         shown: list[ShownImage] = []
         picked = {image_ids[int(i)] for i in np.linspace(0, len(image_ids) - 1, show)}
-        prepare = partial(_test_image, classes=self.classes, config=config)
+        prepare = partial(scored_image, classes=self.classes, config=config)
         source = prepared(context.inputs["images"], _COLUMNS, prepare, set(image_ids), problems=self.problems)
         done = 0
         for batch in in_batches(source, context.resources.batch_size or 16):
             for name, inference in self.inferences.items():
-                maps_BDhw = inference([image.resized for image in batch]).map
-                for image, map_Dhw in zip(batch, maps_BDhw, strict=True):
-                    prediction = probes[name].probe.predict(map_Dhw, *image.truth.shape)
+                for image, logits in zip(batch, self._logits(batch, inference, probes[name].decoder), strict=True):
+                    prediction = largest(logits, *image.truth.shape)
                     matrix = confusion(image.truth, prediction, classes)
                     matrices[name] += matrix
                     if name == "":
@@ -186,62 +185,25 @@ class LinearSegmentation:
         require_classes(context.name, f"test images ({config.test_split})", truth, self.classes)
         return matrices, shown
 
+    @torch.inference_mode()
+    def _logits(
+        self, batch: Sequence[ScoredImage], inference: Inference, decoder: SegmentationDecoder
+    ) -> Iterator[torch.Tensor]:
+        """The logits of each image, (1, K, h, w). Images of one window are encoded together."""
+        if self.config.slide is None:
+            for map_Dhw in inference([image.windows[0] for image in batch]).map:
+                yield decoder(map_Dhw[None])
+            return
+        for image in batch:
+            yield joined(decoder(inference(image.windows).map), image, self.config.test_size)
 
-def _score_cached(probe: LinearProbe, cache: TrainCache, name: str, rows: NDArray[np.int64], classes: int) -> Matrix:
+
+def _score_cached(
+    decoder: SegmentationDecoder, cache: TrainCache, name: str, rows: NDArray[np.int64], classes: int
+) -> Matrix:
     """The confusion matrix over some rows of the cache, at the size of the training labels."""
     matrix = np.zeros((classes, classes), np.int64)
     for row in rows:
         map_Dhw = torch.from_numpy(np.array(cache.maps[name][row])).to(cache.device).float()
-        matrix += confusion(cache.labels[row], probe.predict(map_Dhw, *cache.labels.shape[1:]), classes)
+        matrix += confusion(cache.labels[row], decoder.predict(map_Dhw, *cache.labels.shape[1:]), classes)
     return matrix
-
-
-# ---------------------------------------------------------------------------------------- per image, in the threads
-class _TestImage(NamedTuple):
-    image_id: int
-    key: str
-    resized: RGB  # (test_size, test_size, 3)
-    pixels: RGB  # (H, W, 3)
-    truth: MaskLabels  # (H, W)
-
-
-def _train_crops(
-    row: Mapping[str, Any], *, classes: MaskClasses, config: SegmentLinearConfig
-) -> list[tuple[RGB, MaskLabels]]:
-    pixels = decode(row["image"])
-    labels = classes.labels(row["mask"], pixels.shape[:2])
-    if not config.crops:
-        return [_fit_crop(pixels, labels, config)]
-    generator = np.random.default_rng((config.seed, row["image_id"]))
-    crops = []
-    for _ in range(config.crops):
-        top, left, height, width = _draw_crop(generator, labels.shape[0], labels.shape[1], config.crop_scale)
-        window = np.s_[top : top + height, left : left + width]
-        crops.append(_fit_crop(pixels[window], labels[window], config))
-    return crops
-
-
-def _fit_crop(pixels: RGB, labels: MaskLabels, config: SegmentLinearConfig) -> tuple[RGB, MaskLabels]:
-    """Pixels at the encoder's size, labels at the size where logits meet them."""
-    side = config.label_size
-    small = cv2.resize(np.ascontiguousarray(labels), (side, side), interpolation=cv2.INTER_NEAREST_EXACT)
-    return squeeze(np.ascontiguousarray(pixels), config.train_size, config.train_size), small
-
-
-def _draw_crop(
-    generator: np.random.Generator, height: int, width: int, scale: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """A rectangle (top, left, height, width) of that share of the area, aspect within 3/4 to 4/3 of the image's."""
-    area = generator.uniform(*scale)
-    aspect = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3)))
-    h = min(height, max(1, round(height * np.sqrt(area / aspect))))
-    w = min(width, max(1, round(width * np.sqrt(area * aspect))))
-    return int(generator.integers(height - h + 1)), int(generator.integers(width - w + 1)), h, w
-
-
-def _test_image(row: Mapping[str, Any], *, classes: MaskClasses, config: SegmentLinearConfig) -> _TestImage:
-    pixels = decode(row["image"])
-    truth = classes.labels(row["mask"], pixels.shape[:2])
-    return _TestImage(
-        row["image_id"], str(row["key"]), squeeze(pixels, config.test_size, config.test_size), pixels, truth
-    )

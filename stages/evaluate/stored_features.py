@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
 from stages.data.images import ImageError
+from stages.data.mask_classes import MaskClasses, MaskLabels
+from stages.data.prepared import split_error
 from stages.data.rows import iter_rows, iter_single
-from stages.evaluate.features import split_error
-from stages.evaluate.mask_classes import MaskClasses, MaskLabels
 
 if TYPE_CHECKING:
     from pipeline.store.artifact import Artifact

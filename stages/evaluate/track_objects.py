@@ -12,8 +12,8 @@ from pydantic import Field
 
 from pipeline.errors import SourceError
 from pipeline.stage import Context, Feed, Outcome
+from stages.data.requirements import Mismatch
 from stages.evaluate.frozen import FeatureConfig, FeatureStage
-from stages.evaluate.requirements import Mismatch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +56,7 @@ class TrackObjects(FeatureStage[TrackObjectsConfig]):
         """
         import pyarrow as pa
 
-        from stages.evaluate.units import Units, write
+        from stages.data.units import Units, write
 
         frames = self._frames(context)
         found = Units()

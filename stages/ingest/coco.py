@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
 from stages.data.images import ImageError
+from stages.data.object_masks import rasterise
 from stages.ingest.coco_masks import (
     Segment,
     as_instances,
@@ -25,7 +26,6 @@ from stages.ingest.coco_masks import (
     category_map,
     check_shape,
     mask_path,
-    rasterise,
     without_polygons,
 )
 from stages.ingest.files import Files, read_file

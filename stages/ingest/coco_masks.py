@@ -6,7 +6,6 @@ makes classes of these.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -131,21 +130,6 @@ def category_ids(png: bytes, segments: Sequence[Segment], *, crowd_counts: bool,
     table = np.array([category[value] for value in present.tolist()], np.uint16)
     made: NDArray[np.uint16] = table[place.reshape(ids.shape)]
     return made
-
-
-# --------------------------------------------------------------------------------------------------------------- drawn
-def rasterise(segmentation: bytes, width: int, height: int) -> NDArray[np.bool_]:
-    """The pixels inside a segmentation, (H, W); it must have passed `check_shape`."""
-    from pycocotools import mask as coco_mask
-
-    shape = json.loads(segmentation)
-    if isinstance(shape, list):
-        rle = coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
-    elif isinstance(shape["counts"], list):
-        rle = coco_mask.frPyObjects(shape, height, width)
-    else:
-        rle = {"size": shape["size"], "counts": shape["counts"].encode()}
-    return coco_mask.decode(rle).astype(bool)
 
 
 def check_shape(shape: Any, width: int, height: int) -> None:

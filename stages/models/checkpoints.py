@@ -1,12 +1,14 @@
 """Weights from another project's file into a timm model.
 
-Wrappers and prefixes are removed, the position table is fitted to the model's grid, and mismatches are reported.
+The file is read without executing anything in it, `published.py` gives its tensors timm's names, the position table is
+fitted to the model's grid, and mismatches are reported.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pickle import UnpicklingError
 from typing import Any
 
@@ -15,10 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import SourceError
 from pipeline.stage import local_path, open_source
-
-# Keys under which training scripts keep the network, in the order of preference: papers evaluate the teacher.
-_WRAPPERS = ("teacher", "state_dict", "model", "student", "encoder")
-_PREFIXES = ("module.", "teacher.", "backbone.", "model.", "encoder.", "student.")
+from stages.models import published
 
 
 def load_checkpoint(model: nn.Module, address: str, *, say: Callable[[str], None]) -> None:
@@ -29,16 +28,22 @@ def load_checkpoint(model: nn.Module, address: str, *, say: Callable[[str], None
         address: of the file: a path, or an address in a bucket.
         say: called with one line about what was loaded, and with one about each kind of tensor that did not match.
 
-    Raises: SourceError if the file is missing, is not a file of weights, or if nothing in it matches.
+    Raises: SourceError if the file is missing, is not a file of weights, if nothing in it matches, or if it is of a
+        known release whose network is not the model's.
     """
-    weights = _fit(strip_prefixes(read_weights(address)), model)
+    found = read_weights(address)
+    of = published.release(found)
+    weights = _fit(published.timm_names(published.strip_prefixes(found), model), model)
     own = model.state_dict()
     matching = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
     if not any(value.ndim for value in matching.values()):
         raise SourceError(
             f"checkpoint {address}: none of its {len(weights)} tensors fits {type(model).__name__} "
-            f"(it has {_some(weights)}; the model expects {_some(own)}): name the timm model it was trained with"
+            f"(it has {_some(weights)}; the model expects {_some(own)}): name the timm model it was trained with; "
+            f"understood are {published.UNDERSTOOD}"
         )
+    if of is not None and (why := published.disagreement(of, weights, model)) is not None:
+        raise SourceError(f"checkpoint {address}: {why}; name the timm model it was trained with")
     model.load_state_dict(matching, strict=False)
     shapes = [
         f"{key} {tuple(weights[key].shape)} for {tuple(own[key].shape)}"
@@ -47,7 +52,8 @@ def load_checkpoint(model: nn.Module, address: str, *, say: Callable[[str], None
     ]
     unused = [key for key in weights if key not in own]
     missing = [key for key in own if key not in weights]
-    say(f"checkpoint {address}: {len(matching)} of {len(own)} tensors loaded")
+    kind = f" of {of}" if of is not None else ""
+    say(f"checkpoint {address}: {len(matching)} of {len(own)} tensors{kind} loaded")
     for what, keys in (
         ("of another shape", shapes),
         ("not in the model", unused),
@@ -68,24 +74,21 @@ def read_weights(address: str) -> dict[str, Tensor]:
             from safetensors.torch import load
 
             return load(data)
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        # Training scripts keep their arguments in this class, which holds values and runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can raise almost anything; the user gets one kind of error
         raise SourceError(
             f"checkpoint {address}: not a readable file of weights ({_why_unreadable(error)}); "
             "save its state dict with safetensors or torch.save"
         ) from error
-    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
-        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    found = (
-        {key: value for key, value in content.items() if isinstance(value, Tensor)}
-        if isinstance(content, Mapping)
-        else {}
-    )
+    found = published.network(content)
     if not found:
-        raise SourceError(f"checkpoint {address}: holds no named tensors; save the network's state dict")
+        holds = f"; at its top are {_some(content)}" if isinstance(content, dict) and content else ""
+        raise SourceError(
+            f"checkpoint {address}: holds no named tensors{holds}; save the network's state dict (understood are "
+            f"{published.UNDERSTOOD})"
+        )
     return found
 
 
@@ -108,16 +111,6 @@ def _read(address: str) -> bytes:
     if data is None:
         raise SourceError(f"checkpoint {address}: there is no such file; correct backbone.checkpoint")
     return data
-
-
-def strip_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under keys without the prefixes of wrappers; of student and teacher, the teacher's are kept."""
-    ordered: dict[str, Tensor] = {}
-    for key, value in sorted(weights.items(), key=lambda item: "teacher." in item[0]):
-        while prefix := next((prefix for prefix in _PREFIXES if key.startswith(prefix)), None):
-            key = key[len(prefix) :]
-        ordered[key] = value
-    return ordered
 
 
 def _fit(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:

@@ -20,14 +20,7 @@ from stages.models.encoder import Encoder
 
 def build_decoder(name: Literal["fpn", "deeplab"], encoder: Encoder, width: int) -> nn.Module:
     """A decoder for `encoder.levels(image)`; its map has `width` channels and the resolution of the first level."""
-    return (FPN if name == "fpn" else DeepLabV3Plus)(level_widths(encoder), width)
-
-
-def level_widths(encoder: Encoder) -> list[int]:
-    """Channels of the four maps of `encoder.levels`."""
-    if encoder.is_resnet:
-        return [int(stage["num_chs"]) for stage in encoder.model.feature_info[1:5]]
-    return [int(encoder.model.num_features)] * 4
+    return (FPN if name == "fpn" else DeepLabV3Plus)(encoder.level_widths, width)
 
 
 class FPN(nn.Module):

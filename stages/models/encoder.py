@@ -23,7 +23,7 @@ from pipeline.errors import SourceError, UsageError
 from stages.models.checkpoints import load_checkpoint
 from stages.models.feature_extractor import FeatureExtractor, Features, ObjectAwareFilter, tokens_to_map
 from stages.models.positions import sincos_table
-from stages.models.settings import IMAGENET_MEAN, IMAGENET_STD, Backbone
+from stages.models.settings import IMAGENET_MEAN, IMAGENET_STD, Backbone, near_multiples
 from stages.models.timm_names import timm_kwargs
 
 __all__ = ["Encoder", "Features", "HasFiles"]
@@ -52,6 +52,7 @@ class Encoder(FeatureExtractor):
         config: dict[str, Any] = model.pretrained_cfg if backbone.pretrained else {}
         super().__init__(
             model,
+            stride=backbone.stride,
             out_stage=backbone.out_stage,
             pos_interp=backbone.pos_interp,
             img_size=backbone.img_size,
@@ -66,29 +67,64 @@ class Encoder(FeatureExtractor):
 
         Args:
             image_B3HW: normalised images.
-            taps: ResNet: stages, 1 for C2 to 4 for C5, default all. ViT: blocks counted from 0, default four evenly
-                spaced ones with the last, whose map is normalised.
+            taps: a model with levels of several strides: their numbers, of the last four from 1, so that a ResNet's are
+                1 for C2 to 4 for C5; default all. Others (ViTs): blocks counted from 0, default four evenly spaced
+                ones with the last, whose map is normalised.
 
         Returns: one map (B, D', h', w') for each tap.
-        Raises: UsageError for a backbone that is neither.
+        Raises: IndexError for a tap that the model does not have.
         """
         if self.is_resnet:
             stages = self._resnet_levels(image_B3HW, 4)
             return [stages[tap - 1] for tap in taps or (1, 2, 3, 4)]
-        if not self.is_vit:
-            raise UsageError(
-                f"backbone {self.backbone.name}: levels exist for ViTs and ResNets only; choose one of those"
-            )
-        depth = len(self.model.blocks)
-        taps = list(taps or (max(0, depth * (i + 1) // 4 - 1) for i in range(4)))  # a shallow one repeats its first
+        depth = self.depth
+        if self.is_pyramid:
+            taps = list(taps or range(1, depth + 1))
+            first = len(self.level_facts) - depth - 1  # the number of a level is its tap and this
+        else:  # a shallow one repeats its first block
+            taps, first = list(taps or (max(0, depth * (i + 1) // 4 - 1) for i in range(4))), 0
+        if not all(0 <= tap - self.is_pyramid < depth for tap in taps):
+            raise IndexError(f"layers {taps}: {self.backbone.name} has {depth}, from {int(self.is_pyramid)}")
+        found = self._vit_levels(image_B3HW, taps) if self.is_vit else self._other_levels(image_B3HW, taps, first)
+        return [found[tap] for tap in taps]
+
+    @property
+    def is_pyramid(self) -> bool:
+        """Whether it has levels of several strides, as CNNs and Swin have; else its levels are blocks."""
+        return len({level["reduction"] for level in self.level_facts}) > 1 or self.is_resnet
+
+    @property
+    def depth(self) -> int:
+        """How many taps `levels` knows."""
+        count = len(self.level_facts)
+        return min(count, 4) if self.is_pyramid else len(self.model.blocks) if self.is_vit else count
+
+    @property
+    def level_widths(self) -> list[int]:
+        """Channels of the maps that `levels` gives by default."""
+        if self.is_pyramid:
+            return [int(level["num_chs"]) for level in self.level_facts[-self.depth :]]
+        return [int(self.level_facts[-1]["num_chs"])] * 3 + [int(self.model.num_features)]
+
+    def _vit_levels(self, image_B3HW: Tensor, taps: Sequence[int]) -> dict[int, Tensor]:
         tokens, (h, w) = self.embed_patches(image_B3HW)
         found: dict[int, Tensor] = {}
         for i, block in enumerate(self.model.blocks):
             tokens = block(tokens)
             if i in taps:
-                out = self.model.norm(tokens) if i == depth - 1 else tokens
+                out = self.model.norm(tokens) if i == self.depth - 1 else tokens
                 found[i] = tokens_to_map(out[:, self.model.num_prefix_tokens :], h, w)
-        return [found[tap] for tap in taps]
+        return found
+
+    def _other_levels(self, image_B3HW: Tensor, taps: Sequence[int], first: int) -> dict[int, Tensor]:
+        wanted = sorted(set(taps))
+        out, maps = self.model.forward_intermediates(
+            image_B3HW, indices=[tap + first for tap in wanted], output_fmt="NCHW"
+        )
+        found = dict(zip(wanted, maps, strict=True))
+        if not self.is_pyramid and self.depth - 1 in found:
+            found[self.depth - 1] = self._last(out, image_B3HW).map
+        return found
 
     # -- making --------------------------------------------------------------------------------------------
 
@@ -123,7 +159,10 @@ class Encoder(FeatureExtractor):
                 f"backbone.pretrained: the weights of {backbone.name} cannot be had: {type(error).__name__}: "
                 f"{str(error).splitlines()[0] if str(error) else ''} (name a file with backbone.checkpoint instead)"
             ) from error
-        encoder = cls(model, backbone, kwargs)
+        try:
+            encoder = cls(model, backbone, kwargs)
+        except ValueError as error:
+            raise UsageError(f"backbone.stride: {backbone.name}: {error}") from error
         if encoder.is_vit and backbone.pos_embed == "sincos":
             encoder._fix_positions()
         if not encoder.is_vit and not encoder.is_resnet:
@@ -150,11 +189,25 @@ class Encoder(FeatureExtractor):
                 f"where timm says {self.width} channels and stride {self.stride}: name another model"
             )
 
+    def refuses(self, size: int) -> tuple[str, str] | None:
+        """Why it takes no images of `size` pixels a side, and what to do; None where it takes them."""
+        if (refusal := self.backbone.refuses(size)) is not None or self.is_resnet:
+            return refusal
+        if self.is_vit:  # one whose patches only timm knows
+            near = f"set it to {near_multiples(size, self.stride)}"
+            return (f"{size} pixels do not split into patches of {self.stride}", near) if size % self.stride else None
+        try:
+            self._map_of_zeros(size)
+        except (ValueError, RuntimeError, AssertionError) as error:
+            what = f"{self.backbone.name} takes no images of {size} pixels: {error or type(error).__name__}"
+            return what, f"set it to {self.image_size}, the model's own"
+        return None
+
     @torch.no_grad()
     def _map_of_zeros(self, side: int) -> torch.Size:
         training = self.training
         try:
-            return self.eval()(torch.zeros(1, 3, side, side)).map.shape
+            return self.eval()(torch.zeros(1, 3, side, side, device=next(self.parameters()).device)).map.shape
         finally:
             self.train(training)
 

@@ -33,6 +33,7 @@ def encoder(folder: str | None = None) -> FeatureExtractor:
     model.load_state_dict(load_file(found / "encoder.safetensors"))
     extractor = FeatureExtractor(
         model,
+        stride=facts["backbone"].get("stride"),
         out_stage=facts["backbone"]["out_stage"],
         pos_interp=facts["backbone"]["pos_interp"],
         img_size=facts["image_size"],
@@ -62,6 +63,7 @@ class FeatureExtractor(nn.Module):
 
     Args:
         model: of timm, made with num_classes=0.
+        stride: pixels a cell of the map: it is the model's last level of this stride; default: its last level.
         out_stage: of a ResNet: where its map comes from.
         pos_interp: of a ViT: how its position table is fitted to other image sizes, timm's way or the DINO family's.
         img_size: side of its usual images; default: by the model.
@@ -73,6 +75,7 @@ class FeatureExtractor(nn.Module):
         self,
         model: Any,  # timm's classes carry no types
         *,
+        stride: int | None = None,
         out_stage: Literal["c4", "c5"] = "c5",
         pos_interp: Literal["size", "scale_factor_plus_0.1"] = "size",
         img_size: int | None = None,
@@ -84,6 +87,17 @@ class FeatureExtractor(nn.Module):
         self.out_stage, self.pos_interp, self.img_size = out_stage, pos_interp, img_size
         self.mean, self.std = tuple(mean), tuple(std)
         self.filter: Any = None  # an ObjectAwareFilter, or nothing
+        self._level = self._chosen_level(stride)  # number of the level of the map; None: what the model ends with
+
+    def _chosen_level(self, stride: int | None) -> int | None:
+        strides = [int(level["reduction"]) for level in self.level_facts]
+        if self.is_resnet and self.out_stage == "c4":
+            return 3
+        if stride is None or stride == strides[-1]:
+            return None
+        if stride not in strides:
+            raise ValueError(f"the model's levels have strides {sorted(set(strides))}, not {stride}: name one of them")
+        return len(strides) - 1 - strides[::-1].index(stride)
 
     # -- shape ---------------------------------------------------------------------------------------------
 
@@ -98,11 +112,14 @@ class FeatureExtractor(nn.Module):
         return hasattr(self.model, "layer4") and hasattr(self.model, "maxpool")
 
     @property
+    def level_facts(self) -> list[dict[str, Any]]:
+        """What timm says of the model's levels, from the finest: `reduction` (the stride), `num_chs`."""
+        return list(self.model.feature_info)
+
+    @property
     def backbone_width(self) -> int:
         """Channels of the backbone's map, before any filter."""
-        if self.is_resnet:
-            return int(self.model.feature_info[3 if self.out_stage == "c4" else 4]["num_chs"])
-        return int(self.model.num_features)
+        return int(self.model.num_features if self._level is None else self.level_facts[self._level]["num_chs"])
 
     @property
     def width(self) -> int:
@@ -111,14 +128,13 @@ class FeatureExtractor(nn.Module):
 
     @property
     def vector_width(self) -> int:
-        """Length of the vector that `forward` gives; differs from `width` only for a ResNet's C4 map."""
+        """Length of the vector that `forward` gives; differs from `width` only where the map is no last level."""
         return int(self.model.num_features) + self.width - self.backbone_width
 
     @property
     def stride(self) -> int:
-        """Input pixels one cell of the map stands for: the patch side, or the ResNet's output stride."""
-        at_c4 = self.is_resnet and self.out_stage == "c4"
-        return int(self.model.feature_info[3 if at_c4 else -1]["reduction"])
+        """Input pixels one cell of the map stands for: a ViT's patch side, or the stride of the level of the map."""
+        return int(self.level_facts[-1 if self._level is None else self._level]["reduction"])
 
     @property
     def image_size(self) -> int:
@@ -142,7 +158,7 @@ class FeatureExtractor(nn.Module):
         """
         if self.is_vit:
             features = self._vit(image_B3HW)
-        elif self.is_resnet:
+        elif self.is_resnet and self._level in (None, 3):
             features = self._resnet(image_B3HW)
         else:
             features = self._other(image_B3HW)
@@ -204,23 +220,30 @@ class FeatureExtractor(nn.Module):
     def _resnet(self, image_B3HW: Tensor) -> Features:
         c4 = self.stem_to_c4(image_B3HW)
         c5 = self.c5(c4)
-        return Features(c5.mean(dim=(2, 3)), c4 if self.out_stage == "c4" else c5)
+        return Features(c5.mean(dim=(2, 3)), c4 if self._level else c5)
 
     def _other(self, image_B3HW: Tensor) -> Features:
         """Any other timm model whose features are a map or tokens (ConvNeXt, Swin, Eva, ...)."""
-        out = self.model.forward_features(image_B3HW)
+        if self._level is None:
+            return self._last(self.model.forward_features(image_B3HW), image_B3HW)
+        wanted = [self._level, len(self.level_facts) - 1]  # some models end at the last level they are asked for
+        out, (map_BDhw, _) = self.model.forward_intermediates(image_B3HW, indices=wanted, output_fmt="NCHW")
+        return Features(self._last(out, image_B3HW).vector, map_BDhw)
+
+    def _last(self, out: Any, image_B3HW: Tensor) -> Features:
         if isinstance(out, Tensor) and out.ndim == 3:
             has_class_token = getattr(self.model, "cls_token", None) is not None
             prefix = getattr(self.model, "num_prefix_tokens", None)
             tokens_BND = out[:, int(has_class_token) if prefix is None else prefix :]
-            h, w = (-(-side // self.stride) for side in image_B3HW.shape[2:])
+            h, w = (-(-side // self.level_facts[-1]["reduction"]) for side in image_B3HW.shape[2:])
             if h * w != tokens_BND.shape[1]:
                 raise ValueError(f"{type(self.model).__name__} gives {tokens_BND.shape[1]} tokens, not {h} x {w}")
             map_BDhw = tokens_to_map(tokens_BND, h, w)
             return Features(out[:, 0] if has_class_token else map_BDhw.mean(dim=(2, 3)), map_BDhw)
-        if not isinstance(out, Tensor) or out.ndim != 4 or self.backbone_width not in (out.shape[1], out.shape[3]):
-            raise ValueError(f"{type(self.model).__name__} gives no feature map of {self.backbone_width} channels")
-        channels_last = getattr(self.model, "output_fmt", None) == "NHWC" or out.shape[1] != self.backbone_width
+        width = int(self.model.num_features)
+        if not isinstance(out, Tensor) or out.ndim != 4 or width not in (out.shape[1], out.shape[3]):
+            raise ValueError(f"{type(self.model).__name__} gives no feature map of {width} channels")
+        channels_last = getattr(self.model, "output_fmt", None) == "NHWC" or out.shape[1] != width
         map_BDhw = out.permute(0, 3, 1, 2) if channels_last else out
         return Features(map_BDhw.mean(dim=(2, 3)), map_BDhw)
 

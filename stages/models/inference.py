@@ -45,11 +45,9 @@ def squeeze(pixels: RGB, height: int, width: int) -> RGB:
 
 
 def require_size(encoder: Encoder, size: int, place: str) -> None:
-    """Raises UsageError for a side that a ViT cannot cut into patches; `place` is the config's key that it names."""
-    if encoder.is_vit and size % encoder.stride:
-        below = size // encoder.stride * encoder.stride
-        near = " or ".join(str(side) for side in (below, below + encoder.stride) if side)
-        raise UsageError(f"{place}: {size} pixels do not split into patches of {encoder.stride}: set it to {near}")
+    """Raises UsageError for sides in pixels that the encoder cannot take; `place` is the config's key to name."""
+    if (refusal := encoder.refuses(size)) is not None:
+        raise UsageError(f"{place}: {': '.join(refusal)}")
 
 
 class Inference:

@@ -1,6 +1,7 @@
-"""What timm's models are called and which are ViTs, read from timm's files as text.
+"""What timm's models are called, which are ViTs and what maps they give, read from timm's files as text.
 
-Planning asks here: importing timm would import torch, which takes longer than the whole plan.
+Planning asks here: importing timm would import torch, which takes longer than the whole plan. What the text does not
+say is in `timm_families.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+
+from stages.models import timm_families
 
 _REGISTERED = re.compile(r"^@register_model\s*\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
 _RENAMED = re.compile(r"^register_model_deprecations\(__name__, \{(.*?)^\}\)", re.MULTILINE | re.DOTALL)
@@ -28,8 +31,47 @@ class TimmModel:
 
     @property
     def is_resnet(self) -> bool:
-        """Whether it is one of timm's own ResNets."""
-        return self.module == "resnet"
+        """Whether it is a ResNet, by the class that timm makes it of."""
+        return self.module in ("resnet", "res2net", "resnest", "sknet")
+
+    @property
+    def strides(self) -> tuple[int, ...] | None:
+        """Pixels that a cell stands for, of each level of the model from the finest; None where it is not known."""
+        if self.patch is not None:
+            return (self.patch,)
+        if self.module in timm_families.COLUMNS:
+            return (_patch(self.name, self.module),)
+        return timm_families.pyramid(self.name, self.module)
+
+    @property
+    def has_single_map(self) -> bool:
+        """False for a model whose features are several streams."""
+        return timm_families.NO_SINGLE_MAP.match(self.name) is None
+
+    @property
+    def dilates(self) -> bool | None:
+        """Whether its last stages can be dilated instead of strided; None where it is not known."""
+        return self.module in timm_families.DILATED if self.strides is not None else None
+
+    @property
+    def divisor(self) -> int | None:
+        """What sides of its images must be multiples of, unless a ViT's patch is changed; None: not known."""
+        return self.strides[0] if self.strides and self.module in timm_families.WHOLE_PATCHES else None
+
+    @property
+    def pads(self) -> bool:
+        """False for a model that takes no images smaller than a cell of its last level."""
+        return self.module not in timm_families.UNPADDED
+
+    @property
+    def window_side(self) -> int | None:
+        """What sides of its images must be multiples of for its windows, unless `img_size` says another; or None."""
+        return timm_families.window_side(self.name, self.module)
+
+    @property
+    def own_size(self) -> int | None:
+        """The side of the only images that it takes, unless `img_size` says another; None: it takes others."""
+        return timm_families.own_size(self.name, self.module)
 
 
 def look_up(name: str) -> TimmModel | None:
@@ -41,7 +83,8 @@ def look_up(name: str) -> TimmModel | None:
         return None
     if module in _PLAIN_VITS:
         return TimmModel(architecture, module, True, _patch(architecture, module))
-    return TimmModel(architecture, module, None if "VisionTransformer" in _text(module) else False, None)
+    known = module in timm_families.COLUMNS or timm_families.pyramid(architecture, module) is not None
+    return TimmModel(architecture, module, None if not known and "VisionTransformer" in _text(module) else False, None)
 
 
 def names() -> list[str]:

@@ -10,6 +10,16 @@ from timm.models import is_model_in_modules
 from pipeline.errors import UsageError
 from stages.models.settings import Backbone
 
+# Files of timm whose models take images of many sizes only if they are told to; plain ViTs aside.
+_OF_ANY_SIZE = [
+    "eva",
+    "swin_transformer",
+    "swin_transformer_v2",
+    "swin_transformer_v2_cr",
+    "vision_transformer_hybrid",
+    "vitamin",
+]
+
 
 def timm_kwargs(backbone: Backbone) -> dict[str, Any]:
     """Arguments of timm.create_model, as a user of timm alone would write them.
@@ -27,8 +37,10 @@ def timm_kwargs(backbone: Backbone) -> dict[str, Any]:
         if not backbone.class_token:
             kwargs |= {"class_token": False, "global_pool": "avg"}
         return {key: value for key, value in kwargs.items() if value is not None}
+    if backbone.output_stride != 32:
+        kwargs |= {"output_stride": backbone.output_stride}
     if is_model_in_modules(name, ["resnet"]):
-        return kwargs if backbone.output_stride == 32 else {**kwargs, "output_stride": backbone.output_stride}
-    if is_model_in_modules(name, ["eva"]):
+        return kwargs
+    if is_model_in_modules(name, _OF_ANY_SIZE):
         kwargs |= {"dynamic_img_size": True}
     return kwargs if backbone.img_size is None else {**kwargs, "img_size": backbone.img_size}

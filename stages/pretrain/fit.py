@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.errors import UsageError
 from pipeline.stage import Context
 from stages.pretrain.config.pretrain import PretrainConfig
-from stages.pretrain.data.sampler import apportion
+from stages.training.sampler import apportion
 
 Notes = Mapping[str, Mapping[str, Any] | None]  # of each image set, by the path of its input; None: not made yet
 

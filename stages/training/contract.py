@@ -99,6 +99,14 @@ class Trainable(nn.Module, ABC):
         """
         return {}
 
+    def share_of_lr(self, name: str) -> float:
+        """Of a parameter, by its dotted name: its learning rate over the optimiser's (layer-wise decay)."""
+        return 1.0
+
+    def undecayed(self, name: str) -> bool:
+        """Whether a parameter has no weight decay though its shape is that of one that has (a position table)."""
+        return False
+
     def trained_parameters(self) -> Iterable[nn.Parameter]:
         """The parameters that the optimiser changes."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)

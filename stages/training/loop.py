@@ -2,7 +2,7 @@
 
 It owns the optimiser, the schedules, mixed precision, clipping, accumulation, checkpoints, the curves and the
 weighted sum of terms. It never asks what it trains. A stage wraps it, in Ray Train's workers or in a plain process
-(stages/pretrain/launch). Under torch.distributed it trains data-parallel: one rank a process.
+(stages/training/launch). Under torch.distributed it trains data-parallel: one rank a process.
 """
 
 from __future__ import annotations

@@ -9,32 +9,37 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from stages.training.schedules import cosine
+from stages.training.contract import Trainable
+from stages.training.schedules import cosine, power
 from stages.training.settings import OptimizerSettings
 
 
 def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """An optimiser with two groups: weights, and biases with norms (tensors of at most one dimension).
+    """An optimiser whose groups are weights, and biases with norms (tensors of at most one dimension).
 
     Biases and norms have no weight decay unless `decay_all`, and a learning rate of their own with `lr_biases`. LARS
-    adapts the rate of the tensors that decay. A group without parameters is left out.
+    adapts the rate of the tensors that decay. A `Trainable` may give parameters another share of the learning rate,
+    each share being a group, and may count tensors among those without decay.
     """
-    weights: list[nn.Parameter] = []
-    biases: list[nn.Parameter] = []
+    trained = module if isinstance(module, Trainable) else None
+    members: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (biases if parameter.ndim <= 1 or name.endswith(".bias") else weights).append(parameter)
-    decay = settings.weight_decay
+            like_bias = (
+                parameter.ndim <= 1 or name.endswith(".bias") or (trained is not None and trained.undecayed(name))
+            )
+            share = 1.0 if trained is None else trained.share_of_lr(name)
+            members.setdefault((like_bias, share), []).append(parameter)
+    bias_share = 1.0 if settings.lr_biases is None else settings.lr_biases / settings.lr
     groups: list[dict[str, Any]] = [
-        {"params": weights, "decayed": True, "weight_decay": decay, "share_of_lr": 1.0},
         {
-            "params": biases,
-            "decayed": settings.decay_all,
-            "weight_decay": decay if settings.decay_all else 0.0,
-            "share_of_lr": 1.0 if settings.lr_biases is None else settings.lr_biases / settings.lr,
-        },
+            "params": parameters,
+            "decayed": settings.decay_all or not like_bias,
+            "weight_decay": settings.weight_decay if settings.decay_all or not like_bias else 0.0,
+            "share_of_lr": share * (bias_share if like_bias else 1.0),
+        }
+        for (like_bias, share), parameters in sorted(members.items(), key=lambda member: member[0][0])
     ]
-    groups = [group for group in groups if group["params"]]
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
     if settings.name == "sgd":
@@ -69,11 +74,13 @@ def set_schedule(
         The learning rate and the weight decay of the weights.
     """
     peak = settings.lr * (batch_size / settings.lr_per if settings.lr_per else 1.0)
-    warmup = min(total, round(settings.warmup_epochs * steps_per_epoch))
-    # Dropped by steps, a learning rate is constant between them: the warm-up of a cosine that ends where it starts.
-    lr = cosine(
-        step, total, peak, peak if settings.lr_drops else settings.lr_end, warmup=warmup, start=settings.lr_start
-    )
+    warmup = min(total, settings.warmup_steps or round(settings.warmup_epochs * steps_per_epoch))
+    if settings.lr_power is not None:
+        lr = power(step, total, peak, settings.lr_end, settings.lr_power, warmup=warmup, start=settings.lr_start)
+    else:
+        # Dropped by steps, a learning rate is constant between them: the warm-up of a cosine that ends where it starts.
+        end = peak if settings.lr_drops else settings.lr_end
+        lr = cosine(step, total, peak, end, warmup=warmup, start=settings.lr_start)
     lr *= settings.lr_drop ** sum(step >= total - round(drop * steps_per_epoch) for drop in settings.lr_drops)
     end = settings.weight_decay if settings.weight_decay_end is None else settings.weight_decay_end
     decay = cosine(step, total, settings.weight_decay, end)

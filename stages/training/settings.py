@@ -7,7 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.stage import NoFingerprint, Settings, StopPoint
+from pipeline.stage import NoFingerprint, Settings, StageConfig, StopPoint
+
+
+def _unset(value: object) -> bool:
+    """What is not set is left out of a dump, and so out of the fingerprint."""
+    return value is None
 
 
 class OptimizerSettings(Settings):
@@ -30,8 +35,17 @@ class OptimizerSettings(Settings):
         description="epochs before the end at which the learning rate is multiplied by lr_drop, in place of the cosine",
     )
     lr_drop: float = Field(0.2, gt=0, le=1, description="see lr_drops")
+    lr_power: float | None = Field(
+        None,
+        gt=0,
+        exclude_if=_unset,
+        description="the learning rate falls as (1 - t / T) to this power, in place of the cosine; 1: on a line",
+    )
     lr_start: float = Field(0.0, ge=0, description="where the warm-up starts")
     warmup_epochs: float = Field(0.0, ge=0)
+    warmup_steps: int | None = Field(
+        None, ge=1, exclude_if=_unset, description="length of the warm-up in steps, in place of epochs"
+    )
     weight_decay: float = Field(0.04, ge=0)
     weight_decay_end: float | None = Field(None, ge=0, description="cosine from weight_decay to this; null: constant")
     decay_all: bool = Field(False, description="decay biases and norms too (ViCE); else only tensors with ndim > 1")
@@ -40,6 +54,14 @@ class OptimizerSettings(Settings):
     trust: float = Field(0.001, gt=0, description="LARS trust coefficient")
     clip: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
     clip_mode: Literal["tensor", "global"] = Field("tensor", description="norm of each tensor (DINO family) or of all")
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> OptimizerSettings:
+        if self.lr_drops and self.lr_power is not None:
+            raise ValueError("lr_drops, lr_power: the learning rate follows one of them; leave the other out")
+        if self.warmup_steps is not None and self.warmup_epochs:
+            raise ValueError("warmup_steps, warmup_epochs: give one of the two")
+        return self
 
     @field_validator("lr_drops")
     @classmethod
@@ -155,6 +177,10 @@ class LoopSettings(Settings):
             return self.steps
         assert self.epochs is not None  # _one_length checked it
         return max(1, round(self.epochs * self.steps_per_epoch(images)))
+
+
+class TrainingConfig(LoopSettings, StageConfig):
+    """The base of the config of every stage that trains with the loop."""
 
 
 def weight_of(weights: Mapping[str, float], term: str) -> float:

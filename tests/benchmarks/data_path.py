@@ -29,10 +29,11 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.store.store import ArtifactStore
 from stages.data.images import decode, decode_reduced, probe
 from stages.data.tables import SCHEMAS, Table
-from stages.pretrain.data.loader import ImageSource, TrainData, _worker_context
+from stages.pretrain.data.loader import ImageSource, TrainData
 from stages.pretrain.views import render_cpu
 from stages.pretrain.views.draw import draw_views, generator, reduction
 from stages.pretrain.views.plan import Photometric, ViewPlan, ViewSpec
+from stages.training.loader import worker_context
 from tests.benchmarks.images import find_images
 from tests.benchmarks.results import write_section
 
@@ -74,7 +75,11 @@ class Lightly(Dataset[list[Tensor]]):
 
 def run_lightly(images: list[bytes], crops: tuple[int, int, int], workers: int, steps: int) -> Iterator[int]:
     """One number a batch: its images."""
-    options = {"multiprocessing_context": _worker_context(), "prefetch_factor": 2} if workers else {}
+    options = (
+        {"multiprocessing_context": worker_context("stages.pretrain.data.loader"), "prefetch_factor": 2}
+        if workers
+        else {}
+    )
     order = [i % len(images) for i in torch.randperm(steps * BATCH).tolist()]
     loader = DataLoader(Lightly(images, crops), BATCH, sampler=order, num_workers=workers, drop_last=True, **options)
     for views in loader:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from stages.data.confusion import confusion, scores
 from stages.evaluate.cluster_matching import count_overlaps, match_greedily, match_one_to_one, merge_clusters
-from stages.evaluate.confusion import confusion, scores
 from tests.golden.golden import load
 
 CLASSES = 5

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.evaluate.confusion import confusion, scores
+from stages.data.confusion import confusion, scores
 from stages.evaluate.in_context import class_shares, recall_shares, segment
 from stages.evaluate.weighted_knn import nearest
 from tests.golden.golden import assert_close, load, tensors

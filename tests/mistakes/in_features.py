@@ -28,4 +28,27 @@ IN_FEATURES = [
         "size: 100 pixels do not split into patches of 8",
         "set it to 96 or 104",
     ),
+    _size(
+        "16f",
+        "features",
+        "backbone: {name: beit_base_patch16_224}, size: 96",
+        "size: beit_base_patch16_224 takes images of 224 pixels only, not of 96",
+        "set it to 224, or backbone.img_size to 96",
+    ),
+    _size(
+        "16g",
+        "features",
+        "backbone: {name: convnext_atto, stride: 2}",
+        "stride: the levels of convnext_atto have strides 4, 8, 16, 32, none of 2",
+        "name one of them",
+    ),
+    _size(
+        "16h",
+        "features",
+        "backbone: {name: swin_tiny_patch4_window7_224}, layer: 5",
+        "layer: swin_tiny_patch4_window7_224 has levels 1 to 4, and no 5",
+    ),
+    _size("16i", "finetune_classification", "encoder: warmup, steps: 1, size: 100", "size: 100", "set it to 96 or 112"),
+    _size("16j", "finetune_segmentation", "encoder: warmup, steps: 1, size: 90", "size: 90 pixels", "set it to 80 or"),
+    _size("16k", "finetune_detection", "encoder: warmup, steps: 1, square: 90", "square: 90", "set it to 80 or 96"),
 ]

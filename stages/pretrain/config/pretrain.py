@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
-from pipeline.stage import Input, Settings, StageConfig
+from pipeline.stage import Input, Settings
 from stages.models.settings import Backbone
 from stages.pretrain.config.method import MethodSettings, method_settings
-from stages.training.settings import LoopSettings
+from stages.training.settings import TrainingConfig
 
 
 class SourceSettings(Settings):
@@ -28,7 +28,7 @@ def _exactly_one(*fields: str) -> dict[str, Any]:
     return {"oneOf": [{"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in fields]}
 
 
-class PretrainConfig(LoopSettings, StageConfig):
+class PretrainConfig(TrainingConfig):
     """The images, the encoder or backbone to start from, the method, and how to train."""
 
     model_config = ConfigDict(

@@ -40,7 +40,6 @@ class Chunk:
     sizes: dict[str, int] = field(default_factory=dict)  # name -> S
     draws: list[list[tuple[Draw, int]]] = field(default_factory=list)  # of each row: draw, which of `pixels` it cuts
     skipped: list[Skip] = field(default_factory=list)
-    failure: str = ""  # why these rows could not be made; everything else is then empty
 
     def __len__(self) -> int:
         return len(self.image_ids)

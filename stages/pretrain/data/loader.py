@@ -9,25 +9,20 @@ Shape legend: V views of one kind, B images of this rank, S side of a view.
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
-import cv2
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from pipeline.errors import ClusterError, SourceError, TesseraError, UsageError
+from pipeline.errors import UsageError
 from stages.pretrain.data.batch import Batch
 from stages.pretrain.data.collate import Chunk, assemble_batch, collate
-from stages.pretrain.data.sampler import Sampler
 from stages.pretrain.data.samples import ImageSource, Reader
 from stages.pretrain.views.plan import ViewPlan
+from stages.training.loader import Share, read_batches
+from stages.training.sampler import Sampler
 
 __all__ = ["ImageSource", "TrainData"]
-
-MAX_CHUNK = 32  # images that a loader process sends at once: bounds shared memory and the wait for the first batch
 
 
 class TrainData:
@@ -67,16 +62,14 @@ class TrainData:
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> None:
-        if global_batch % world_size:
-            raise ValueError(f"{world_size} ranks cannot share a batch of {global_batch} images equally")
         _check_tables(sources, plan)
         self.device = torch.device(device or ("cuda" if renderer == "gpu" else "cpu"))
         if renderer == "auto":
             renderer = "gpu" if self.device.type == "cuda" else "cpu"
+        self.share = Share(global_batch, rank, world_size, workers, pinned=self.device.type == "cuda")
         self.sampler = Sampler([len(s.chosen) for s in sources], [s.weight for s in sources], global_batch, seed)
-        self.reader = Reader(sources, plan, seed, render=renderer == "cpu")
-        self.share, self.offset = global_batch // world_size, rank * (global_batch // world_size)
-        self.seed, self.workers, self.renderer = seed, workers, renderer
+        self.chunks = ViewChunks(self.sampler, Reader(sources, plan, seed, render=renderer == "cpu"))
+        self.seed, self.renderer = seed, renderer
         self.mean, self.std = tuple(float(x) for x in mean), tuple(float(x) for x in std)
 
     @property
@@ -91,14 +84,8 @@ class TrainData:
             SourceError: when no image of a source is usable.
             ClusterError: when a loader process dies.
         """
-        chunks: list[Chunk] = []
-        for chunk in self._chunks(start, stop):
-            if chunk.failure:
-                raise SourceError(chunk.failure)
-            chunks.append(chunk)
-            if sum(len(c) for c in chunks) == self.share:
-                yield self._finish(chunks)
-                chunks = []
+        for chunks in read_batches(self.chunks, self.share, start, stop):
+            yield self._finish(chunks)
 
     def _finish(self, chunks: list[Chunk]) -> Batch:
         batch = assemble_batch(chunks, self.device, self.mean, self.std)
@@ -107,84 +94,19 @@ class TrainData:
                 batch.skipped[skip.reason] = batch.skipped.get(skip.reason, 0) + 1
                 batch.problems[skip.key] = skip.detail or skip.reason
         batch.seed = _step_seed(self.seed, chunks[0].step)
-        batch.offset = self.offset
+        batch.offset = self.share.offset
         return batch
 
-    def _chunks(self, start: int, stop: int) -> Iterator[Chunk]:
-        size = self.share if not self.workers else min(MAX_CHUNK, -(-self.share // self.workers))
-        chunks = _Chunks(self.sampler, self.reader)
-        specs = _ChunkSpecs(start, stop, self.offset, self.offset + self.share, size)
-        if not self.workers:
-            yield from (chunks[spec] for spec in specs)
-            return
-        loader = DataLoader(
-            chunks,
-            batch_size=None,
-            sampler=specs,
-            num_workers=self.workers,
-            prefetch_factor=4,
-            multiprocessing_context=worker_context(),
-            worker_init_fn=_start_worker,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # or it would advance torch's global generator, which training draws from
-        )
-        try:
-            yield from loader
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise ClusterError(
-                f"a process that reads training images died ({str(error).splitlines()[0]}): most often memory or "
-                "/dev/shm was full; lower loader_workers or the batch size"
-            ) from error
 
-
-class _ChunkSpec(NamedTuple):
-    """Which rows a chunk holds: start .. stop-1 of a step's global batch."""
-
-    step: int
-    start: int
-    stop: int
-
-
-class _Chunks(Dataset[Chunk]):
-    """What a loader process computes: the chunk of a spec."""
+class ViewChunks:
+    """What a loader process computes."""
 
     def __init__(self, sampler: Sampler, reader: Reader) -> None:
         self.sampler, self.reader = sampler, reader
 
-    def __getitem__(self, spec: _ChunkSpec) -> Chunk:
-        step, start, stop = spec
-        try:
-            return collate(step, [self.reader.read(slot) for slot in self.sampler.slots(step, start, stop)])
-        except TesseraError as error:  # as a value: the loader would wrap the message in a traceback
-            return Chunk(step, failure=str(error))
-
-
-class _ChunkSpecs:
-    """The specs of all chunks in order, made one by one: rows start .. stop-1 of the steps first .. last-1."""
-
-    def __init__(self, first: int, last: int, start: int, stop: int, size: int) -> None:
-        self.steps, self.rows = range(first, last), [(a, min(a + size, stop)) for a in range(start, stop, size)]
-
-    def __iter__(self) -> Iterator[_ChunkSpec]:
-        return (_ChunkSpec(step, a, b) for step in self.steps for a, b in self.rows)
-
-    def __len__(self) -> int:
-        return len(self.steps) * len(self.rows)
-
-
-def worker_context() -> Any:
-    """Never fork: a rank has threads (Ray, torch, NCCL). A fork server imports torch once for all loader processes."""
-    if sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stages.pretrain.data.loader"])
-    return context
-
-
-def _start_worker(_: int) -> None:
-    cv2.setNumThreads(1)
+    def make(self, step: int, start: int, stop: int) -> Chunk:
+        """Rows start .. stop-1 of a step's global batch."""
+        return collate(step, [self.reader.read(slot) for slot in self.sampler.slots(step, start, stop)])
 
 
 def _step_seed(seed: int, step: int) -> int:

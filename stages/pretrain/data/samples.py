@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from pipeline.errors import SourceError
 from stages.data.images import ImageError, decode, decode_reduced
 from stages.data.tables import unpack_labels
-from stages.pretrain.data.sampler import Slot
 from stages.pretrain.views import render_cpu
 from stages.pretrain.views.draw import draw, draw_neighbor, generator, reduction
 from stages.pretrain.views.plan import Draw, ImageRow, Pixels, ViewPlan
+from stages.training.sampler import Slot
 
 MAX_TRIES = 1000  # images tried for one row of a batch before training stops
 UNREADABLE = "unreadable image"

@@ -15,8 +15,9 @@ from stages.models.encoder import Encoder
 from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.launch.assemble import Pretraining, image_sources, train_data
 from stages.pretrain.launch.continuing import FromKeptState
-from stages.pretrain.launch.preview import curves_table, preview_png, views_png
+from stages.pretrain.launch.preview import preview_png, views_png
 from stages.training.checkpoint import TrainingState
+from stages.training.curves import curves_table
 
 
 def write_artifact(

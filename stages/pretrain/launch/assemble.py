@@ -64,6 +64,7 @@ def assemble(
     # Student, heads and queues start the same on every rank and in every world size.
     torch.manual_seed(config.seed)
     encoder = Encoder.load(inputs["init"]) if config.backbone is None else Encoder.build(config.backbone)
+    _require_sizes(config, encoder)
     try:
         method = config.method.build(
             encoder, total_steps=total_steps, steps_per_epoch=steps_per_epoch, global_batch=config.batch_size
@@ -86,6 +87,13 @@ def assemble(
         loader_workers=loader_workers,
     )
     return Pretraining(method, data, config, config.method.term_weights(), total_steps, steps_per_epoch, device)
+
+
+def _require_sizes(config: PretrainConfig, encoder: Encoder) -> None:
+    """Raises UsageError for views that a backbone does not take whose sizes no plan knows. A plan checks the others."""
+    for path, size in () if encoder.is_vit or encoder.is_resnet else config.method.view_sizes():
+        if (refusal := encoder.refuses(size)) is not None:
+            raise UsageError(f"{OWN}{path}: {': '.join(refusal)}")
 
 
 def train_data(

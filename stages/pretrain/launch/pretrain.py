@@ -1,19 +1,22 @@
-"""The `pretrain` stage's work: train in the driver's own process or on Ray Train.
+"""The `pretrain` stage's work, as the driver sees it: what it says, and what it hands to the launcher.
 
-Imports no torch: with Ray Train the driver needs none (ray_train.py).
+Imports no torch: with Ray Train the driver needs none (stages/training/launch).
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 from pipeline.stage import Context, Outcome
 from stages.pretrain.config.continuing import CONTINUE
 from stages.pretrain.config.pretrain import PretrainConfig
-from stages.pretrain.launch.relay import CurveLog
+from stages.pretrain.fit import check_start, usable_counts
+from stages.training.launch.start import start
+from stages.training.launch.work import Launch
 
 
 def pretrain(config: PretrainConfig, context: Context) -> Outcome:
     """Train (or continue), save the encoder, its curves and its pictures."""
-    curves = CurveLog(context)
     if config.accumulate > 1:
         context.say(f"{context.name}: {accumulated(config)}")
     if config.backbone is not None:  # the workers' working folder is not the driver's
@@ -25,21 +28,20 @@ def pretrain(config: PretrainConfig, context: Context) -> Outcome:
             f"goes on from step {before.counts['steps']} of '{before.stage}' towards {length} in all; learning rate "
             "and all other schedules are, from here on, those of one training of that length"
         )
-    outcome = _train(config, context, curves)
+    outcome = start(
+        Launch(
+            config,
+            work="stages.pretrain.launch.work:PretrainWork",
+            loader="stages.pretrain.data.loader",
+            check_start=partial(check_start, config),
+            usable_counts=partial(usable_counts, config),
+        ),
+        context,
+    )
     if config.keep_state:
         mebibytes = outcome.notes["training_state_bytes"] / 2**20
         context.say(f"keeps the state of the training in the artifact: {mebibytes:,.1f} MiB")
     return outcome
-
-
-def _train(config: PretrainConfig, context: Context, curves: CurveLog) -> Outcome:
-    if config.resources.workers == 0:
-        from stages.pretrain.launch.alone import train_alone
-
-        return train_alone(config, context, curves)
-    from stages.pretrain.launch.ray_train import train_on_ray
-
-    return train_on_ray(config, context, curves)
 
 
 def accumulated(config: PretrainConfig) -> str:

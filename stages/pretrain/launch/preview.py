@@ -6,8 +6,6 @@ import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.store.artifact import Artifact
 from stages.data import pictures
@@ -22,15 +20,6 @@ from stages.pretrain.views.sheet import view_sheet
 
 SHOWN = 6  # images, the same ones for every encoder trained on the same set
 IN_SHEET = 4  # images whose views are shown
-
-
-def curves_table(rows: Sequence[Mapping[str, float]]) -> bytes:
-    """The curves as Parquet, a column a name; rows are logged steps."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    table = pa.table({name: pa.array([row.get(name) for row in rows], pa.float64()) for name in names})
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
 
 
 def preview_png(
@@ -64,6 +53,8 @@ def pca_sheet(encoder: Encoder, images: Table) -> bytes | None:
         return None
     # A grid of at least 14 cells a side, however small the views it was trained on.
     side = max(14, round(encoder.image_size / encoder.stride)) * encoder.stride
+    if encoder.refuses(side) is not None:
+        side = encoder.image_size
     squares = [squeeze(photo, side, side) for photo in photos]
     features = Inference(encoder)(squares)
     colours = pictures.pca_colours(features.map.float().cpu().numpy(), side=side)

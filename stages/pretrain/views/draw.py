@@ -18,24 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.pretrain.views.plan import Draw, Drawn, ImageRow, Photometric, ViewPlan, ViewSpec
+from stages.training.sampler import generator as generator
 
 OVERLAP_TRIES = 100  # crops drawn for `min_overlap` before the one that overlaps most is taken
 MAX_REDUCTION = 8  # a JPEG can be decoded at 1/2, 1/4 and 1/8 of its size
 
 Rect = tuple[float, float, float, float]  # x0, y0, x1, y1
-
-
-def generator(seed: int, epoch: int, source: int, image_id: int, stream: int = 0) -> np.random.Generator:
-    """The random generator of one image in one epoch.
-
-    Args:
-        seed: of the training.
-        epoch: 0-based.
-        source: number of the image's source.
-        image_id: within that source.
-        stream: tells apart what is drawn for the same image in the same epoch more than once, or for another purpose.
-    """
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, source, image_id, stream])))
 
 
 def draw(plan: ViewPlan, rng: np.random.Generator, row: ImageRow) -> Drawn:

@@ -12,11 +12,11 @@ from pipeline.stage import Feed
 from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from stages.data.rows import read_shard
+from stages.data.units import keys_of, resample
 from stages.evaluate.classify_few_shot import ClassifyFewShot, ClassifyFewShotConfig
 from stages.evaluate.classify_linear import ClassifyLinear
 from stages.evaluate.linear_classifier import choose_rate, fit, standardised
 from stages.evaluate.measure_classes import MeasureClasses
-from stages.evaluate.units import keys_of, resample
 from tests.stages.evaluate.conftest import RunStage
 
 OPTIONS = {"epochs": 30, "batch_size": 64, "momentum": 0.9, "weight_decay": 0.0}

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stages.data.confusion import confusion
 from stages.evaluate.cluster_matching import (
     count_overlaps,
     match_greedily,
@@ -16,7 +17,6 @@ from stages.evaluate.cluster_matching import (
     merge_clusters,
     overlap_ious,
 )
-from stages.evaluate.confusion import confusion
 
 
 def test_void_is_not_counted() -> None:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from pipeline.errors import SourceError
 from pipeline.store.artifact import Artifact
+from stages.data.units import keys_of, resample
 from stages.evaluate.hummingbird import Hummingbird
 from stages.evaluate.in_context import class_shares, rare_first, recall_shares
-from stages.evaluate.units import keys_of, resample
 from tests.stages.evaluate.conftest import RunStage
 
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stages.data.units import resample
 from stages.evaluate.measure_patches import MeasurePatches
 from stages.evaluate.patch_pairs import auroc
-from stages.evaluate.units import resample
 from tests.stages.evaluate.conftest import RunStage
 
 values = st.lists(st.integers(-3, 3), min_size=1, max_size=8)

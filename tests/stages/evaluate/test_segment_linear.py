@@ -17,10 +17,10 @@ from pipeline.store.store import ArtifactStore
 from stages.data.images import encode_mask
 from stages.data.rows import read_shard
 from stages.data.tables import SCHEMAS
-from stages.evaluate.linear_probe import _draws, _enlarging, fit
 from stages.evaluate.segment_linear import SegmentLinear
 from stages.evaluate.segment_linear_settings import SegmentLinearConfig
-from stages.evaluate.segment_linear_steps import _draw_crop
+from stages.evaluate.segment_linear_views import draw_crop
+from stages.evaluate.segmentation_decoders import draws, enlarging, fit
 
 from .conftest import VOID, RunStage
 
@@ -109,6 +109,9 @@ def test_a_size_that_is_no_multiple_of_the_patch_names_the_key(run: RunStage) ->
         ({"lr": []}, r"lr \[\] must be a positive number, or a list of them"),
         ({"lr": [0.1, 0.0]}, "lr"),
         ({"lr": -1.0}, "lr"),
+        ({"zoom": (2.0, 0.5)}, r"zoom \[2\.0, 0\.5\] must rise"),
+        ({"zoom": (0.5, 2.0), "crops": 0}, "zoom is of random crops, and crops is 0"),
+        ({"slide": 449}, "slide 449 leaves gaps between windows of test_size 448"),
     ],
 )
 def test_rules_of_the_settings(settings: dict[str, object], rule: str) -> None:
@@ -121,9 +124,8 @@ def test_the_linear_layer_solves_what_is_linear() -> None:
     generator = np.random.default_rng(0)
     maps = generator.normal(size=(40, 6, 4, 4)).astype(np.float16)
     labels = maps[:, :3].argmax(axis=1).astype(np.int16)
-    probe = fit(
-        maps, labels, np.arange(40), 3, lr=0.05, samples=8000, batch_size=20, seed=0, device=torch.device("cpu")
-    )
+    config = SegmentLinearConfig(images="i", encoder="e", samples=8000, batch_size=20)
+    probe = fit(maps, labels, np.arange(40), 3, lr=0.05, config=config, device=torch.device("cpu"))
     found = np.stack([probe.predict(torch.from_numpy(one).float(), 4, 4) for one in maps])
     assert (found == labels).mean() > 0.97
 
@@ -131,7 +133,7 @@ def test_the_linear_layer_solves_what_is_linear() -> None:
 def test_crops_stay_inside_and_keep_their_share() -> None:
     generator = np.random.default_rng(0)
     for _ in range(200):
-        top, left, height, width = _draw_crop(generator, 30, 50, (0.5, 0.6))
+        top, left, height, width = draw_crop(generator, 30, 50, (0.5, 0.6))
         assert 0 <= top <= 30 - height
         assert 0 <= left <= 50 - width
         assert 0.4 < height * width / 1500 < 0.65
@@ -140,11 +142,11 @@ def test_crops_stay_inside_and_keep_their_share() -> None:
 def test_enlarging_by_matrices_is_bilinear_interpolation() -> None:
     small = torch.randn(2, 3, 5, 7)
     slow = torch.nn.functional.interpolate(small, (16, 16), mode="bilinear")
-    torch.testing.assert_close(_enlarging(5, 16) @ small @ _enlarging(7, 16).T, slow, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(enlarging(5, 16) @ small @ enlarging(7, 16).T, slow, atol=1e-5, rtol=1e-5)
 
 
 def test_draws_are_whole_shuffled_epochs_up_to_the_sample() -> None:
-    batches = [batch.tolist() for batch in _draws(np.arange(3, 10), 17, 4, seed=0)]
+    batches = [batch.tolist() for batch in draws(np.arange(3, 10), 17, 4, seed=0)]
     assert [len(batch) for batch in batches] == [4, 3, 4, 3, 3]
     assert sorted(batches[0] + batches[1]) == sorted(batches[2] + batches[3]) == list(range(3, 10))
     assert batches[0] != batches[2]

@@ -13,8 +13,8 @@ from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from stages.data.images import encode_mask
 from stages.data.tables import SCHEMAS
+from stages.data.units import keys_of
 from stages.evaluate.track_objects import TrackObjects
-from stages.evaluate.units import keys_of
 from tests.conftest import encode
 from tests.stages.evaluate.conftest import RunStage
 

@@ -15,7 +15,8 @@ from pycocotools import mask as coco_mask
 
 from pipeline.errors import SourceError
 from stages.data.images import decode_mask
-from stages.ingest.coco_masks import check_shape, decompress, rasterise
+from stages.data.object_masks import rasterise
+from stages.ingest.coco_masks import check_shape, decompress
 from tests.stages.ingest.conftest import Ingested
 
 Run = Callable[..., Ingested]

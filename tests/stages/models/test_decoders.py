@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
-from stages.models.decoders import FPN, DeepLabV3Plus, build_decoder, level_widths
+from stages.models.decoders import FPN, DeepLabV3Plus, build_decoder
 from stages.models.encoder import Encoder
 from stages.models.settings import Backbone
 from tests.stages.pretrain.methods.tiny import tiny_encoder
@@ -18,7 +18,7 @@ def test_output_is_as_fine_as_the_first_level(name: str, resnet: bool) -> None:
     encoder = tiny_encoder(resnet=resnet)
     decoder = build_decoder(name, encoder, 20)  # type: ignore[arg-type]
     levels = encoder.levels(torch.randn(2, 3, 64, 48, generator=torch.Generator().manual_seed(0)))
-    assert [level.shape[1] for level in levels] == level_widths(encoder)
+    assert [level.shape[1] for level in levels] == encoder.level_widths
     out = decoder(levels)
     assert out.shape == (2, 20, 16, 12)  # the ViT's patch and the ResNet's first stage are both 4 pixels
     out.square().sum().backward()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from pipeline.cli.export import copy_out
@@ -81,8 +82,11 @@ KINDS = {
             img_size=64,
             kwargs={"embed_dim": 24, "depths": [1, 1, 1, 1], "window_size": 2},
         ),
-        sizes=(),
     ),
+    "convnext_finer": Kind(Backbone(name="test_convnext", stride=8)),
+    "efficientnet_finer": Kind(Backbone(name="test_efficientnet", stride=4), "post"),
+    "dinov3": Kind(Backbone(name="vit_small_patch16_dinov3", img_size=64, kwargs=VIT.kwargs)),
+    "maxvit_finer": Kind(Backbone(name="test_maxvit", img_size=64, stride=16), sizes=((128, 128),)),
 }
 
 
@@ -204,5 +208,5 @@ def test_an_encoder_with_such_parts_is_not_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["coat_mini", "pit_ti_224"])
 def test_a_model_without_a_feature_map_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match=f"backbone.name: {name}"):
-        Encoder.build(Backbone(name=name))
+    with pytest.raises(ValidationError, match=f"name: {name} gives several streams and no single feature map"):
+        Backbone(name=name)

@@ -96,3 +96,21 @@ def test_clipping_is_by_tensor_or_over_all() -> None:
 
     assert gradients("tensor") == pytest.approx([1.0, 0.5], abs=1e-5)
     assert gradients("global") == pytest.approx([5 / 25.25**0.5, 0.5 / 25.25**0.5], abs=1e-5)
+
+
+def rates(settings: OptimizerSettings, total: int) -> list[float]:
+    optimizer = build_optimizer(nn.Linear(2, 2), settings)
+    given = {"total": total, "steps_per_epoch": 5, "batch_size": 8}
+    return [set_schedule(optimizer, settings, step=step, **given)[0] for step in range(total)]
+
+
+def test_a_power_of_the_steps_left_after_a_warm_up_in_steps() -> None:
+    line = OptimizerSettings(lr=1.0, lr_end=0.0, lr_power=1.0, warmup_steps=3)
+    assert rates(line, 7) == pytest.approx([0, 0.5, 1, 1, 0.75, 0.5, 0.25])
+    bent = OptimizerSettings(lr=1.0, lr_end=0.2, lr_power=0.9)
+    assert rates(bent, 4) == pytest.approx([0.2 + 0.8 * (1 - t / 4) ** 0.9 for t in range(4)])
+
+
+def test_options_that_are_not_set_are_in_no_fingerprint() -> None:
+    assert not {"lr_power", "warmup_steps"} & OptimizerSettings().model_dump().keys()
+    assert OptimizerSettings(lr_power=1.0).model_dump()["lr_power"] == 1.0

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
+from stages.models.planned import too_coarse
 from stages.pretrain.config.method import MethodSettings, Start
 from stages.pretrain.config.parts import Crops, DenseSettings, Export, HeadSettings, TeacherSettings
 
@@ -103,8 +104,11 @@ class CoTAPSettings(MethodSettings):
         return 2 if self.uses("sc_patch") else 1
 
     def misfits(self, start: Start) -> Iterator[tuple[str, str, str]]:
-        """A filter before a ViT's last block needs a ViT."""
+        """Terms of patches need some, and a filter before a ViT's last block needs a ViT."""
         yield from super().misfits(start)
+        if self.uses("align_patch") or self.uses("sc_patch"):
+            sizes = {"global_crops.size": self.global_crops.size}
+            yield from too_coarse(start.backbone, sizes, 2, "terms of patches")
         if self.filter is not None and self.filter.placement == "pre_last" and start.backbone.is_vit is False:
             what = f"pre_last needs a ViT's last block, and {start.backbone.name} has none"
             yield "filter.placement", what, "set it to post, or name a ViT"

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
+from stages.models.planned import too_coarse
 from stages.pretrain.config.method import MethodSettings, QueueSize, Start
 from stages.pretrain.config.parts import Export, Range, TeacherSettings
 
@@ -134,8 +135,14 @@ class D3SSLSettings(MethodSettings):
         yield from super().view_sizes()
         yield "small_size", self.small_size
 
+    def misfits(self, start: Start) -> Iterator[tuple[str, str, str]]:
+        """A map of one cell, whose regions are all alike. A ResNet's regions are of its C4 map."""
+        yield from super().misfits(start)
+        if not start.backbone.is_resnet:
+            yield from too_coarse(start.backbone, dict(self.view_sizes()), 2, "the features of regions")
+
     def no_host_with(self, start: Start) -> str | None:
         """Of a ResNet it trains regions of the C4 map, and computes no vector of a whole view."""
-        if start.backbone.is_vit is not False:
+        if not start.backbone.is_resnet:
             return None
         return f"d3ssl takes regions of the C4 map of {start.backbone.name}, and dsa compares vectors of whole views"

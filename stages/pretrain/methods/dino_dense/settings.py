@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 from pydantic import Field
 
+from stages.models.planned import too_coarse
+from stages.pretrain.config.method import Start
 from stages.pretrain.config.parts import Crops, DenseSettings, HeadSettings
 from stages.pretrain.methods.dino.settings import DinoSettings
 
@@ -27,6 +30,13 @@ class DinoDenseSettings(DinoSettings):
     flip: float = Field(0.0, ge=0, le=1, description="probability of a horizontal flip; regions are mirrored back")
     dense_head: HeadSettings = HeadSettings(prototypes=300)
     dense: DenseSettings = DenseSettings()
+
+    def misfits(self, start: Start) -> Iterator[tuple[str, str, str]]:
+        """Terms of patches need some."""
+        yield from super().misfits(start)
+        if self.uses("align_patch"):
+            sizes = {"global_crops.size": self.global_crops.size}
+            yield from too_coarse(start.backbone, sizes, 2, "the term align_patch")
 
     def over_one_pass(self) -> tuple[str, ...]:
         """The same for patches, always."""

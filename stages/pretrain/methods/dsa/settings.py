@@ -160,6 +160,10 @@ class DSASettings(MethodSettings):
         """The host's."""
         return {f"host.{name}": queue for name, queue in self.host.as_host().queues().items()}
 
+    def view_sizes(self) -> Iterator[tuple[str, int]]:
+        """The host's."""
+        yield from ((f"host.{path}", size) for path, size in self.host.as_host().view_sizes())
+
     def misfits(self, start: Start) -> Iterator[tuple[str, str, str]]:
         """What its host cannot do with the encoder, by itself and as a host."""
         host = self.host.as_host()

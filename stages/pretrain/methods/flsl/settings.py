@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pipeline.stage import Input, Settings
+from stages.models.planned import too_coarse
 from stages.pretrain.config.method import MethodSettings, Start
 from stages.pretrain.config.parts import Crops, Export, HeadSettings, Range, TeacherSettings, TeacherTemperature
 
@@ -145,8 +146,14 @@ class FLSLSettings(MethodSettings):
         yield "teacher_crop.size", self.teacher_crop.size
 
     def misfits(self, start: Start) -> Iterator[tuple[str, str, str]]:
-        """With `tokens: paper`, the encoder must be a ViT without [CLS] and with fixed positions."""
+        """A window needs cells; with `tokens: paper`, the encoder is a ViT without [CLS] and with fixed positions."""
         yield from super().misfits(start)
+        windows = {"global_crops": self.queries.window_global}
+        if self.local_crops.count:
+            windows["local_crops"] = self.queries.window_local
+        for crops, window in windows.items():
+            use = f"a window of {window} tokens a side, of which one is a query"
+            yield from too_coarse(start.backbone, {f"{crops}.size": getattr(self, crops).size}, window, use)
         backbone, otherwise = start.backbone, "or set method.tokens: map to train on any feature map"
         if self.tokens == "paper" and backbone.is_vit is False:
             yield (

@@ -12,13 +12,13 @@ from pydantic import ValidationError
 from pipeline.errors import UsageError
 from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.fit import check_start
-from stages.pretrain.launch.relay import Relay
 from stages.pretrain.stage import Pretrain
+from stages.training.launch.relay import Relay
 from tests.stages.pretrain.conftest import SMALL
 
 # Ray reads its access token when it is imported, so that nothing here imports it before a test runs.
 if TYPE_CHECKING:
-    from stages.pretrain.launch.elastic import UsableCounts
+    from stages.training.launch.elastic import UsableCounts
 
 SCALING = "ray.train.v2._internal.execution.scaling_policy.ElasticScalingPolicy"
 
@@ -35,7 +35,7 @@ class Actor:
 
 @pytest.fixture
 def relay(monkeypatch: pytest.MonkeyPatch) -> Relay:
-    monkeypatch.setattr("stages.pretrain.launch.elastic.ray", SimpleNamespace(get=lambda value: value))
+    monkeypatch.setattr("stages.training.launch.elastic.ray", SimpleNamespace(get=lambda value: value))
     return Relay()
 
 
@@ -43,7 +43,7 @@ def relay(monkeypatch: pytest.MonkeyPatch) -> Relay:
 def policy(relay: Relay) -> UsableCounts:
     from ray.train import ScalingConfig
 
-    from stages.pretrain.launch.elastic import UsableCounts
+    from stages.training.launch.elastic import UsableCounts
 
     scaling = ScalingConfig(num_workers=(1, 4), resources_per_worker={"CPU": 1})
     return UsableCounts(scaling, [1, 2, 4], Actor(relay))
@@ -79,7 +79,7 @@ def test_a_resize_waits_for_its_checkpoint(policy: UsableCounts, relay: Relay, m
 def test_a_resize_does_not_wait_for_ever(policy: UsableCounts, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 
-    from stages.pretrain.launch.elastic import SAVE_LIMIT_S
+    from stages.training.launch.elastic import SAVE_LIMIT_S
 
     resize = ResizeDecision(4, {"CPU": 1})
     monkeypatch.setattr(f"{SCALING}.make_decision_for_running_worker_group", lambda *given: resize)
@@ -94,7 +94,7 @@ def test_every_new_start_is_said_with_its_reason(relay: Relay) -> None:
     from ray.train.v2._internal.execution.controller.state import PreemptingState, RestartingState, RunningState
     from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 
-    from stages.pretrain.launch.elastic import Reporter
+    from stages.training.launch.elastic import Reporter
 
     reporter = Reporter(Actor(relay), max_failures=3)
     lost = WorkerGroupError("", {0: ConnectionError("reset by peer"), 1: RayActorError()})

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 import pytest
 
-from stages.pretrain.launch import notices
-from stages.pretrain.launch.notices import RankNotices, noticing_signals
+from stages.training.launch import notices
+from stages.training.launch.notices import RankNotices, noticing_signals
 from stages.training.notice import Notice
 from tests.stages.pretrain.conftest import RunStage
 

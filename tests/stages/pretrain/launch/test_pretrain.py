@@ -19,8 +19,8 @@ from pipeline.store.artifact import Artifact
 from pipeline.store.store import ArtifactStore
 from stages.models.encoder import Encoder
 from stages.pretrain.config.pretrain import PretrainConfig
-from stages.pretrain.launch import alone
 from stages.pretrain.launch.pretrain import pretrain
+from stages.training.launch import alone
 from tests.stages.pretrain.conftest import SMALL, RunStage, write_photographs
 
 ALONE = {"resources": {"workers": 0}}

@@ -54,7 +54,7 @@ def test_each_image_set_brings_its_own_boxes(inputs: dict[str, Artifact], tmp_pa
     assert 0 < row["images_without_boxes"] < 12  # of the second set only, which half of the batch is from
     assert int(state["bank_filled"]) == 64
     halves = assemble(PretrainConfig.model_validate(CONFIG), inputs)
-    sources = halves.data.reader.sources  # type: ignore[attr-defined]
+    sources = halves.data.chunks.reader.sources  # type: ignore[attr-defined]
     assert [len(source.boxes.row(0)["boxes"]) for source in sources] == [3, 0]
 
 

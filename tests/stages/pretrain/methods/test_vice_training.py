@@ -66,7 +66,7 @@ def test_two_image_sets_with_their_own_superpixels(inputs: dict[str, Artifact], 
     assert 0 < row["queue_filled"] <= 1
     torch.testing.assert_close(state["prototypes"].norm(dim=1), torch.ones(12))
     assert state["queue"].dtype == torch.float32
-    sources = assemble(PretrainConfig.model_validate(config), inputs).data.reader.sources  # type: ignore[attr-defined]
+    sources = assemble(PretrainConfig.model_validate(config), inputs).data.chunks.reader.sources  # type: ignore[attr-defined]
     assert [source.superpixels.row(0)["count"] for source in sources] == [30, 88]
 
 

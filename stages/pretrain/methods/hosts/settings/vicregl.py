@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from stages.pretrain.config.method import MethodSettings
+from stages.models.planned import too_coarse
+from stages.pretrain.config.method import MethodSettings, Start
 from stages.pretrain.config.parts import Crops, check_crops
 from stages.pretrain.methods.hosts.settings.two_view import MLPSettings
 
@@ -42,6 +43,13 @@ class VICRegLSettings(MethodSettings):
     def _enough_crops(self) -> VICRegLSettings:
         check_crops(self.global_crops, self.local_crops)
         return self
+
+    def misfits(self, start: Start) -> Iterator[tuple[str, str, str]]:
+        """The term local matches cells of two views."""
+        yield from super().misfits(start)
+        if self.uses("local"):
+            sizes = {"global_crops.size": self.global_crops.size}
+            yield from too_coarse(start.backbone, sizes, 2, "the term local")
 
     def least_batch(self) -> int:
         """2, because variances and covariances are over the images of a batch."""
