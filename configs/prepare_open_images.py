@@ -45,7 +45,7 @@ PAPER = "paper: 146,000 images, 9.1 objects and 3.20 classes an image, 569 class
 # COCO's class -> classes of Open Images, where not the one class of the same name is meant.
 SAME_CLASSES = {
     "person": ("Person", "Man", "Woman", "Boy", "Girl"),
-    "cow": ("Cattle",),
+    "cow": ("Cattle", "Bull"),
     "bear": ("Bear", "Brown bear", "Polar bear"),
     "frisbee": ("Flying disc",),
     "skis": ("Ski",),
@@ -54,7 +54,7 @@ SAME_CLASSES = {
     "knife": ("Knife", "Kitchen knife"),
     "sandwich": ("Sandwich", "Submarine sandwich"),
     "donut": ("Doughnut",),
-    "couch": ("Couch", "Sofa bed", "Loveseat"),
+    "couch": ("Couch", "Studio couch", "Sofa bed", "Loveseat"),
     "potted plant": ("Houseplant",),
     "dining table": ("Kitchen & dining room table",),
     "tv": ("Television",),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.prepare_open_images import main
+from configs.prepare_open_images import SAME_CLASSES, main, read_limits
 
 TITLES = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
 NAMES = {"/m/1": "Man", "/m/2": "Woman", "/m/3": "Cattle", "/m/4": "Fedora", "/m/5": "Kitchen & dining room table"}
@@ -127,3 +127,9 @@ def test_a_table_without_shared_classes_is_refused(place: Path, capsys: pytest.C
     table.write_text("\n".join([titles, *(line for line in lines if "/m/4" in line and "hat" in line)]) + "\n")
     assert call(place) == 2
     assert "none of 1 images has an object of a class of COCO" in capsys.readouterr().err
+
+
+def test_the_other_names_are_of_classes_of_coco(quickstart_data: Path) -> None:
+    names = set(read_limits(quickstart_data / "instances_val.json"))
+    assert len(names) == 80
+    assert set(SAME_CLASSES) <= names
