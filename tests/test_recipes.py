@@ -31,7 +31,7 @@ def test_a_recipe_is_a_valid_pipeline_with_a_header(recipe: str, monkeypatch: py
     pipeline = load_pipeline(recipe)
     configs = [stage.stage.config for stage in pipeline.stages.values()]
     trainings = [config for config in configs if isinstance(config, TrainingConfig)]
-    assert trainings
+    assert trainings or recipe.startswith("configs/evaluation/")  # of an encoder from a file
     for config in trainings:  # Ray's workers and replays get their settings like this
         assert type(config).model_validate(config.model_dump(mode="json", by_alias=True)) == config
     header = (ROOT / recipe).read_text().split("\n\n")[0]

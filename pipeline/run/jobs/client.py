@@ -120,7 +120,7 @@ class Jobs:
                     raise ClusterError(
                         f"the cluster at {self.address} has no agent that starts jobs: its head is still starting, or "
                         "another Ray on the head's machine holds the agent's port (start the head with "
-                        "--dashboard-agent-listen-port=PORT)"
+                        "--dashboard-agent-listen-port=0)"
                     ) from error
                 time.sleep(POLL_SECONDS)
 

@@ -83,6 +83,7 @@ def test_the_shipped_maps() -> None:
         assert set(made.index_of.values()) == set(range(len(made.names)))
         sizes[name] = (len(made.names), len(made.index_of))
     assert sizes == {
+        "ade20k": (150, 150),
         "cityscapes19": (19, 19),
         "cityscapes27": (27, 27),
         "coco_panoptic27": (27, 80 + 91 + 17),
@@ -103,7 +104,7 @@ def test_coarse_classes_agree_with_the_quickstarts_supercategories(quickstart_da
 @pytest.mark.parametrize(
     ("written", "rule"),
     [
-        ("citiscapes19", "neither a file of JSON or YAML nor a shipped map .cityscapes19"),
+        ("citiscapes19", "neither a file of JSON or YAML nor a shipped map .ade20k, cityscapes19"),
         ({7: ["road"]}, "value 7 of the label map needs the name of a class"),
         ({"road": "seven"}, "class 'road' of the label map needs a value or a list"),
         ({"road": 7, "car": [26, 7]}, "value 7 of the label map has two classes, road and car"),

@@ -45,7 +45,8 @@ def started_head(cpus: int, environment: dict[str, str]) -> Iterator[Head]:
     port, dashboard = free_port(), free_port()
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--num-cpus={cpus}", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    command += [f"--temp-dir={folder}", "--object-store-memory=100000000"]
+    # Its agent takes any port: the usual one may belong to another Ray of this machine, and then no job is started.
+    command += ["--dashboard-agent-listen-port=0", f"--temp-dir={folder}", "--object-store-memory=100000000"]
     log = (folder / "head.log").open("w")
     # With Ray's own niceness, jobs would wait for all other processes of a busy machine.
     tokens = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_worker_niceness": "0"}
