@@ -5,18 +5,18 @@ Planning imports this file and must stay fast: torch and Ray are imported when a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from pipeline.stage import Context, Feed, Outcome, Stage
+from pipeline.stage import Context, Feed, Outcome
 from stages.data.requirements import Holding, Mismatch, lacking
 from stages.finetune.fit import check_start, conflicts, split_size, usable_counts
 from stages.finetune.settings import FinetuneConfig
 from stages.models.planned import backbone_of, undivided
 from stages.training.launch.start import start
 from stages.training.launch.work import Launch
+from stages.training.stage import EncoderTraining
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,28 +26,19 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=FinetuneConfig)
 
 
-class Finetune(Stage[F]):
+class Finetune(EncoderTraining[F]):
     """Writes an artifact of kind `encoder`: the trained encoder, its head, its curves, and its score with its units.
 
     So it is a cell of a comparison beside the frozen evaluations of the encoder that it starts from, and a row of it
     where other evaluations take it as their encoder.
     """
 
-    kind = "encoder"
     packages = ("timm",)
-    whole_cluster = True
-    worker_gpus = 1.0
     shows_metrics = True
-    tracked_as = "model"
     exports = ("encoder.safetensors", "encoder.json", "filter*.safetensors")  # not the head
     needs: ClassVar[Holding] = "labels"  # what the images must hold
     work: ClassVar[str]  # import path of what a rank does
     sizes: ClassVar[tuple[str, ...]] = ()  # options that are sides of images which the encoder sees
-
-    @property
-    def uses_ray(self) -> bool:  # type: ignore[override]
-        """False with `resources.workers: 0`, which trains in the driver's own process."""
-        return self.config.resources.workers != 0
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[Mismatch]:
         """Images without what is learnt from, sizes of no whole patches, numbers that do not fit together."""
@@ -64,22 +55,6 @@ class Finetune(Stage[F]):
     def learnt_from(self, images: int | None) -> int | None:
         """How many of the train images are used; all, as it stands."""
         return images
-
-    def obstacles(self, say: Callable[[str], None]) -> Iterator[Mismatch]:
-        """A GPU that training in the driver's process would not find."""
-        if self.config.resources.workers == 0 and self.config.resources.gpus:
-            import torch
-
-            if not torch.cuda.is_available():
-                what = "torch sees no GPU on this machine, and workers: 0 trains here"
-                yield "resources.gpus", what, "set it to 0 to train on the CPU, or install torch's build for the driver"
-
-    @classmethod
-    def complete_export(cls, artifact: Artifact, folder: Path) -> list[Path]:
-        """The code that computes the encoder's features, and a README; the head is not exported."""
-        from stages.models.export import complete
-
-        return complete(artifact, folder)
 
     @classmethod
     def resampled(cls, artifact: Artifact, draws: int, seed: int) -> dict[str, NDArray[Any]]:

@@ -6,29 +6,21 @@ Planning imports this file and must stay fast: torch and Ray are imported when t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pipeline.stage import Context, Feed, Outcome, Stage
+from pipeline.stage import Context, Feed, Outcome
 from stages.models import weights
 from stages.models.planned import backbone_of
 from stages.pretrain.config.continuing import CONTINUE, continuing_problems
 from stages.pretrain.config.method import Start
 from stages.pretrain.config.pretrain import PretrainConfig
 from stages.pretrain.fit import conflicts
-
-if TYPE_CHECKING:
-    from pipeline.store.artifact import Artifact
+from stages.training.stage import EncoderTraining
 
 
-class Pretrain(Stage[PretrainConfig]):
+class Pretrain(EncoderTraining[PretrainConfig]):
     """Pre-trains with one of the methods, on Ray Train, and writes the encoder with its curves."""
 
-    kind = "encoder"
     version = 1
-    whole_cluster = True
-    worker_gpus = 1.0
-    tracked_as = "model"
     exports = ("encoder.safetensors", "encoder.json", "*.safetensors")
     Config = PretrainConfig
 
@@ -42,11 +34,6 @@ class Pretrain(Stage[PretrainConfig]):
             else f"goes on from the end of {before} again, not from where this stage was"
         )
         return dict.fromkeys(("steps", "epochs"), text)
-
-    @property
-    def uses_ray(self) -> bool:  # type: ignore[override]
-        """False with `resources.workers: 0`, which trains in the driver's own process."""
-        return self.config.resources.workers != 0
 
     def mismatches(self, feeds: Mapping[str, Feed]) -> Iterator[tuple[str, str, str]]:
         """What a training with these inputs would stop at.
@@ -89,19 +76,7 @@ class Pretrain(Stage[PretrainConfig]):
     def obstacles(self, say: Callable[[str], None]) -> Iterator[tuple[str, str, str]]:
         """Weights that cannot be had, and a GPU that training in the driver's process would not find."""
         yield from weights.obstacles(self.config, say)
-        if self.config.resources.workers == 0 and self.config.resources.gpus:
-            import torch
-
-            if not torch.cuda.is_available():
-                what = "torch sees no GPU on this machine, and workers: 0 trains here"
-                yield "resources.gpus", what, "set it to 0 to train on the CPU, or install torch's build for the driver"
-
-    @classmethod
-    def complete_export(cls, artifact: Artifact, folder: Path) -> list[Path]:
-        """The code that computes the encoder's features, and a README; the encoder is made from the files once."""
-        from stages.models.export import complete
-
-        return complete(artifact, folder)
+        yield from super().obstacles(say)
 
     def run(self, context: Context) -> Outcome:
         """Train, or continue a training that was interrupted, and write the encoder with its curves and pictures."""
