@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from pipeline.stage import Context, Outcome
-from stages.evaluate.frozen import FrozenConfig, FrozenStage
+from stages.evaluate.frozen import FrozenConfig, FrozenStage, Positives
 
 if TYPE_CHECKING:
     from stages.evaluate.labelled_vectors import LabelledSplits
@@ -23,19 +23,12 @@ class ClassifyLinearConfig(FrozenConfig):
     standardise: bool = Field(True, description="bring each channel to mean 0 and variance 1 over the train images")
     epochs: int = Field(100, ge=1, description="passes over the train images")
     batch_size: int = Field(256, ge=1, description="vectors a step")
-    lr: list[float] = Field(
+    lr: Positives = Field(
         [1e-3, 1e-2, 1e-1],
         description="SGD's for 256 images; of several, the best on a held-out fifth of the train images",
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD's")
     weight_decay: float = Field(0.0, ge=0, description="SGD's")
-
-    @field_validator("lr")
-    @classmethod
-    def _positive(cls, rates: list[float]) -> list[float]:
-        if not rates or min(rates) <= 0:
-            raise ValueError(f"{rates}: give positive numbers")
-        return rates
 
 
 class ClassifyLinear(FrozenStage[ClassifyLinearConfig]):

@@ -34,8 +34,8 @@ class Task(ABC):
     classes_of_images: list[int]  # of each train image, for draws that keep the share of each
 
     @abstractmethod
-    def learn(self, images: NDArray[np.int64], seed: int) -> Units:
-        """The test units of a classifier that has learnt from some train images.
+    def learn(self, images: NDArray[np.int64], seed: int) -> Any:
+        """A classifier that has learnt from some train images, as `regression` makes it.
 
         Args:
             images: rows of the train images.
@@ -43,6 +43,10 @@ class Task(ABC):
 
         Raises: SourceError where these images are all of one class.
         """
+
+    @abstractmethod
+    def test(self, classifiers: Sequence[Any]) -> list[Units]:
+        """The test units of each classifier; the test images are read once for all of them."""
 
 
 def read_task(context: Context, config: LabelEfficiencyConfig, path: str, problems: list[dict[str, str]]) -> Task:
@@ -72,17 +76,21 @@ class Classification(Task):
         problems += self.splits.problems
         self.classes_of_images = self.splits.train.labels.tolist()
 
-    def learn(self, images: NDArray[np.int64], seed: int) -> Units:
-        """Scores the top1 of the test images."""
-        train, test = self.splits.train, self.splits.test
-        found = regression(
-            self.name, train.vectors.numpy()[images], train.labels.numpy()[images], images, self.config.c, seed
-        )
-        right = found.predict(test.vectors.numpy()) == test.labels.numpy()
-        units = Units()
-        for key, hit in zip(test.keys, right.tolist(), strict=True):
-            units.add(key, {"top1": 100.0 * hit})
-        return units
+    def learn(self, images: NDArray[np.int64], seed: int) -> Any:
+        """Of the images' vectors."""
+        vectors, labels = self.splits.train.vectors.numpy()[images], self.splits.train.labels.numpy()[images]
+        return regression(self.name, vectors, labels, images, self.config.c, seed)
+
+    def test(self, classifiers: Sequence[Any]) -> list[Units]:
+        """The top1 of every image."""
+        test, found = self.splits.test, []
+        for classifier in classifiers:
+            right = classifier.predict(test.vectors.numpy()) == test.labels.numpy()
+            units = Units()
+            for key, hit in zip(test.keys, right.tolist(), strict=True):
+                units.add(key, {"top1": 100.0 * hit})
+            found.append(units)
+        return found
 
 
 class Segmentation(Task):
@@ -119,25 +127,30 @@ class Segmentation(Task):
         require_some(self.name, len(vectors), f"{len(ids)} train", self.problems)
         self.vectors, self.labels, self.rows = (np.concatenate(parts) for parts in (vectors, labels, rows))
 
-    def learn(self, images: NDArray[np.int64], seed: int) -> Units:
-        """Scores the pixels of the test images."""
+    def learn(self, images: NDArray[np.int64], seed: int) -> Any:
+        """Of the images' patches."""
+        chosen = np.isin(self.rows, images)
+        vectors, labels, rows = self.vectors[chosen], self.labels[chosen], self.rows[chosen]
+        return regression(self.name, vectors, labels, rows, self.config.c, seed)
+
+    def test(self, classifiers: Sequence[Any]) -> list[Units]:
+        """The confusion matrix of every image."""
         import torch
         from torch.nn import functional
 
         from stages.data.confusion import confusion
         from stages.evaluate.stored_features import iter_masked
 
-        chosen = np.isin(self.rows, images)
-        found = regression(self.name, self.vectors[chosen], self.labels[chosen], self.rows[chosen], self.config.c, seed)
-        units, inputs = Units(), self.context.inputs
+        found, inputs = [Units() for _ in classifiers], self.context.inputs
         for image in iter_masked(inputs["images"], inputs["features"], self.classes, set(self.test_ids), []):
             height, width, depth = image.map.shape
-            scores_NC = found.predict_log_proba(image.map.reshape(-1, depth))
-            scores_1Chw = torch.from_numpy(scores_NC).reshape(1, height, width, -1).permute(0, 3, 1, 2)
-            enlarged = functional.interpolate(scores_1Chw, image.labels.shape, mode="bilinear")
-            prediction = found.classes_[enlarged[0].argmax(dim=0).numpy()]
-            units.add_matrix(image.key, confusion(image.labels, prediction, len(self.classes.names)))
-        return units
+            for classifier, units in zip(classifiers, found, strict=True):
+                scores_NC = classifier.predict_log_proba(image.map.reshape(-1, depth))
+                scores_1Chw = torch.from_numpy(scores_NC).reshape(1, height, width, -1).permute(0, 3, 1, 2)
+                enlarged = functional.interpolate(scores_1Chw, image.labels.shape, mode="bilinear")
+                prediction = classifier.classes_[enlarged[0].argmax(dim=0).numpy()]
+                units.add_matrix(image.key, confusion(image.labels, prediction, len(self.classes.names)))
+        return found
 
 
 def regression(

@@ -6,9 +6,9 @@ One `features` artifact serves every evaluation that can use it: the encoder run
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from pipeline.stage import Feed, Input, Stage, StageConfig
 from stages.data.requirements import Holding, Mismatch, lacking, single_class
@@ -33,6 +33,14 @@ class FrozenConfig(FeatureConfig):
     test_split: str = Field("val", description="the images that are scored")
     seed: int = Field(0, ge=0, description="of everything drawn at random")
 
+
+def _all_positive(values: list[float]) -> list[float]:
+    if not values or min(values) <= 0:
+        raise ValueError(f"{values}: give positive numbers")
+    return values
+
+
+Positives = Annotated[list[float], AfterValidator(_all_positive)]  # values of a hyper-parameter to choose among
 
 E = TypeVar("E", bound=StageConfig)
 F = TypeVar("F", bound=FeatureConfig)

@@ -50,17 +50,18 @@ class LabelEfficiency(Evaluation[LabelEfficiencyConfig]):
         config = self.config
         curves = LabelCurves([one.name for one in config.encoders], config.fractions)
         problems: list[dict[str, str]] = []
-        total = len(config.encoders) * len(config.fractions) * config.draws
-        train_images = 0
+        train_images, draws = 0, [(fraction, draw) for fraction in config.fractions for draw in range(config.draws)]
         for number, one in enumerate(config.encoders):
             task = read_task(context, config, f"encoders.{number}.features", problems if number == 0 else [])
             train_images = len(task.classes_of_images)
-            for place, fraction in enumerate(config.fractions):
-                for draw in range(config.draws):
-                    rows = draw_images(task.classes_of_images, fraction, (config.seed, draw))
-                    curves.add(one.name, fraction, len(rows), task.learn(rows, seed=config.seed + draw))
-                    done = (number * len(config.fractions) + place) * config.draws + draw + 1
-                    context.report_progress(done, total, "trainings")
+            rows = [draw_images(task.classes_of_images, fraction, (config.seed, draw)) for fraction, draw in draws]
+            learnt = []
+            for (_, draw), images in zip(draws, rows, strict=True):
+                learnt.append(task.learn(images, seed=config.seed + draw))
+                done = number * len(draws) + len(learnt)
+                context.report_progress(done, len(config.encoders) * len(draws), "trainings")
+            for (fraction, _), images, units in zip(draws, rows, task.test(learnt), strict=True):
+                curves.add(one.name, fraction, len(images), units)
         return self._finish(context, curves, problems, train_images)
 
     def _finish(

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from pipeline.stage import Input, Settings, StageConfig
+from stages.evaluate.frozen import Positives
 
 
 class Candidate(Settings):
@@ -32,9 +33,8 @@ class LabelEfficiencyConfig(StageConfig):
     draws: int = Field(3, ge=1, description="of the images that keep their labels, the same for every encoder")
     train_split: str = Field("train", description="the images that are learnt from")
     test_split: str = Field("val", description="the images that are scored")
-    c: list[float] = Field(
+    c: Positives = Field(
         [1e-3, 1e-1, 10.0],
-        min_length=1,
         description="inverse strength of the logistic regression's L2 penalty; of several, the best by three-fold "
         "cross-validation on the images that keep their labels",
     )
@@ -56,10 +56,3 @@ class LabelEfficiencyConfig(StageConfig):
         if not fractions or min(fractions) <= 0 or max(fractions) > 1:
             raise ValueError(f"{fractions}: give numbers above 0 and up to 1")
         return sorted(set(fractions))
-
-    @field_validator("c")
-    @classmethod
-    def _positive(cls, strengths: list[float]) -> list[float]:
-        if min(strengths) <= 0:
-            raise ValueError(f"{strengths}: give positive numbers")
-        return strengths

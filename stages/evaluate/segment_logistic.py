@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from pipeline.stage import Context
+from stages.evaluate.frozen import Positives
 from stages.evaluate.patch_classification import Choice, PatchClassifierConfig, PatchClassifierStage
 
 if TYPE_CHECKING:
@@ -22,19 +23,12 @@ if TYPE_CHECKING:
 class SegmentLogisticConfig(PatchClassifierConfig):
     """The protocol's numbers; defaults are CAPI's but for the tolerance."""
 
-    c: list[float] = Field(
+    c: Positives = Field(
         [1e-6, 3.728e-5, 1.389e-3, 5.179e-2, 1.931, 71.97, 2683.0, 1e5],
         description="inverse strength of the L2 penalty; the best on a tenth of the train images",
     )
     iterations: int = Field(1000, ge=1, description="of L-BFGS, at most")
     tolerance: float = Field(1e-4, gt=0, description="of the gradient, at which L-BFGS ends")
-
-    @field_validator("c")
-    @classmethod
-    def _positive(cls, strengths: list[float]) -> list[float]:
-        if not strengths or min(strengths) <= 0:
-            raise ValueError(f"{strengths}: give positive numbers")
-        return strengths
 
 
 class SegmentLogistic(PatchClassifierStage[SegmentLogisticConfig]):
